@@ -1,0 +1,75 @@
+"""Reads of weights: direct I/O into page-aligned memory, or buffered reads whose page cache is given back at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.errors import DiskError
+from runtime.memory import view
+from runtime.sizes import PAGE
+
+DIRECT, BUFFERED = "direct", "buffered"
+
+
+class WeightFiles:
+    """The open files of one model. Offsets, addresses and lengths of reads are multiples of the page size."""
+
+    def __init__(self, paths: Sequence[Path], mode: str = DIRECT) -> None:
+        self.paths = tuple(paths)
+        self.mode = mode
+        self._fds: list[int] = []
+        self._sizes: list[int] = []
+        for path in self.paths:
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            if self.mode == DIRECT:
+                try:
+                    fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self.mode = BUFFERED  # e.g. tmpfs: the file system has no direct I/O
+                    fd = os.open(path, flags)
+            else:
+                fd = os.open(path, flags)
+        except OSError as error:
+            raise DiskError(f"{path}: {error.strerror}", "check the file and its permissions") from None
+        self._fds.append(fd)
+        self._sizes.append(os.fstat(fd).st_size)
+
+    def read(self, file: int, offset: int, address: int, n_bytes: int) -> None:
+        """Fill n_bytes at address from the file; what lies behind the end of the file stays as it is.
+
+        Raises DiskError when the disk fails or the file became shorter.
+        """
+        wanted = min(n_bytes, self._sizes[file] - offset)
+        got = 0
+        try:
+            while got < wanted:
+                part = view(address + got, n_bytes - got)
+                n = os.preadv(self._fds[file], [part], offset + got)
+                if n == 0:
+                    raise DiskError(
+                        f"{self.paths[file]} became shorter while it was read", "restore the file and run again"
+                    )
+                got += n
+                if got < wanted and got % PAGE:
+                    got = got // PAGE * PAGE
+        except OSError as error:
+            raise DiskError(
+                f"reading {self.paths[file]} failed: {error.strerror}", "check the disk, then run again"
+            ) from None
+        if self.mode == BUFFERED:
+            os.posix_fadvise(self._fds[file], offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()

@@ -1,0 +1,59 @@
+"""Input embeddings: only the rows of the tokens at hand are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from runtime.layer_store import LayerStore
+from runtime.memory import Region
+from runtime.model_file import TensorInfo
+from runtime.sizes import PAGE, page_down, page_up
+
+
+class RowTable:
+    """Address space of a whole table [n_rows of row_bytes]; pages are read for the rows asked for."""
+
+    def __init__(self, info: TensorInfo, max_bytes: int) -> None:
+        self.tensor = info
+        self.max_bytes = max(max_bytes, 2 * (info.row_bytes + PAGE))
+        self._start = page_down(info.offset)
+        self._region = Region(page_up(info.offset + info.n_bytes) - self._start)
+        self._region.use_huge_pages(0)
+        self._pages: set[int] = set()
+
+    @property
+    def data(self) -> int:
+        """Address of row 0 (which need not be there)."""
+        return self._region.address + self.tensor.offset - self._start
+
+    def fetch(self, rows: Iterable[int], store: LayerStore) -> None:
+        """Make rows present. Rows fetched earlier stay as long as all together fit in max_bytes."""
+        pages: set[int] = set()
+        for row in set(rows):
+            first = self.tensor.offset + row * self.tensor.row_bytes - self._start
+            pages.update(range(first // PAGE, (first + self.tensor.row_bytes - 1) // PAGE + 1))
+        missing = pages - self._pages
+        if not missing:
+            return
+        if (len(self._pages) + len(missing)) * PAGE > self.max_bytes:
+            self._region.drop(0, self._region.n_bytes)
+            self._pages.clear()
+            missing = pages
+        file, base = self.tensor.file, self._region.address
+        store.read_now([(file, self._start + s, base + s, n) for s, n in _runs(missing)])
+        self._pages |= missing
+
+    def free(self) -> None:
+        """Unmap."""
+        self._region.free()
+
+
+def _runs(pages: set[int]) -> list[tuple[int, int]]:
+    """Page numbers as (first byte, bytes) of unbroken runs."""
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        if runs and runs[-1][0] + runs[-1][1] == page * PAGE:
+            runs[-1] = (runs[-1][0], runs[-1][1] + PAGE)
+        else:
+            runs.append((page * PAGE, PAGE))
+    return runs

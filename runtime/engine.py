@@ -1,0 +1,415 @@
+"""The forward pass: the one place where llama.cpp, the layer store and the budget meet.
+
+llama.cpp asks before it computes a node; when the node uses a weight that is not settled in memory, we wait until the
+store has it and point the weight's tensor there. After the node was computed the store gets the slots back. A tensor
+kept in several pieces (the output head) is computed piece by piece instead of by llama.cpp's own node.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime import llama_abi as abi
+from runtime.aligned_io import DIRECT, WeightFiles
+from runtime.embedding import RowTable
+from runtime.errors import Cancelled, EngineError, PromptError
+from runtime.head import TiledProduct
+from runtime.hollow import ContextBuffers, HollowModel
+from runtime.layer_store import LayerStore
+from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes
+from runtime.memory import Region, resident_bytes, view
+from runtime.model_file import ModelFile, Piece, TensorInfo
+from runtime.plan import Plan
+from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
+from runtime.sizes import PAGE, page_down, page_up
+from runtime.trace import LayerTrace
+
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+_KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's."""
+
+    n_ctx: int = 512
+    n_ubatch: int = 128
+    n_threads: int = 2
+    kv_type: str = "f16"
+    n_logits: int = 1
+    io_mode: str = DIRECT
+    request_bytes: int = 2**21
+    depth: int = 4
+
+
+@dataclass
+class Counters:
+    """What the engine did since it was opened. Times in seconds."""
+
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(eq=False)
+class Weight:
+    """A weight tensor that is not settled: struct address, its pieces in order (none: an embedding table)."""
+
+    address: int
+    pieces: list[Piece]
+    table: RowTable | None = None
+
+
+class Engine:
+    """A model ready to compute, inside a budget. `n_past` positions are in the KV cache."""
+
+    def __init__(
+        self, file: ModelFile, model: HollowModel, plan: Plan, settings: Settings, note: Callable[[str], None] = print
+    ) -> None:
+        self.file, self.settings, self.plan = file, settings, plan
+        self.n_past = 0
+        self.plan_changes = 0
+        self.counters = Counters()
+        self.trace: LayerTrace | None = None
+        self._note = note
+        self._model = model
+        self._stop: BaseException | None = None
+        self._skipped: dict[int, int] = {}
+        self._tiled: dict[int, Weight] = {}
+        self._aliases: list[int] = []
+        self._asked_bytes = 0
+        self._files = WeightFiles(file.paths, settings.io_mode)
+        self._small = _SmallTensors(file, model, self._files)
+        self._store = LayerStore(file, self._files, request_bytes=settings.request_bytes, depth=settings.depth)
+        rows = settings.n_ubatch + _KEPT_ROWS
+        self._tables = [RowTable(t, embedding_rows_bytes(t.row_bytes, rows)) for t in file.row_tables]
+        self._weights = self._index_weights()
+        self._active = {weight.address: weight for weight in self._weights}
+        self._callback = abi.EvalCallback(self._on_node)
+        self._buffers = ContextBuffers()
+        self._context = self._open_context()
+        self._memory = abi.llama.llama_get_memory(self._context)
+        self._product = TiledProduct(settings.n_threads)
+        self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
+        self.ledger = self._fixed_ledger()
+        self.apply(plan)
+        self.plan_changes = 0
+
+    # --- opening ------------------------------------------------------------------------------------------------
+
+    def _index_weights(self) -> list[Weight]:
+        tables = {table.tensor.name: table for table in self._tables}
+        pieces: dict[str, list[Piece]] = {}
+        for piece in self.file.pieces:
+            pieces.setdefault(piece.tensor.name, []).append(piece)
+        weights = []
+        for name in dict.fromkeys((*pieces, *tables)):
+            for address in self._model.weights.get(name, ()):
+                weights.append(Weight(address, pieces.get(name, []), tables.get(name)))
+        return weights
+
+    def _open_context(self) -> int:
+        settings = self.settings
+        parameters = abi.llama.llama_context_default_params()
+        parameters.n_ctx = settings.n_ctx
+        parameters.n_batch = parameters.n_ubatch = min(settings.n_ubatch, settings.n_ctx)
+        parameters.n_threads = parameters.n_threads_batch = settings.n_threads
+        parameters.n_outputs_max = settings.n_logits
+        parameters.type_k = parameters.type_v = KV_TYPES[settings.kv_type]
+        parameters.cb_eval = self._callback
+        parameters.no_perf = True
+        abi.take_log()
+        with self._buffers:
+            context = abi.llama.llama_init_from_model(self._model.pointer, parameters)
+        if not context:
+            reason = (abi.take_log() or ["no reason given"])[-1]
+            raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
+        return int(context)
+
+    def _fixed_ledger(self) -> Ledger:
+        embedding = sum(min(table.max_bytes, page_up(table.tensor.n_bytes)) for table in self._tables)
+        return Ledger(
+            process_bytes=resident_bytes(),
+            kv_bytes=self._buffers.kv_bytes,
+            compute_bytes=self._buffers.n_bytes - self._buffers.kv_bytes,
+            embedding_bytes=embedding,
+            sampler_bytes=self.n_vocab * SAMPLER_BYTES_PER_TOKEN,
+        )
+
+    # --- plans --------------------------------------------------------------------------------------------------
+
+    def apply(self, plan: Plan) -> None:
+        """Adopt a plan between two passes. Raises BudgetError when its budget is below the floor.
+
+        A plan made for a budget is filled to the last byte of it; a plan without one keeps exactly its k layers.
+        """
+        fixed = self.ledger
+        total = streamable_bytes(self.file)
+        window, limit = window_bytes(self.file, plan), total
+        if plan.budget_bytes:
+            left = fixed.weights_bytes(plan.budget_bytes, smallest_window(self.file))
+            if left >= total:
+                window, limit = 0, total
+            else:
+                window = min(window, left)
+                limit = left - window
+            plan = replace(plan, pinned_bytes=max(limit, 1))
+        resident = resident_pieces(self.file, plan, limit)
+        streamed = sum(p.span_bytes for p in self.file.pieces if p.number not in resident)
+        window = min(page_down(window), streamed)
+        pinned = total - streamed
+        self._store.apply(resident, window)
+        self._active = {weight.address: weight for weight in self._weights}
+        largest = smallest_window(self.file, resident)
+        self._boundary_bytes = max(0, min(window // 4, (window - 2 * largest) // 2))
+        self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
+        self.plan = replace(plan, k=layers_in(self.file, pinned) if plan.budget_bytes else plan.k)
+        self.streamed_bytes = streamed
+        self.plan_changes += 1
+
+    # --- computing ----------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: Sequence[int], n_logits: int = 1) -> None:
+        """Append tokens to the sequence; logits of the last n_logits of them are there afterwards.
+
+        Raises PromptError when the context is full, DiskError when a read failed, Cancelled after cancel(). After an
+        error the sequence is as it was before the pass that failed.
+        """
+        if self.n_past + len(tokens) > self.settings.n_ctx:
+            raise PromptError(
+                f"{self.n_past + len(tokens)} tokens do not fit a context of {self.settings.n_ctx}", "raise --ctx"
+            )
+        size = min(self.settings.n_ubatch, self.settings.n_ctx)
+        parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+        self._store.expect_passes([part is parts[-1] for part in parts])
+        for part in parts:
+            self._pass(part, min(n_logits, len(part)) if part is parts[-1] else 0)
+
+    def _pass(self, tokens: Sequence[int], n_logits: int) -> None:
+        """One pass through all layers."""
+        start = time.perf_counter()
+        n = len(tokens)
+        batch = abi.llama.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, self.n_past + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = i >= n - n_logits
+            self._fetch_rows(tokens)
+            if self.trace:
+                self.trace.begin_pass(self._store.wait_s)
+            status = abi.llama.llama_decode(self._context, batch)
+        finally:
+            abi.llama.llama_batch_free(batch)
+            self._close_pass()
+        self._raise_stop()
+        if status != 0:
+            self.truncate(self.n_past)
+            reason = (abi.take_log() or ["no reason given"])[-1]
+            raise EngineError(f"llama.cpp could not compute this pass (status {status}, {reason})", "raise --ctx")
+        self.n_past += n
+        self._count(n, time.perf_counter() - start)
+
+    def _fetch_rows(self, tokens: Sequence[int]) -> None:
+        for weight in self._weights:
+            if weight.table and weight.address in self._active:
+                weight.table.fetch(tokens, self._store)
+                abi.Tensor.from_address(weight.address).data = weight.table.data
+
+    def _close_pass(self) -> None:
+        if self.trace:
+            self.trace.end_pass(self._store.wait_s)
+        for address in self._aliases:
+            self._active.pop(address, None)
+        self._aliases.clear()
+        self._tiled.clear()
+        self._asked_bytes = 0
+        self._store.end_pass(complete=self._stop is None)
+
+    def _raise_stop(self) -> None:
+        if self._stop is not None:
+            stop, self._stop = self._stop, None
+            self.truncate(self.n_past)
+            raise stop
+
+    def _count(self, n_tokens: int, seconds: float) -> None:
+        counters = self.counters
+        counters.passes += 1
+        counters.tokens += n_tokens
+        counters.seconds += seconds
+        counters.bytes_read, counters.wait_s = self._store.bytes_read, self._store.wait_s
+
+    # --- llama.cpp calls back -----------------------------------------------------------------------------------
+
+    def _on_node(self, address: int, ask: bool, _data: int) -> bool:
+        try:
+            if self._stop is None:
+                return self._before(address) if ask else self._after(address)
+        except BaseException as error:  # noqa: BLE001 - ctypes would swallow it: kept, and raised after the pass
+            self._stop = error
+        return self._skip(address) if ask else self._unskip(address)
+
+    def _before(self, address: int) -> bool:
+        """A node is going to be computed: place its weights. True makes llama.cpp report when it is done."""
+        sources = abi.unpack_src(ctypes.string_at(address + abi.SRC_OFFSET, abi.SRC_BYTES))
+        report = self.trace.before(sources) if self.trace else False
+        if self._active.keys().isdisjoint(sources):
+            return report
+        for source in sources:
+            weight = self._active.get(source)
+            if weight and self._place(address, source, weight):
+                report = True
+        return report
+
+    def _place(self, node: int, source: int, weight: Weight) -> bool:
+        """Point one weight of a node at its bytes; whether the node's end has to be reported."""
+        op = ctypes.c_int.from_address(node + abi.OP_OFFSET).value
+        if op == abi.OP_GET_ROWS and weight.table:
+            return False  # its rows were fetched before the pass
+        if len(weight.pieces) > 1:
+            return self._place_tiled(node, op, weight)
+        piece = weight.pieces[0]
+        data = self._store.need(piece)
+        tensor = abi.Tensor.from_address(weight.address)
+        tensor.data = data
+        if source != weight.address:
+            alias = abi.Tensor.from_address(source)
+            alias.data = data + alias.view_offs
+        if op in abi.VIEW_OPS:
+            view_node = abi.Tensor.from_address(node)
+            view_node.data = data + view_node.view_offs
+            self._active[node] = weight
+            self._aliases.append(node)
+        elif self._store.is_resident(piece) and source == weight.address:
+            del self._active[source]
+        self._asked_bytes += piece.span_bytes
+        return self._asked_bytes > self._boundary_bytes or not self._store.next_is_there()
+
+    def _place_tiled(self, node: int, op: int, weight: Weight) -> bool:
+        """A tensor in pieces: switch its node off and compute it in _after, unless all of it is in one place."""
+        if all(self._store.is_resident(piece) for piece in weight.pieces):
+            abi.Tensor.from_address(weight.address).data = self._store.home(weight.pieces[0].tensor.name).data
+            self._active.pop(weight.address, None)
+            return False
+        if op != abi.OP_MUL_MAT:
+            raise EngineError(
+                "the output head of this architecture is not a matrix product", "raise -m until the model fits"
+            )
+        if abi.Tensor.from_address(node).ne[1] == 0:
+            return False
+        self._tiled[node] = weight
+        self._skip(node)
+        return True
+
+    def _after(self, address: int) -> bool:
+        """Everything up to this node has been computed."""
+        weight = self._tiled.pop(address, None)
+        if weight:
+            self._unskip(address)
+            self._store.computed()
+            self._product.begin(address)
+            for piece in weight.pieces:
+                self._product.compute(self._store.need(piece), piece.first_row, piece.n_rows)
+                self._store.computed()
+        else:
+            self._store.computed()
+        self._asked_bytes = 0
+        if self.trace:
+            self.trace.after(self._store.wait_s)
+        return True
+
+    def _skip(self, address: int) -> bool:
+        """Switch a node off until it is reported."""
+        op = ctypes.c_int.from_address(address + abi.OP_OFFSET)
+        self._skipped[address] = op.value
+        op.value = abi.OP_NONE
+        return True
+
+    def _unskip(self, address: int) -> bool:
+        op = self._skipped.pop(address, None)
+        if op is not None:
+            ctypes.c_int.from_address(address + abi.OP_OFFSET).value = op
+        return False
+
+    # --- around a pass ------------------------------------------------------------------------------------------
+
+    def cancel(self, signal_number: int = 2) -> None:
+        """End the pass that is running (from a signal handler or another thread); forward() raises Cancelled."""
+        self._stop = Cancelled(signal_number)
+
+    def truncate(self, n_past: int) -> None:
+        """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
+        if not abi.llama.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            if n_past:
+                raise EngineError("this model's state cannot be shortened", "start a new conversation")
+            abi.llama.llama_memory_clear(self._memory, True)
+        self.n_past = n_past
+
+    def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
+        """Logits [n_vocab] of the last forward's i-th output (negative: from the end). Valid until the next forward."""
+        pointer = abi.llama.llama_get_logits_ith(self._context, i)
+        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    @property
+    def context(self) -> int:
+        """llama.cpp's context, for its samplers."""
+        return self._context
+
+    def close(self) -> None:
+        """Free the context and all weights. The hollow model stays its owner's."""
+        self._store.close()
+        abi.llama.llama_free(self._context)
+        self._product.close()
+        self._buffers.free()
+        self._small.free()
+        for table in self._tables:
+            table.free()
+        self._files.close()
+
+
+class _SmallTensors:
+    """Norms, biases and tables outside the layers: read once, always there."""
+
+    def __init__(self, file: ModelFile, model: HollowModel, files: WeightFiles) -> None:
+        tensors = [t for t in file.small_tensors if t.name in model.weights]
+        offsets, end = [], 0
+        for info in tensors:
+            offsets.append(end)
+            end += -(-info.n_bytes // 64) * 64
+        self._region = Region(end or PAGE)
+        self._region.use_huge_pages(0)
+        self._read(tensors, offsets, files)
+        for info, offset in zip(tensors, offsets, strict=True):
+            for address in model.weights[info.name]:
+                abi.Tensor.from_address(address).data = self._region.address + offset
+
+    def _read(self, tensors: list[TensorInfo], offsets: list[int], files: WeightFiles) -> None:
+        """Through a bounce buffer, neighbours in the file together."""
+        bounce = Region(2 * 2**20)
+        have = (-1, 0, 0)  # file and range now in the bounce buffer
+        for info, offset in sorted(zip(tensors, offsets, strict=True), key=lambda t: (t[0].file, t[0].offset)):
+            done = 0
+            while done < info.n_bytes:
+                place = info.offset + done
+                if info.file != have[0] or not have[1] <= place < have[2]:
+                    start = page_down(place)
+                    n_bytes = min(bounce.n_bytes, page_up(info.offset + info.n_bytes) - start)
+                    files.read(info.file, start, bounce.address, n_bytes)
+                    have = (info.file, start, start + n_bytes)
+                part = min(info.n_bytes - done, have[2] - place)
+                target = view(self._region.address + offset + done, part)
+                target[:] = view(bounce.address + place - have[1], part)
+                done += part
+        bounce.free()
+
+    def free(self) -> None:
+        self._region.free()

@@ -1,0 +1,58 @@
+"""A matrix product whose weight matrix is never in memory as a whole: computed tile by tile of its rows.
+
+llama.cpp's own node is switched off for one pass (its op becomes NONE) and its result is written by one-node graphs of
+the same operation, one per tile. Each output element is the product of one weight row and one input column either way,
+so the result has the same bits. What follows in the graph (scaling, soft caps, biases) runs as always.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from runtime import llama_abi as abi
+from runtime.errors import EngineError
+
+_GRAPH_MEMORY = 2**20
+
+
+class TiledProduct:
+    """Computes row ranges of MUL_MAT nodes on a CPU backend of its own."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._backend = abi.ggml_backend_cpu_init()
+        abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
+        self._weights, self._input, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
+        self._context = abi.ggml_init(abi.GgmlInitParams(_GRAPH_MEMORY, None, True))
+        self._output.op = abi.OP_MUL_MAT
+        self._output.src[0] = ctypes.addressof(self._weights)
+        self._output.src[1] = ctypes.addressof(self._input)
+        self._graph = abi.ggml_new_graph(self._context)
+        abi.ggml_build_forward_expand(self._graph, ctypes.addressof(self._output))
+
+    def begin(self, node_address: int) -> None:
+        """Take over a MUL_MAT node: src[0] weights [n_in, n_rows], src[1] input [n_in, n_tokens]."""
+        node = abi.Tensor.from_address(node_address)
+        for own, source in ((self._output, node_address), (self._weights, node.src[0]), (self._input, node.src[1])):
+            ctypes.memmove(ctypes.addressof(own), source, abi.TENSOR_BYTES)
+            own.op, own.view_src = abi.OP_NONE, None
+            own.src = (ctypes.c_void_p * 10)()
+        self._output.op = abi.OP_MUL_MAT
+        self._output.src[0] = ctypes.addressof(self._weights)
+        self._output.src[1] = ctypes.addressof(self._input)
+        self._result = int(node.data)
+
+    def compute(self, data: int, first_row: int, n_rows: int) -> None:
+        """Compute rows [first_row, first_row + n_rows) of the node's result from the weights at address data."""
+        self._weights.data = data
+        self._weights.ne[1] = n_rows
+        self._weights.nb[2] = self._weights.nb[3] = self._weights.nb[1] * n_rows
+        self._output.data = self._result + first_row * 4
+        self._output.ne[0] = n_rows
+        status = abi.ggml_backend_graph_compute(self._backend, self._graph)
+        if status != 0:
+            raise EngineError(f"llama.cpp could not compute a tile of the output head (status {status})", "raise -m")
+
+    def close(self) -> None:
+        """Free the backend."""
+        abi.ggml_free(self._context)
+        abi.ggml_backend_free(self._backend)

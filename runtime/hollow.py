@@ -1,0 +1,195 @@
+"""Load a model into llama.cpp without its weights, and create a context whose buffers are ours.
+
+llama.cpp reads a memory file that holds the real header and, behind it, a hole; the weight buffers it asks for are
+address space that we hand out. After the load touching a weight that nobody has placed is a fault, never a wrong
+number. `weights` gives the address of every ggml_tensor by name: a weight is present once its `data` points at bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from runtime import llama_abi as abi
+from runtime.errors import EngineError, ModelError
+from runtime.memory import Region, trim_heap, view
+from runtime.model_file import ModelFile
+
+_ZEROS_BYTES = 16 * 2**20
+_LOAD_MODE_NONE = 0
+_CHUNK = 2**20
+
+
+def _header_copy(path: os.PathLike[str], header_bytes: int, file_bytes: int) -> int:
+    """A memory file with the header of path and a hole of the right size behind it."""
+    fd = os.memfd_create("h2o-header", os.MFD_CLOEXEC)
+    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for offset in range(0, header_bytes, _CHUNK):
+            os.write(fd, os.pread(source, min(_CHUNK, header_bytes - offset), offset))
+        os.ftruncate(fd, file_bytes)
+    finally:
+        os.close(source)
+    return fd
+
+
+class _WeightBuffers:
+    """The buffer type that gives llama.cpp address space instead of memory, and learns every weight's address."""
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+        self.buffers: list[int] = []
+        self.weights: dict[str, list[int]] = {}
+        self._zeros = os.memfd_create("h2o-zeros", os.MFD_CLOEXEC)
+        os.ftruncate(self._zeros, _ZEROS_BYTES)
+        self._alloc = abi.AllocBuffer(self._alloc_buffer)
+        self._init = abi.InitTensor(self._init_tensor)
+        self._base = abi.GetBase(self._get_base)
+        self.type = abi.BufferType()
+        source = abi.ggml_backend_cpu_buffer_type()
+        ctypes.memmove(ctypes.addressof(self.type), source, ctypes.sizeof(abi.BufferType))
+        self.type.alloc_buffer = ctypes.cast(self._alloc, ctypes.c_void_p)
+
+    def _alloc_buffer(self, buffer_type: int, n_bytes: int) -> int:
+        region = Region(n_bytes)
+        region.map_file(self._zeros, _ZEROS_BYTES)
+        address = abi.ggml_backend_cpu_buffer_from_ptr(region.address, n_bytes)
+        buffer = abi.Buffer.from_address(address)
+        buffer.init_tensor = ctypes.cast(self._init, ctypes.c_void_p)
+        buffer.get_base = ctypes.cast(self._base, ctypes.c_void_p)
+        buffer.buft = buffer_type
+        self.regions.append(region)
+        self.buffers.append(address)
+        return int(address)
+
+    def _get_base(self, buffer: int) -> int:
+        return self.regions[self.buffers.index(buffer)].address
+
+    def _init_tensor(self, _buffer: int, tensor: int) -> int:
+        name = abi.Tensor.from_address(tensor).name.decode(errors="replace")
+        self.weights.setdefault(name, []).append(tensor)
+        return 0
+
+    def seal(self) -> None:
+        """After the load: every weight not placed by us is a fault."""
+        for region in self.regions:
+            region.forbid()
+        os.close(self._zeros)
+
+    def free(self) -> None:
+        for region in self.regions:
+            region.free()
+
+
+class HollowModel:
+    """A llama_model whose weights are placed by us. `weights`: name -> addresses of its ggml_tensor structs."""
+
+    def __init__(self, model: ModelFile) -> None:
+        self._buffers = _WeightBuffers()
+        self.weights = self._buffers.weights
+        files = zip(model.paths, model.data_offsets, model.file_sizes, strict=True)
+        fds = [_header_copy(path, start, size) for path, start, size in files]
+        try:
+            self.pointer = self._load(model, [f"/proc/self/fd/{fd}".encode() for fd in fds])
+        finally:
+            for fd in fds:
+                os.close(fd)
+            self._buffers.seal()
+        trim_heap()
+
+    def _load(self, model: ModelFile, paths: Sequence[bytes]) -> Any:
+        overrides = (abi.BufferTypeOverride * 2)()
+        overrides[0].pattern = b".*"
+        overrides[0].buft = ctypes.addressof(self._buffers.type)
+        parameters = abi.llama.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        parameters.load_mode = _LOAD_MODE_NONE
+        parameters.use_extra_bufts = False
+        parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        abi.take_log()
+        if len(paths) == 1:
+            pointer = abi.llama.llama_model_load_from_file(paths[0], parameters)
+        else:
+            names = (ctypes.c_char_p * len(paths))(*paths)
+            pointer = abi.llama.llama_model_load_from_splits(names, len(paths), parameters)
+        if not pointer:
+            raise _load_error(model)
+        if not self.weights:
+            raise EngineError("llama.cpp placed no weight in our buffers", "report this model")
+        return pointer
+
+    def free(self) -> None:
+        """Free the model; contexts made from it must be freed first."""
+        abi.llama.llama_model_free(self.pointer)
+        self._buffers.free()
+
+
+def _load_error(model: ModelFile) -> ModelError:
+    lines = abi.take_log()
+    reason = next((line for line in lines if "error loading model" in line), lines[0] if lines else "unknown reason")
+    reason = reason.split("error loading model: ")[-1].strip()
+    if "unknown model architecture" in reason:
+        return ModelError(f"{model.path}: {reason}", "this llama.cpp does not support it; convert another model")
+    return ModelError(f"{model.path} cannot be loaded ({reason})", "download the model again or try another one")
+
+
+class ContextBuffers:
+    """Memory for everything a context allocates, lazily touched: KV cache, compute and output buffers.
+
+    Use as a context manager around llama_init_from_model: inside, the CPU buffer type's allocations come here.
+    `sizes` lists their bytes in order of allocation; `kv_bytes` is what was filled with a KV cache.
+    """
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+        self.kv_bytes = 0
+        self._cleared: list[Region] = []
+        self._type = abi.BufferType.from_address(abi.ggml_backend_cpu_buffer_type())
+        self._alloc = abi.AllocBuffer(self._alloc_buffer)
+        self._clear = abi.Clear(self._clear_buffer)
+
+    def __enter__(self) -> ContextBuffers:
+        self._original = self._type.alloc_buffer
+        self._type.alloc_buffer = ctypes.cast(self._alloc, ctypes.c_void_p)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._type.alloc_buffer = self._original
+
+    def _alloc_buffer(self, buffer_type: int, n_bytes: int) -> int:
+        region = Region(n_bytes)
+        region.use_huge_pages(0)
+        self.regions.append(region)
+        address = abi.ggml_backend_cpu_buffer_from_ptr(region.address, n_bytes)
+        buffer = abi.Buffer.from_address(address)
+        buffer.buft = buffer_type
+        buffer.clear = ctypes.cast(self._clear, ctypes.c_void_p)
+        return int(address)
+
+    def _clear_buffer(self, buffer: int, value: int) -> None:
+        """llama.cpp clears its KV cache at birth: fresh pages are zero already, later clears give the pages back."""
+        size = int(abi.Buffer.from_address(buffer).size)
+        base = next(r for r in self.regions if r.address == _base_of(buffer))
+        if value == 0:
+            base.drop(0, base.n_bytes)
+        else:
+            view(base.address, size)[:] = bytes([value]) * size
+        if base not in self._cleared:
+            self._cleared.append(base)
+            self.kv_bytes += size
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(region.n_bytes for region in self.regions)
+
+    def free(self) -> None:
+        """Unmap; the context must have been freed before."""
+        for region in self.regions:
+            region.free()
+
+
+def _base_of(buffer: int) -> int:
+    return int(abi.Buffer.from_address(buffer).context)

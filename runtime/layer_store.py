@@ -1,0 +1,407 @@
+"""Where the weights are: resident pieces, and the stream of all others through the ring.
+
+One cyclic stream serves everything. Reader threads walk the pieces in the order the computation uses them, pass after
+pass and across token boundaries. A piece that shall be resident and is not yet there is read into its home; any other
+goes into a slot of the ring and is given back once it has been computed with. So the first pass loads the resident
+pieces while it streams the rest, and a new plan needs no loading code of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from runtime.aligned_io import WeightFiles
+from runtime.errors import EngineError
+from runtime.memory import Region
+from runtime.model_file import ModelFile, Piece, TensorInfo
+from runtime.ring import Ring, Slot
+from runtime.sizes import PAGE, page_down, page_up
+
+_POLL_S = 0.1
+
+
+class Home:
+    """The place of a tensor's resident pieces: address space for all of it, memory only for what was loaded."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self._start = page_down(info.offset)
+        self._tensor = info
+        self._region = Region(page_up(info.offset + info.n_bytes) - self._start)
+        self._region.use_huge_pages(0)
+
+    @property
+    def data(self) -> int:
+        """Address of the tensor's first byte."""
+        return self._region.address + self._tensor.offset - self._start
+
+    def span_address(self, piece: Piece) -> int:
+        """Where the piece's span is to be read to."""
+        return self._region.address + piece.span[0] - self._start
+
+    def expect(self, n_bytes: int) -> None:
+        """The first n_bytes of the tensor are going to be resident: huge pages there and only there."""
+        self._region.use_huge_pages(n_bytes)
+
+    def drop(self, piece: Piece) -> None:
+        """Give the memory of one piece back."""
+        start, end = piece.offset - self._start, piece.offset + piece.n_bytes - self._start
+        whole = piece.n_rows == self._tensor.n_rows
+        self._region.drop(0 if whole else start, self._region.n_bytes if whole else end)
+
+    def free(self) -> None:
+        """Unmap."""
+        self._region.free()
+
+
+@dataclass(eq=False)
+class Load:
+    """A piece on its way into memory, or there: in a slot of the ring, or at home (slot None)."""
+
+    piece: Piece
+    pass_number: int
+    address: int
+    slot: Slot | None
+    chunks_left: int = 0
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One read request. load is None for reads outside the stream (embedding rows)."""
+
+    file: int
+    offset: int
+    address: int
+    n_bytes: int
+    load: Load | None = None
+    batch: list[int] | None = None
+
+
+class LayerStore:
+    """All streamable pieces of one model. One thread computes (need, computed, end_pass); `depth` threads read."""
+
+    def __init__(self, model: ModelFile, files: WeightFiles, *, request_bytes: int = 2**21, depth: int = 4) -> None:
+        self._files = files
+        self._pieces = tuple(model.pieces)
+        self._is_head = [piece.layer == model.n_layers for piece in self._pieces]
+        self._request_bytes = max(PAGE, page_down(request_bytes))
+        self._order = [piece.number for piece in self._pieces]
+        self._homes: dict[str, Home] = {}
+        self._wanted: frozenset[int] = frozenset()
+        self._resident: set[int] = set()
+        self._ring: Ring | None = None
+        self._loads: dict[int, Load] = {}
+        self._pending: list[Load] = []
+        self._queue: deque[Chunk] = deque()
+        self._passes_without_head: set[int] = set()
+        self._pass = 0  # the pass being computed
+        self._place = 0  # in _order: where the computation is
+        self._load_pass = 0
+        self._load_place = 0
+        self._in_flight = 0
+        self._paused = True
+        self._closing = False
+        self._error: BaseException | None = None
+        self.bytes_read = 0
+        self.wait_s = 0.0
+        self._lock = threading.Lock()
+        self._readable = threading.Condition(self._lock)  # for readers: there may be something to read
+        self._arrived = threading.Condition(self._lock)  # for the computation: something arrived
+        self._threads = [threading.Thread(target=self._reader, daemon=True, name=f"reader-{i}") for i in range(depth)]
+        for thread in self._threads:
+            thread.start()
+
+    # --- plans --------------------------------------------------------------------------------------------------
+
+    def apply(self, wanted: frozenset[int], window_bytes: int) -> None:
+        """From now on keep the pieces in `wanted` resident and stream the others through window_bytes.
+
+        Called between two passes. What is no longer wanted is freed before anything new is loaded; new residents
+        arrive with the next pass.
+        """
+        with self._lock:
+            self._pause()
+            for number in self._resident - wanted:
+                self._homes[self._pieces[number].tensor.name].drop(self._pieces[number])
+            self._resident &= wanted
+            self._wanted = wanted
+            self._loads.clear()
+            if self._ring is None or self._ring.n_bytes != window_bytes:
+                if self._ring:
+                    self._ring.free()
+                self._ring = Ring(window_bytes) if window_bytes else None
+            else:
+                self._ring.clear()
+            self._expect_residents()
+            self._load_pass, self._load_place = self._pass, 0
+            self._paused = False
+            self._readable.notify_all()
+
+    def _pause(self) -> None:
+        self._paused = True
+        self._queue.clear()
+        while self._in_flight:
+            self._arrived.wait(_POLL_S)
+
+    def _expect_residents(self) -> None:
+        """Tell every home how many of its first bytes will be resident (pieces of one tensor are taken in order)."""
+        sizes: dict[str, int] = {}
+        for number in self._wanted:
+            piece = self._pieces[number]
+            sizes[piece.tensor.name] = sizes.get(piece.tensor.name, 0) + piece.span_bytes
+        for name, n_bytes in sizes.items():
+            home = self._homes.get(name)
+            if home is None:
+                info = next(p.tensor for p in self._pieces if p.tensor.name == name)
+                home = self._homes[name] = Home(info)
+            home.expect(n_bytes)
+
+    # --- the computation's side ---------------------------------------------------------------------------------
+
+    def expect_passes(self, heads: Iterable[bool]) -> None:
+        """The next passes need the output head or not; passes not announced need it."""
+        with self._lock:
+            for i, head in enumerate(heads):
+                if not head:
+                    self._passes_without_head.add(self._pass + i)
+            self._readable.notify_all()
+
+    def need(self, piece: Piece) -> int:
+        """The address of the piece's bytes; waits until they are there. Raises DiskError when reading failed."""
+        with self._lock:
+            self._follow(piece.number)
+            if piece.number not in self._resident:
+                self._wait_for(piece.number)
+            load = self._loads.get(piece.number)
+            if load is None:
+                return self._homes[piece.tensor.name].data + piece.first_row * piece.tensor.row_bytes
+            if not load.asked:
+                load.asked = True
+                self._pending.append(load)
+            return load.address + piece.offset - piece.span[0]
+
+    def _follow(self, number: int) -> None:
+        """Keep the computation's place in the order; where the order was guessed wrong, correct it."""
+        order, place = self._order, self._place
+        while place < len(order) and order[place] != number and order[place] in self._resident:
+            place += 1
+        if place < len(order) and order[place] == number:
+            self._place = place + 1
+        elif number in order[: self._place] and (number in self._loads or number in self._resident):
+            pass  # used a second time and still there
+        else:
+            self._expect_now(number)
+
+    def _expect_now(self, number: int) -> None:
+        """Move a piece to the computation's place in the order."""
+        order = self._order
+        if number in order:
+            self._place -= order.index(number) < self._place
+            order.remove(number)
+        order.insert(self._place, number)
+        if number not in self._loads and self._load_pass == self._pass:
+            self._load_place = min(self._load_place, self._place)
+        self._place += 1
+        self._readable.notify_all()
+
+    def _wait_for(self, number: int) -> None:
+        start = time.perf_counter()
+        while number not in self._resident:
+            if self._error:
+                raise self._error
+            load = self._loads.get(number)
+            if load and load.chunks_left == 0:
+                break
+            idle = not self._queue and not self._in_flight
+            if load is None and idle and not self._start_load():
+                self._make_room()
+            self._arrived.wait(_POLL_S)
+        self.wait_s += time.perf_counter() - start
+
+    def _make_room(self) -> None:
+        """The ring is full of pieces that are used later than the one asked for (a wrong guess): drop those."""
+        for number in [n for n, load in self._loads.items() if load.slot and not load.asked]:
+            self._give_back(self._loads.pop(number))
+        self._load_pass, self._load_place = self._pass, self._place - 1
+        if not self._start_load():
+            raise EngineError("the streaming window is smaller than one tensor", "raise -m")
+
+    def next_is_there(self) -> bool:
+        """Whether the piece that is used next has arrived."""
+        order = self._order
+        with self._lock:
+            place = self._place
+            while place < len(order) and order[place] in self._resident:
+                place += 1
+            if place == len(order):
+                return True
+            load = self._loads.get(order[place])
+            return load is not None and load.chunks_left == 0
+
+    def computed(self) -> None:
+        """Everything asked for so far has been computed with: give its slots back to the readers."""
+        with self._lock:
+            if self._pending:
+                for load in self._pending:
+                    if self._loads.get(load.piece.number) is load:
+                        del self._loads[load.piece.number]
+                    self._give_back(load)
+                self._pending.clear()
+                self._readable.notify_all()
+
+    def end_pass(self, *, complete: bool) -> None:
+        """The pass is over (or was ended early: not complete). Pieces that no node used leave the stream."""
+        self.computed()
+        with self._lock:
+            if complete and self._pass not in self._passes_without_head:
+                self._order[self._place :] = [n for n in self._order[self._place :] if n in self._resident]
+            self._passes_without_head.discard(self._pass)
+            if not complete:
+                self._passes_without_head.clear()
+            self._pass += 1
+            self._place = 0
+            for number, load in list(self._loads.items()):
+                if load.pass_number >= self._pass:
+                    continue
+                if load.slot and not load.chunks_left:
+                    self._give_back(self._loads.pop(number))
+                else:
+                    load.pass_number = self._pass
+            if self._load_pass < self._pass:
+                self._load_pass, self._load_place = self._pass, 0
+            self._readable.notify_all()
+
+    def _give_back(self, load: Load) -> None:
+        if load.slot and self._ring:
+            self._ring.give_back(load.slot)
+
+    def read_now(self, chunks: list[tuple[int, int, int, int]]) -> None:
+        """Read (file, offset, address, bytes) ranges before anything else, and wait for them. Raises DiskError."""
+        batch = [len(chunks)]
+        with self._lock:
+            self._queue.extendleft(Chunk(*chunk, batch=batch) for chunk in chunks)
+            self._readable.notify_all()
+            start = time.perf_counter()
+            while batch[0]:
+                if self._error:
+                    raise self._error
+                self._arrived.wait(_POLL_S)
+            self.wait_s += time.perf_counter() - start
+
+    # --- the readers' side --------------------------------------------------------------------------------------
+
+    def _reader(self) -> None:
+        while True:
+            with self._lock:
+                chunk = self._next_chunk()
+                if chunk is None:
+                    return
+                self._in_flight += 1
+            error: BaseException | None = None
+            try:
+                self._files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
+            except BaseException as caught:  # noqa: BLE001 - handed to the computing thread, which raises it
+                error = caught
+            with self._lock:
+                self._in_flight -= 1
+                self._finish(chunk, error)
+                self._arrived.notify_all()
+
+    def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
+        if error:
+            self._error = error
+            return
+        self.bytes_read += chunk.n_bytes
+        if chunk.batch:
+            chunk.batch[0] -= 1
+        load = chunk.load
+        if load:
+            load.chunks_left -= 1
+            if load.chunks_left == 0 and load.slot is None and self._loads.get(load.piece.number) is load:
+                del self._loads[load.piece.number]
+                self._resident.add(load.piece.number)
+
+    def _next_chunk(self) -> Chunk | None:
+        """The next read, waiting for one; None when the store is closed. Holds the lock."""
+        while not self._closing:
+            if self._queue and (not self._paused or self._queue[0].batch):
+                return self._queue.popleft()
+            if self._paused or not self._start_load():
+                self._readable.wait()
+        return None
+
+    def _start_load(self) -> bool:
+        """Queue the reads of the next piece of the stream; False when there is none or no room for it."""
+        piece = self._next_piece()
+        if piece is None:
+            return False
+        slot = None
+        if piece.number in self._wanted:
+            address = self._homes[piece.tensor.name].span_address(piece)
+        else:
+            slot = self._ring.take(piece.span_bytes) if self._ring else None
+            if slot is None or self._ring is None:
+                return False
+            address = self._ring.address(slot)
+        load = self._loads[piece.number] = Load(piece, self._load_pass, address, slot)
+        start, end = piece.span
+        for offset in range(start, end, self._request_bytes):
+            n_bytes = min(self._request_bytes, end - offset)
+            self._queue.append(Chunk(piece.tensor.file, offset, address + offset - start, n_bytes, load))
+            load.chunks_left += 1
+        self._readable.notify(load.chunks_left - 1)
+        return True
+
+    def _next_piece(self) -> Piece | None:
+        """The next piece of the stream that is not in memory; the stream runs at most one pass ahead."""
+        while self._load_pass <= self._pass + 1:
+            if self._load_place >= len(self._order):
+                self._load_pass, self._load_place = self._load_pass + 1, 0
+                continue
+            number = self._order[self._load_place]
+            load = self._loads.get(number)
+            skip_head = self._is_head[number] and self._load_pass in self._passes_without_head
+            if skip_head or number in self._resident or (load and load.pass_number == self._load_pass):
+                self._load_place += 1
+            elif load:
+                return None  # still in use by the pass before
+            else:
+                return self._pieces[number]
+        return None
+
+    # --- facts and the end --------------------------------------------------------------------------------------
+
+    def is_resident(self, piece: Piece) -> bool:
+        """Whether the piece is in memory for good."""
+        return piece.number in self._resident
+
+    def home(self, tensor_name: str) -> Home:
+        """The place of a tensor's resident pieces."""
+        return self._homes[tensor_name]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of resident pieces now."""
+        return sum(self._pieces[number].span_bytes for number in self._resident)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the ring."""
+        return self._ring.n_bytes if self._ring else 0
+
+    def close(self) -> None:
+        """Stop the readers and free all memory."""
+        with self._lock:
+            self._closing = True
+            self._queue.clear()
+            self._readable.notify_all()
+        for thread in self._threads:
+            thread.join()
+        if self._ring:
+            self._ring.free()
+        for home in self._homes.values():
+            home.free()

@@ -1,0 +1,77 @@
+"""Where the bytes of the budget go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.errors import BudgetError
+from runtime.sizes import MB, PAGE, format_size
+
+MARGIN_BYTES = 12 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
+SAMPLER_BYTES_PER_TOKEN = 16  # llama.cpp's candidate list: token id, logit, probability per vocabulary entry
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes by part. process: measured after everything but weights was loaded, vocabulary included."""
+
+    process_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    embedding_bytes: int
+    sampler_bytes: int
+    window_bytes: int = 0
+    resident_bytes: int = 0
+    margin_bytes: int = MARGIN_BYTES
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Everything but streamable weights."""
+        return (
+            self.process_bytes
+            + self.kv_bytes
+            + self.compute_bytes
+            + self.embedding_bytes
+            + self.sampler_bytes
+            + self.margin_bytes
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """The most this process will take."""
+        return self.fixed_bytes + self.window_bytes + self.resident_bytes
+
+    def as_dict(self) -> dict[str, int]:
+        """Part -> bytes, for people and for --json."""
+        return {
+            "process_bytes": self.process_bytes,
+            "kv_bytes": self.kv_bytes,
+            "compute_bytes": self.compute_bytes,
+            "embedding_bytes": self.embedding_bytes,
+            "sampler_bytes": self.sampler_bytes,
+            "margin_bytes": self.margin_bytes,
+            "window_bytes": self.window_bytes,
+            "resident_bytes": self.resident_bytes,
+        }
+
+    def weights_bytes(self, budget_bytes: int, smallest_window: int) -> int:
+        """What the budget leaves for window and resident pieces. Raises BudgetError below the floor."""
+        floor = self.fixed_bytes + smallest_window
+        if budget_bytes < floor:
+            raise below_floor(budget_bytes, floor)
+        return budget_bytes - self.fixed_bytes
+
+
+def below_floor(budget_bytes: int, floor_bytes: int) -> BudgetError:
+    """The error for a budget that is too small; the floor it names is a whole number of MB and works."""
+    floor = -(-(floor_bytes + MB) // MB)
+    return BudgetError(
+        f"{format_size(budget_bytes)} is too small for this model",
+        f"the smallest budget that works here is -m {floor} (a smaller --ctx or --ubatch lowers it)",
+        floor_bytes=floor * MB,
+    )
+
+
+def embedding_rows_bytes(row_bytes: int, n_tokens: int) -> int:
+    """Memory for the embedding rows of n_tokens, in whole pages."""
+    return n_tokens * (row_bytes // PAGE + 2) * PAGE

@@ -1,0 +1,309 @@
+"""The only place that knows struct layouts of the pinned llama.cpp libraries.
+
+Importing this module loads llama.cpp, sets what has to be set before and right after that (OpenMP wait policy, malloc
+arenas, abort messages), and checks every layout used against the libraries' own answers. Any other version ends in one
+clear EngineError instead of undefined behaviour.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import EngineError
+
+PINNED_VERSION = "0.3.36"
+
+# libgomp reads this when it is loaded: threads that spin between two graph pieces would take the readers' cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+if hasattr(_libc, "mallopt"):
+    _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+    _libc.mallopt(_M_ARENA_MAX, 1)
+    _libc.mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
+
+try:
+    import llama_cpp
+    from llama_cpp import llama_cpp as llama
+except Exception as error:  # noqa: BLE001 - a broken installation raises whatever its loader raises
+    raise EngineError(
+        f"llama-cpp-python cannot be loaded: {error}", "reinstall it: pip install llama-cpp-python==0.3.36"
+    ) from error
+
+LIB_DIR = Path(llama_cpp.__file__).parent / "lib"
+
+
+def _load(name: str) -> ctypes.CDLL:
+    """The copy of a ggml library that llama.cpp itself is linked to (the soname ending in .so.0)."""
+    path = LIB_DIR / f"{name}.so.0"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EngineError(
+            f"{path.name} of llama-cpp-python cannot be loaded: {error}", "reinstall h2o on Linux"
+        ) from error
+
+
+ggml_base = _load("libggml-base")
+ggml_cpu = _load("libggml-cpu")
+
+POINTER = ctypes.c_void_p
+
+
+def bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+    """A C function with its types set. Raises EngineError when the library has no such function."""
+    try:
+        function = getattr(library, name)
+    except AttributeError:
+        raise _wrong_version(f"{name} is missing") from None
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+def _wrong_version(what: str) -> EngineError:
+    found = getattr(llama_cpp, "__version__", "?")
+    return EngineError(
+        f"llama-cpp-python {found} does not fit this program ({what})",
+        f"pip install llama-cpp-python=={PINNED_VERSION}",
+    )
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", POINTER),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", POINTER * 10),
+        ("view_src", POINTER),
+        ("view_offs", ctypes.c_size_t),
+        ("data", POINTER),
+        ("name", ctypes.c_char * 64),
+        ("extra", POINTER),
+        ("padding", ctypes.c_char * 8),
+    ]
+
+
+TENSOR_BYTES = ctypes.sizeof(Tensor)
+SRC_OFFSET = Tensor.src.offset
+DATA_OFFSET = Tensor.data.offset
+OP_OFFSET = Tensor.op.offset
+SRC_BYTES = 80
+unpack_src = struct.Struct("10Q").unpack
+
+AllocBuffer = ctypes.CFUNCTYPE(POINTER, POINTER, ctypes.c_size_t)
+GetBase = ctypes.CFUNCTYPE(POINTER, POINTER)
+InitTensor = ctypes.CFUNCTYPE(ctypes.c_int, POINTER, POINTER)
+FreeBuffer = ctypes.CFUNCTYPE(None, POINTER)
+Clear = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_uint8)
+EvalCallback = llama.ggml_backend_sched_eval_callback
+
+
+class BufferType(ctypes.Structure):
+    """struct ggml_backend_buffer_type with its interface."""
+
+    _fields_ = [
+        ("get_name", POINTER),
+        ("alloc_buffer", POINTER),
+        ("get_alignment", POINTER),
+        ("get_max_size", POINTER),
+        ("get_alloc_size", POINTER),
+        ("is_host", POINTER),
+        ("device", POINTER),
+        ("context", POINTER),
+    ]
+
+
+class Buffer(ctypes.Structure):
+    """struct ggml_backend_buffer with its interface."""
+
+    _fields_ = [
+        ("free_buffer", POINTER),
+        ("get_base", POINTER),
+        ("init_tensor", POINTER),
+        ("memset_tensor", POINTER),
+        ("set_tensor", POINTER),
+        ("get_tensor", POINTER),
+        ("set_tensor_2d", POINTER),
+        ("get_tensor_2d", POINTER),
+        ("cpy_tensor", POINTER),
+        ("clear", POINTER),
+        ("reset", POINTER),
+        ("buft", POINTER),
+        ("context", POINTER),
+        ("size", ctypes.c_size_t),
+        ("usage", ctypes.c_int),
+    ]
+
+
+class BufferTypeOverride(ctypes.Structure):
+    """struct llama_model_tensor_buft_override."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", POINTER)]
+
+
+class GgufInitParams(ctypes.Structure):
+    """struct gguf_init_params."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.POINTER(POINTER))]
+
+
+class GgmlInitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", POINTER), ("no_alloc", ctypes.c_bool)]
+
+
+ggml_tensor_overhead = bind(ggml_base, "ggml_tensor_overhead", ctypes.c_size_t)
+ggml_graph_overhead = bind(ggml_base, "ggml_graph_overhead", ctypes.c_size_t)
+ggml_init = bind(ggml_base, "ggml_init", POINTER, GgmlInitParams)
+ggml_free = bind(ggml_base, "ggml_free", None, POINTER)
+ggml_new_tensor_2d = bind(
+    ggml_base, "ggml_new_tensor_2d", POINTER, POINTER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+)
+ggml_set_name = bind(ggml_base, "ggml_set_name", POINTER, POINTER, ctypes.c_char_p)
+ggml_get_data = bind(ggml_base, "ggml_get_data", POINTER, POINTER)
+ggml_nbytes = bind(ggml_base, "ggml_nbytes", ctypes.c_size_t, POINTER)
+ggml_row_size = bind(ggml_base, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
+ggml_op_name = bind(ggml_base, "ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+ggml_type_name = bind(ggml_base, "ggml_type_name", ctypes.c_char_p, ctypes.c_int)
+ggml_mul_mat = bind(ggml_base, "ggml_mul_mat", POINTER, POINTER, POINTER, POINTER)
+ggml_new_graph = bind(ggml_base, "ggml_new_graph", POINTER, POINTER)
+ggml_build_forward_expand = bind(ggml_base, "ggml_build_forward_expand", None, POINTER, POINTER)
+ggml_get_first_tensor = bind(ggml_base, "ggml_get_first_tensor", POINTER, POINTER)
+ggml_get_next_tensor = bind(ggml_base, "ggml_get_next_tensor", POINTER, POINTER, POINTER)
+ggml_backend_graph_compute = bind(ggml_base, "ggml_backend_graph_compute", ctypes.c_int, POINTER, POINTER)
+ggml_backend_free = bind(ggml_base, "ggml_backend_free", None, POINTER)
+ggml_backend_cpu_buffer_type = bind(ggml_base, "ggml_backend_cpu_buffer_type", POINTER)
+ggml_backend_cpu_buffer_from_ptr = bind(
+    ggml_base, "ggml_backend_cpu_buffer_from_ptr", POINTER, POINTER, ctypes.c_size_t
+)
+ggml_backend_cpu_init = bind(ggml_cpu, "ggml_backend_cpu_init", POINTER)
+ggml_backend_cpu_set_n_threads = bind(ggml_cpu, "ggml_backend_cpu_set_n_threads", None, POINTER, ctypes.c_int)
+
+gguf_init_from_file = bind(ggml_base, "gguf_init_from_file", POINTER, ctypes.c_char_p, GgufInitParams)
+gguf_free = bind(ggml_base, "gguf_free", None, POINTER)
+gguf_get_n_tensors = bind(ggml_base, "gguf_get_n_tensors", ctypes.c_int64, POINTER)
+gguf_get_tensor_name = bind(ggml_base, "gguf_get_tensor_name", ctypes.c_char_p, POINTER, ctypes.c_int64)
+gguf_get_tensor_offset = bind(ggml_base, "gguf_get_tensor_offset", ctypes.c_size_t, POINTER, ctypes.c_int64)
+gguf_get_tensor_size = bind(ggml_base, "gguf_get_tensor_size", ctypes.c_size_t, POINTER, ctypes.c_int64)
+gguf_get_tensor_type = bind(ggml_base, "gguf_get_tensor_type", ctypes.c_int, POINTER, ctypes.c_int64)
+gguf_get_data_offset = bind(ggml_base, "gguf_get_data_offset", ctypes.c_size_t, POINTER)
+gguf_find_key = bind(ggml_base, "gguf_find_key", ctypes.c_int64, POINTER, ctypes.c_char_p)
+gguf_get_kv_type = bind(ggml_base, "gguf_get_kv_type", ctypes.c_int, POINTER, ctypes.c_int64)
+gguf_get_val_str = bind(ggml_base, "gguf_get_val_str", ctypes.c_char_p, POINTER, ctypes.c_int64)
+gguf_get_val_data = bind(ggml_base, "gguf_get_val_data", POINTER, POINTER, ctypes.c_int64)
+gguf_get_arr_type = bind(ggml_base, "gguf_get_arr_type", ctypes.c_int, POINTER, ctypes.c_int64)
+gguf_get_arr_n = bind(ggml_base, "gguf_get_arr_n", ctypes.c_size_t, POINTER, ctypes.c_int64)
+gguf_get_arr_data = bind(ggml_base, "gguf_get_arr_data", POINTER, POINTER, ctypes.c_int64)
+gguf_get_arr_str = bind(ggml_base, "gguf_get_arr_str", ctypes.c_char_p, POINTER, ctypes.c_int64, ctypes.c_size_t)
+
+
+def op_code(name: bytes) -> int:
+    """The number of a ggml operation, looked up by its name."""
+    for code in range(256):
+        found = ggml_op_name(code)
+        if found == name:
+            return code
+        if found is None or found == b"":
+            break
+    raise _wrong_version(f"operation {name.decode()} is unknown")
+
+
+def _self_check() -> None:
+    """Compare the layouts above with what the libraries say of a tensor they made. Raises EngineError."""
+    if getattr(llama_cpp, "__version__", "") != PINNED_VERSION:
+        raise _wrong_version(f"this program knows {PINNED_VERSION}")
+    object_header = 32
+    if ggml_tensor_overhead() != TENSOR_BYTES + object_header:
+        raise _wrong_version("struct ggml_tensor has another size")
+    context = ggml_init(GgmlInitParams(64 * 1024, None, False))
+    address = ggml_new_tensor_2d(context, 0, 48, 5)
+    ggml_set_name(address, b"layout check")
+    tensor = Tensor.from_address(address)
+    facts = (
+        tensor.name == b"layout check",
+        tensor.data == ggml_get_data(address),
+        tuple(tensor.ne) == (48, 5, 1, 1),
+        tensor.nb[1] == 192 and ggml_nbytes(address) == 960,
+        tensor.op == OP_NONE and not any(tensor.src),
+    )
+    other = ggml_new_tensor_2d(context, 0, 48, 3)
+    product = Tensor.from_address(ggml_mul_mat(context, address, other))
+    facts += (product.op == OP_MUL_MAT, product.src[0] == address, product.src[1] == other)
+    ggml_free(context)
+    if not all(facts):
+        raise _wrong_version("struct ggml_tensor has another layout")
+
+
+OP_NONE = op_code(b"NONE")
+OP_MUL_MAT = op_code(b"MUL_MAT")
+OP_GET_ROWS = op_code(b"GET_ROWS")
+VIEW_OPS = frozenset(op_code(name) for name in (b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE"))
+_self_check()
+
+
+# --- what llama.cpp says, and what it must not do -------------------------------------------------------------------
+
+_log_tail: list[str] = []
+
+
+@llama.llama_log_callback
+def _keep_log(level: int, text: bytes, _data: int) -> None:
+    """Keep the last warnings and errors for our own one-line messages; print nothing."""
+    if level >= 3:
+        _log_tail.append(text.decode(errors="replace").strip())
+        del _log_tail[:-20]
+
+
+def take_log() -> list[str]:
+    """The last warnings and errors of llama.cpp, oldest first; forgets them."""
+    lines = [line for line in _log_tail if line]
+    _log_tail.clear()
+    return lines
+
+
+def _die(reason: str) -> None:
+    """The last word before the C side would abort: one line, then a plain exit (buffered output is flushed first)."""
+    try:
+        sys.stdout.flush()
+        print(
+            f"h2o: llama.cpp cannot go on: {reason}; check the model file with `h2o inspect`",
+            file=sys.stderr,
+            flush=True,
+        )
+    finally:
+        os._exit(1)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _on_abort(message: bytes) -> None:
+    _die(message.decode(errors="replace").strip().split("\n")[0])
+
+
+@ctypes.CFUNCTYPE(None)
+def _on_terminate() -> None:
+    lines = take_log()
+    _die(lines[-1] if lines else "an exception inside the library")
+
+
+bind(ggml_base, "ggml_set_abort_callback", POINTER, POINTER)(ctypes.cast(_on_abort, POINTER))
+llama.llama_log_set(_keep_log, POINTER(0))
+llama.llama_backend_init()
+try:
+    _set_terminate = ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"]
+    _set_terminate.restype, _set_terminate.argtypes = POINTER, [POINTER]
+    _set_terminate(ctypes.cast(_on_terminate, POINTER))
+except (OSError, AttributeError):
+    pass  # another C++ library: an uncaught exception then ends in the library's own message

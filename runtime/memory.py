@@ -1,0 +1,189 @@
+"""Anonymous memory, and what the kernel says this process uses."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+from runtime.errors import EngineError
+from runtime.sizes import PAGE, page_down, page_up
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+HUGE_PAGE = 2 * 2**20
+PROT_NONE = 0
+_PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_NORESERVE = 0x4000
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15
+
+
+def _mmap(address: int | None, n_bytes: int, prot: int, flags: int, fd: int = -1) -> int:
+    found = _libc.mmap(address, n_bytes, prot, flags, fd, 0)
+    if found == _MAP_FAILED or found is None:
+        reason = os.strerror(ctypes.get_errno())
+        raise EngineError(
+            f"the system gave no address space ({n_bytes} bytes: {reason})", "lower -m or raise `ulimit -v`"
+        )
+    return int(found)
+
+
+class Region:
+    """Private anonymous memory: address space at once, pages when they are first written. Aligned to 2 MiB."""
+
+    def __init__(self, n_bytes: int, prot: int = _PROT_RW) -> None:
+        self.n_bytes = max(page_up(n_bytes), PAGE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        start = _mmap(None, self.n_bytes + HUGE_PAGE, prot, flags)
+        self.address = -(-start // HUGE_PAGE) * HUGE_PAGE
+        before = self.address - start
+        if before:
+            _libc.munmap(start, before)
+        _libc.munmap(self.address + self.n_bytes, HUGE_PAGE - before)
+
+    def use_huge_pages(self, n_bytes: int) -> None:
+        """Ask for huge pages in the first n_bytes (rounded down to whole ones), small pages behind them."""
+        huge = n_bytes // HUGE_PAGE * HUGE_PAGE
+        if huge:
+            _libc.madvise(self.address, huge, _MADV_HUGEPAGE)
+        if huge < self.n_bytes:
+            _libc.madvise(self.address + huge, self.n_bytes - huge, _MADV_NOHUGEPAGE)
+
+    def drop(self, start: int, end: int) -> None:
+        """Give the whole pages inside [start, end) back; they read as zeros afterwards."""
+        first, last = page_up(start), page_down(end)
+        if last > first:
+            _libc.madvise(self.address + first, last - first, _MADV_DONTNEED)
+
+    def map_file(self, fd: int, n_bytes: int) -> None:
+        """Lay the first n_bytes of fd over this region again and again (for the hollow load only)."""
+        for start in range(0, self.n_bytes, n_bytes):
+            part = min(n_bytes, self.n_bytes - start)
+            _mmap(self.address + start, part, _PROT_RW, mmap.MAP_SHARED | _MAP_FIXED, fd)
+
+    def forbid(self) -> None:
+        """Make every access a fault, and give all pages back."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        _mmap(self.address, self.n_bytes, PROT_NONE, flags)
+
+    def free(self) -> None:
+        """Unmap. The region must not be used afterwards."""
+        if self.n_bytes:
+            _libc.munmap(self.address, self.n_bytes)
+            self.n_bytes = 0
+
+
+def view(address: int, n_bytes: int) -> memoryview:
+    """A writable view of raw memory."""
+    return memoryview((ctypes.c_char * n_bytes).from_address(address)).cast("B")
+
+
+def trim_heap() -> None:
+    """Return freed heap pages to the system."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory now, libraries and page tables included."""
+    return _status_bytes("VmRSS") + _status_bytes("VmPTE")
+
+
+def peak_bytes() -> int:
+    """The most bytes this process ever had in memory.
+
+    When the process is alone in a memory cgroup, the kernel's own peak of that group (page cache included) is the
+    answer; else the process's resident high-water mark.
+    """
+    group = _own_cgroup_peak()
+    return group if group is not None else _status_bytes("VmHWM") + _status_bytes("VmPTE")
+
+
+def _own_cgroup_peak() -> int | None:
+    folder = cgroup_folder()
+    if folder is None:
+        return None
+    try:
+        members = (folder / "cgroup.procs").read_text().split()
+        if members != [str(os.getpid())]:
+            return None
+        for name in ("memory.peak", "memory.max_usage_in_bytes"):
+            if (folder / name).exists():
+                return int((folder / name).read_text())
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def cgroup_folder() -> Path | None:
+    """The folder of this process's memory cgroup (version 1 or 2), if it has one of its own."""
+    try:
+        rows = Path("/proc/self/cgroup").read_text().split()
+    except OSError:
+        return None
+    for row in rows:
+        _, controllers, path = row.split(":", 2)
+        if "memory" in controllers.split(","):
+            folder = Path("/sys/fs/cgroup/memory" + path)
+        elif controllers == "" and Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            folder = Path("/sys/fs/cgroup" + path)
+        else:
+            continue
+        if path != "/" and folder.is_dir():
+            return folder
+    return None
+
+
+def _limit_of(folder: Path) -> int | None:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        try:
+            text = (folder / name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 2**60:
+            return int(text)
+    return None
+
+
+def _usage_of(folder: Path) -> int:
+    """Bytes charged to the group that cannot simply be reclaimed (inactive page cache left out)."""
+    for name in ("memory.current", "memory.usage_in_bytes"):
+        try:
+            used = int((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        for line in (folder / "memory.stat").read_text().splitlines():
+            key, value = line.split()[:2]
+            if key in ("inactive_file", "total_inactive_file"):
+                return max(0, used - int(value))
+        return used
+    return 0
+
+
+def available_bytes() -> int:
+    """Memory this process may still take: the machine's, or what its cgroups leave when that is less."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    folder = cgroup_folder()
+    while folder is not None and folder.name not in ("memory", "cgroup"):
+        limit = _limit_of(folder)
+        if limit is not None:
+            available = min(available, max(0, limit - _usage_of(folder)) + resident_bytes())
+        folder = folder.parent
+    return available

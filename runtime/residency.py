@@ -1,0 +1,102 @@
+"""Which pieces a plan keeps resident. Pure functions over the index of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from runtime.model_file import Layer, ModelFile, Piece
+from runtime.plan import Layout, Plan
+
+
+def layer_bytes(layer: Layer) -> int:
+    """Bytes a group of pieces takes in memory (whole pages)."""
+    return sum(piece.span_bytes for piece in layer.pieces)
+
+
+def streamable_bytes(model: ModelFile) -> int:
+    """Bytes of all layers and the head in memory."""
+    return sum(layer_bytes(group) for group in model.groups)
+
+
+def whole_layers(n_layers: int, k: int, layout: Layout) -> list[int]:
+    """The layers that are resident as a whole: the first k, or k spread evenly."""
+    k = min(k, n_layers)
+    if layout is Layout.PREFIX:
+        return list(range(k))
+    return [(2 * i + 1) * n_layers // (2 * k) for i in range(k)]
+
+
+def k_layers_worth(model: ModelFile, k: int, layout: Layout) -> int:
+    """Bytes of k resident layers: of the very layers, or (balanced) of k mean layers."""
+    sizes = [layer_bytes(layer) for layer in model.layers]
+    if layout is Layout.BALANCED:
+        return sum(sizes) * min(k, len(sizes)) // len(sizes)
+    return sum(sizes[i] for i in whole_layers(len(sizes), k, layout))
+
+
+def layers_in(model: ModelFile, pinned_bytes: int) -> int:
+    """k: how many mean layers pinned_bytes are worth."""
+    total = sum(layer_bytes(layer) for layer in model.layers)
+    return min(model.n_layers, pinned_bytes * model.n_layers // total) if total else model.n_layers
+
+
+def resident_pieces(model: ModelFile, plan: Plan, limit_bytes: int | None = None) -> frozenset[int]:
+    """The numbers of the pieces that stay in memory under this plan, together at most limit_bytes."""
+    target = plan.pinned_bytes or k_layers_worth(model, plan.k, plan.layout)
+    if limit_bytes is not None:
+        target = min(target, limit_bytes)
+    if target >= streamable_bytes(model):
+        return frozenset(piece.number for piece in model.pieces)
+    if plan.layout is Layout.BALANCED:
+        chosen = _balanced(model, target)
+    else:
+        k = plan.k if not plan.pinned_bytes else max(plan.k, layers_in(model, target))
+        order = whole_layers(model.n_layers, k, plan.layout)
+        chosen = _fill([p for i in order for p in model.layers[i].pieces], target)
+    if plan.pinned_bytes:
+        chosen = _fill(model.head.pieces, target, chosen)
+        chosen = _fill((p for layer in model.layers for p in layer.pieces), target, chosen)
+    return frozenset(piece.number for piece in chosen)
+
+
+def _fill(candidates: Iterable[Piece], target: int, chosen: frozenset[Piece] = frozenset()) -> frozenset[Piece]:
+    """chosen, and every candidate that still fits. Tiles of one tensor are taken in order, without gaps."""
+    taken, used = set(chosen), sum(piece.span_bytes for piece in chosen)
+    closed: set[str] = set()
+    for piece in candidates:
+        if piece in taken or piece.tensor.name in closed:
+            continue
+        if used + piece.span_bytes <= target:
+            taken.add(piece)
+            used += piece.span_bytes
+        else:
+            closed.add(piece.tensor.name)
+    return frozenset(taken)
+
+
+def _balanced(model: ModelFile, target: int) -> frozenset[Piece]:
+    """The same share of every layer and of the head: what one layer cannot take exactly, the next ones make up for."""
+    share = target / streamable_bytes(model)
+    chosen: set[Piece] = set()
+    seen = used = 0
+    for group in model.groups:
+        seen += layer_bytes(group)
+        in_order = group is model.head
+        for piece in group.pieces if in_order else sorted(group.pieces, key=lambda p: -p.span_bytes):
+            if used + piece.span_bytes <= share * seen:
+                chosen.add(piece)
+                used += piece.span_bytes
+            elif in_order:
+                break
+    return frozenset(chosen)
+
+
+def smallest_window(model: ModelFile, resident: frozenset[int] = frozenset()) -> int:
+    """Bytes of the smallest ring that can stream what is not resident: its largest piece."""
+    return max((p.span_bytes for p in model.pieces if p.number not in resident), default=0)
+
+
+def window_bytes(model: ModelFile, plan: Plan) -> int:
+    """Bytes of the ring a plan asks for: w times the largest layer, unless the plan says it in bytes."""
+    largest = max(layer_bytes(layer) for layer in model.layers)
+    return max(plan.window_bytes or plan.w * largest, smallest_window(model))
