@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime import llama_abi as abi
 from runtime.errors import EngineError, ModelError
-from runtime.memory import Region, trim_heap, view
+from runtime.memory import Region, forget_peak, trim_heap, view
 from runtime.model_file import ModelFile
 
 _ZEROS_BYTES = 16 * 2**20
@@ -98,6 +98,7 @@ class HollowModel:
                 os.close(fd)
             self._buffers.seal()
         trim_heap()
+        forget_peak()
 
     def _load(self, model: ModelFile, paths: Sequence[bytes]) -> Any:
         overrides = (abi.BufferTypeOverride * 2)()

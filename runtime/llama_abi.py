@@ -31,7 +31,7 @@ if hasattr(_libc, "mallopt"):
 try:
     import llama_cpp
     from llama_cpp import llama_cpp as llama
-except Exception as error:  # noqa: BLE001 - a broken installation raises whatever its loader raises
+except Exception as error:
     raise EngineError(
         f"llama-cpp-python cannot be loaded: {error}", "reinstall it: pip install llama-cpp-python==0.3.36"
     ) from error
