@@ -1,0 +1,212 @@
+"""The profile of one model on one machine: what was measured, with units in the key names, as JSON.
+
+docs/profile-schema.md describes every key. A profile is checked when it is built and when it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from runtime.errors import ProfileError
+
+SCHEMA = 1
+PROFILE_AGAIN = "measure again with `h2o profile MODEL`"
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Quantity = Annotated[float, msgspec.Meta(ge=0)]
+Hash = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """One measured quantity over n repeats; sd is the sample standard deviation (n - 1), 0 for one repeat."""
+
+    mean: Quantity
+    sd: Quantity
+    n: Positive
+    minimum: Quantity
+    maximum: Quantity
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in (self.mean, self.sd, self.minimum, self.maximum)):
+            raise ValueError("a measured value is not a finite number")
+        slack = 1e-9 * self.maximum
+        if not self.minimum - slack <= self.mean <= self.maximum + slack:
+            raise ValueError(f"the mean {self.mean} is outside minimum {self.minimum} .. maximum {self.maximum}")
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of repeated measurements (at least one)."""
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(statistics.fmean(values), sd, len(values), min(values), max(values))
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """Which model was measured; hash 0 means unknown."""
+
+    path: str
+    name: str
+    hash: Hash
+    architecture: str
+    file_bytes: Count
+    n_layers: Positive
+    tied_head: bool
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    """Which machine it was measured on."""
+
+    id: str
+    cpu: str
+    n_cores: Count
+    memory_bytes: Count
+    kernel: str
+
+
+class DiskPoint(msgspec.Struct, frozen=True):
+    """Read rate at one request size and queue depth."""
+
+    mode: Literal["direct", "buffered"]
+    request_bytes: Count
+    depth: Count
+    bytes_per_s: Spread
+
+
+class DiskProfile(msgspec.Struct, frozen=True):
+    """The fastest way to read weights, and every way that was tried."""
+
+    bytes_per_s: Spread
+    mode: Literal["direct", "buffered"]
+    request_bytes: Count
+    depth: Count
+    points: tuple[DiskPoint, ...]
+
+
+class LayerProfile(msgspec.Struct, frozen=True):
+    """One decoder layer: streamable bytes, small tensors that always stay resident, and times per pass."""
+
+    bytes: Positive
+    resident_bytes: Count
+    io_s: Spread
+    decode_compute_s: Spread
+    prefill_compute_s: Spread
+    release_s: Spread
+
+
+class HeadProfile(msgspec.Struct, frozen=True):
+    """The output head, read and multiplied in tiles."""
+
+    bytes: Count
+    tile_bytes: Count
+    io_s: Spread
+    decode_compute_s: Spread
+    prefill_compute_s: Spread
+    release_s: Spread
+
+
+class EmbeddingProfile(msgspec.Struct, frozen=True):
+    """The input embedding; io_s is the time to read one row."""
+
+    bytes: Count
+    row_bytes: Count
+    io_s: Spread
+
+
+class MemoryProfile(msgspec.Struct, frozen=True):
+    """What the process needs besides weights, measured at ctx_tokens and ubatch_tokens."""
+
+    process_bytes: Count
+    ctx_tokens: Count
+    ubatch_tokens: Count
+    kv_bytes: Count
+    compute_bytes: Count
+    min_window_bytes: Positive
+    margin_bytes: Count
+
+
+class ModelProfile(msgspec.Struct, frozen=True):
+    """Everything measured about one model on one machine."""
+
+    schema: int
+    model: ModelInfo
+    device: DeviceInfo
+    versions: dict[str, str]
+    disk: DiskProfile
+    layers: tuple[LayerProfile, ...]
+    head: HeadProfile
+    embedding: EmbeddingProfile
+    prefill_tokens: Positive
+    overhead_s: Spread
+    kv_bytes_per_token: Count
+    memory: MemoryProfile
+    floor_bytes: Count
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema {self.schema} is not {SCHEMA}")
+        if len(self.layers) != self.model.n_layers:
+            raise ValueError(f"the model has {self.model.n_layers} layers but {len(self.layers)} were measured")
+        if self.disk.bytes_per_s.mean <= 0:
+            raise ValueError("the disk's bytes_per_s is 0")
+
+    def check_model(self, model_hash: int) -> None:
+        """Raise ProfileError unless this profile is of the model with that hash (0 on either side: unknown, passes)."""
+        if model_hash and self.model.hash and model_hash != self.model.hash:
+            raise ProfileError(f"the profile is of another model ({self.model.name})", PROFILE_AGAIN)
+
+
+class _Header(msgspec.Struct):
+    schema: int
+
+
+def decode_profile(data: bytes, source: str = "the profile") -> ModelProfile:
+    """The profile in JSON bytes; source names it in errors. Raises ProfileError."""
+    try:
+        schema = msgspec.json.decode(data, type=_Header).schema
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{source} is not a profile: {error}", PROFILE_AGAIN) from None
+    if schema != SCHEMA:
+        raise ProfileError(f"{source} has schema {schema}, this program reads schema {SCHEMA}", PROFILE_AGAIN)
+    try:
+        return msgspec.json.decode(data, type=ModelProfile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{source} cannot be used: {error}", PROFILE_AGAIN) from None
+
+
+def load_profile(path: str | os.PathLike[str]) -> ModelProfile:
+    """The profile in a JSON file. Raises ProfileError."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ProfileError(f"cannot read the profile {path}: {error.strerror}", "make one with `h2o profile`") from None
+    return decode_profile(data, str(path))
+
+
+def save_profile(profile: ModelProfile, path: str | os.PathLike[str]) -> None:
+    """Write the profile whole: a temporary file beside the target, then a rename. Raises ProfileError."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace a file by data in one step, so a reader sees the old or the new one. Raises ProfileError."""
+    target = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise ProfileError(f"cannot write {target}: {error.strerror}", "give another file with -o") from None
