@@ -1,0 +1,116 @@
+"""UCB1 (Auer, Cesa-Bianchi, Fischer 2002) over arms whose reward is noisy: minus the ms of one token.
+
+Every arm is played once before any is repeated, however few episodes are asked for: the arms left out of a short run
+would be the last in order, not the worst. At the end the confirm_arms best by mean are played confirm_plays times each,
+because the best of many single noisy plays is mostly the luckiest.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arms import Arm, tie_order
+from planner.simulator import decode_rates, draw, token_s
+from profiler.model_profile import ModelProfile
+
+
+@dataclass(frozen=True)
+class ArmStatistics:
+    """How often an arm was played, and the mean and standard deviation of its token time in ms."""
+
+    arm: Arm
+    n_plays: int
+    mean_ms: float
+    sd_ms: float
+
+
+@dataclass(frozen=True)
+class BanditResult:
+    """The arm with the best mean, and what was seen of every arm (best first)."""
+
+    best: Arm
+    statistics: tuple[ArmStatistics, ...]
+    n_episodes: int
+
+
+class Ucb1:
+    """UCB1 with the reward range seen so far as its scale: score = mean + c * range * sqrt(2 ln t / n).
+
+    pull(arm) returns a reward (minus ms per token). seed decides the order of the first plays. A small c fits rewards
+    whose noise is small against the range between arms, as it is here.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        pull: Callable[[Arm], float],
+        *,
+        episodes: int = 500,
+        c: float = 0.05,
+        seed: int = 0,
+        confirm_arms: int = 16,
+        confirm_plays: int = 24,
+    ) -> None:
+        self.arms = tuple(arms)
+        self.pull = pull
+        self.episodes = episodes
+        self.c = c
+        self.seed = seed
+        self.confirm_arms = confirm_arms
+        self.confirm_plays = confirm_plays
+        self._n = np.zeros(len(self.arms), dtype=np.int64)
+        self._sum = np.zeros(len(self.arms))
+        self._sum_squares = np.zeros(len(self.arms))
+        self._lowest, self._highest = math.inf, -math.inf
+
+    def run(self) -> BanditResult:
+        """Play max(episodes, number of arms) times, then confirm the leaders."""
+        order = list(range(len(self.arms)))
+        random.Random(self.seed).shuffle(order)
+        for i in order:
+            self._play(i)
+        for t in range(len(order) + 1, self.episodes + 1):
+            width = self.c * (self._highest - self._lowest) * np.sqrt(2 * math.log(t) / self._n)
+            self._play(int(np.argmax(self._sum / self._n + width)))
+        self._confirm()
+        statistics = self._statistics()
+        return BanditResult(statistics[0].arm, statistics, int(self._n.sum()))
+
+    def _confirm(self) -> None:
+        """Play the arms that lead until none of them leads by luck."""
+        while True:
+            leaders = np.argsort(-self._sum / self._n)[: self.confirm_arms]
+            unsure = leaders[self._n[leaders] < self.confirm_plays]
+            if not len(unsure):
+                return
+            for i in unsure:
+                self._play(int(i))
+
+    def _play(self, i: int) -> None:
+        reward = self.pull(self.arms[i])
+        self._n[i] += 1
+        self._sum[i] += reward
+        self._sum_squares[i] += reward * reward
+        self._lowest = min(self._lowest, reward)
+        self._highest = max(self._highest, reward)
+
+    def _statistics(self) -> tuple[ArmStatistics, ...]:
+        mean = self._sum / self._n
+        sd = np.sqrt(np.maximum(0.0, self._sum_squares / self._n - mean**2))
+        rows = [ArmStatistics(arm, int(self._n[i]), float(-mean[i]), float(sd[i])) for i, arm in enumerate(self.arms)]
+        return tuple(sorted(rows, key=lambda row: tie_order(row.arm, row.mean_ms)))
+
+
+def noisy_pull(profile: ModelProfile, rng: random.Random) -> Callable[[Arm], float]:
+    """A pull that simulates one token with disk and compute speeds drawn from the profile's spreads."""
+
+    def pull(arm: Arm) -> float:
+        rates = decode_rates(profile, lambda spread: draw(spread, rng))
+        return -1000 * token_s(profile, arm, rates)
+
+    return pull

@@ -1,0 +1,136 @@
+"""From a profile and a budget to a plan, with what it should reach and what would make it faster."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import msgspec
+
+from planner.arms import Arm, h2o_arms
+from planner.bandit import ArmStatistics, BanditResult, Ucb1, noisy_pull
+from planner.exact import Best, best_arm
+from planner.footprint import Footprint, measure_footprint, streamable_bytes
+from planner.simulator import decode_rates, first_token_s, limit_s, token_s
+from profiler.model_profile import ModelProfile, Spread
+from runtime.plan import Layout, Plan
+from runtime.sizes import format_size
+
+JITTER_ALLOWANCE = 0.01  # a second layer in the window may cost this much of the simulated time
+MOST_PLAYED_ARMS = 32  # in the bandit's run that is shown beside the exact search
+EPISODES = 120
+CONFIRM_ARMS = 4
+WORTH_SAYING = 0.99  # what helps is named when it brings the time below this part of the predicted one
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan for a budget, and the figures that justify it. ledger's parts add up to the budget."""
+
+    plan: Plan
+    predicted_ms_per_token: float
+    predicted_ttft_s: float
+    limit_ms_per_token: float
+    floor_bytes: int
+    ledger: dict[str, int]
+    what_helps: tuple[str, ...]
+    statistics: tuple[ArmStatistics, ...]
+    method: str
+
+
+def choose(
+    profile: ModelProfile,
+    budget_bytes: int,
+    *,
+    ctx_tokens: int,
+    ubatch_tokens: int,
+    layout: Layout | None = None,
+    prompt_tokens: int = 128,
+    kv_bytes: int | None = None,
+    seed: int = 0,
+) -> Choice:
+    """The plan for a process of budget_bytes, a context of ctx_tokens and passes of at most ubatch_tokens.
+
+    layout None: the best of all. predicted_ttft_s is for a prompt of prompt_tokens. kv_bytes: of the whole context,
+    where it is not kv_bytes_per_token * ctx_tokens. The bandit and the exact search both look; the exact one decides.
+    Raises BudgetError, with the smallest budget that works, below the floor.
+    """
+    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv_bytes)
+    layouts = tuple(Layout) if layout is None else (layout,)
+    arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
+    best = prefer_overlap(profile, arms, best_arm(profile, arms))
+    bandit = play(profile, arms, best, seed)
+    arm = best.arm
+    return Choice(
+        plan=Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget_bytes, profile.model.hash),
+        predicted_ms_per_token=best.token_ms,
+        predicted_ttft_s=first_token_s(profile, arm, prompt_tokens, ubatch_tokens),
+        limit_ms_per_token=1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
+        floor_bytes=footprint.floor_bytes,
+        ledger=footprint.ledger(budget_bytes, arm.pinned_bytes, arm.window_bytes),
+        what_helps=what_helps(profile, footprint, budget_bytes, layouts, best),
+        statistics=bandit.statistics,
+        method=_method(profile, best, bandit),
+    )
+
+
+def prefer_overlap(profile: ModelProfile, arms: list[Arm], best: Best) -> Best:
+    """An arm with w = 2 in place of one with w = 1, where it is simulated to cost at most JITTER_ALLOWANCE.
+
+    The simulated lanes are even; on a real machine a window of one layer turns every late read into a wait.
+    """
+    if best.arm.w > 1:
+        return best
+    wider = [arm for arm in arms if arm.w == 2]
+    if not wider:
+        return best
+    other = best_arm(profile, wider)
+    return other if other.token_ms <= best.token_ms * (1 + JITTER_ALLOWANCE) else best
+
+
+def play(profile: ModelProfile, arms: list[Arm], best: Best, seed: int) -> BanditResult:
+    """The bandit, on tokens simulated with the profile's noise, over the arms that stream the fewest bytes."""
+    fewest = sorted(arms, key=lambda arm: -arm.pinned_bytes)[:MOST_PLAYED_ARMS]
+    played = [*fewest, best.arm] if best.arm not in fewest else fewest
+    episodes = EPISODES if len(played) > 1 else 1
+    pull = noisy_pull(profile, random.Random(seed))
+    return Ucb1(played, pull, episodes=episodes, seed=seed, confirm_arms=CONFIRM_ARMS).run()
+
+
+def _method(profile: ModelProfile, best: Best, bandit: BanditResult) -> str:
+    """One line: which search found the plan, and how the two compare."""
+    plays = f"bandit of {bandit.n_episodes} plays over {len(bandit.statistics)} arms"
+    if bandit.best == best.arm:
+        return f"{plays}, confirmed by the exact search"
+    bandit_ms = 1000 * token_s(profile, bandit.best)
+    if bandit_ms <= best.token_ms:
+        return f"exact search; the {plays} found an arm as fast that leaves the disk or the window less slack"
+    return f"exact search; the {plays} found an arm {bandit_ms / best.token_ms - 1:.1%} slower"
+
+
+def what_helps(
+    profile: ModelProfile, footprint: Footprint, budget_bytes: int, layouts: tuple[Layout, ...], best: Best
+) -> tuple[str, ...]:
+    """Lines on what would make a token faster: a quarter more memory, a disk twice as fast, or neither."""
+    lines = []
+    more_bytes = budget_bytes + budget_bytes // 4
+    more = best_arm(profile, h2o_arms(profile, more_bytes - footprint.fixed_bytes, layouts))
+    if more.token_ms < WORTH_SAYING * best.token_ms:
+        lines.append(f"more memory: {format_size(more_bytes)} would give {more.token_ms:.1f} ms per token")
+    fast = with_disk_speed(profile, 2.0)
+    faster = best_arm(fast, h2o_arms(fast, budget_bytes - footprint.fixed_bytes, layouts))
+    if faster.token_ms < WORTH_SAYING * best.token_ms:
+        lines.append(f"a faster disk: twice the speed would give {faster.token_ms:.1f} ms per token")
+    if not lines:
+        rates = decode_rates(profile)
+        compute_ms = 1000 * (sum(rates.compute_s) + rates.overhead_s)
+        lines.append(f"neither memory nor disk: computing takes {compute_ms:.1f} ms of every token")
+    return tuple(lines)
+
+
+def with_disk_speed(profile: ModelProfile, factor: float) -> ModelProfile:
+    """The profile as if the disk were factor times as fast."""
+    old = profile.disk.bytes_per_s
+    scaled = Spread(old.mean * factor, old.sd * factor, old.n, old.minimum * factor, old.maximum * factor)
+    disk = msgspec.structs.replace(profile.disk, bytes_per_s=scaled)
+    return msgspec.structs.replace(profile, disk=disk)

@@ -1,0 +1,62 @@
+"""The exact search: the best arm for certain, against which the bandit is checked.
+
+One arm per layout and w is enough (arms.py), because pinning more never makes a token slower:
+
+The lanes' times follow from max and + alone. A segment's read starts at the latest of: the end of the read before it,
+and the end of the compute that frees its room, namely of the first segment q such that at most window_bytes are
+streamed after q up to this one. Its compute starts at the later of its arrival and the end of the compute before it.
+Pinning more bytes at the same window (prefix: a superset of the layers) lowers some read times and leaves no more
+streamed bytes between any two segments, so every q is the same or earlier. All terms are then less or equal, hence, by
+induction over the segments, all times. In the balanced layout streamed bytes and window shrink by the same factor at
+the same w, so every q stays the same and only read times fall.
+Layers spread evenly are not nested from k to k + 1; there an arm is the largest k that fits, by definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from planner.arms import Arm, source_arms, tie_order
+from planner.footprint import streamable_bytes
+from planner.simulator import limit_s, source_token_ms, token_s
+from profiler.model_profile import ModelProfile
+from profiler.source_format import SourceProfile
+from runtime.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best arm, its simulated time in ms per token, and how many arms had to be simulated."""
+
+    arm: Arm
+    token_ms: float
+    n_simulated: int
+
+
+def best_arm(profile: ModelProfile, arms: list[Arm]) -> Best:
+    """The fastest of the arms; among equals the one that streams the fewest bytes, then the evener layout.
+
+    Arms are tried in order of their limit (limit_s, which no arm beats); once an arm's limit is not below the best
+    time so far, neither is any later one's.
+    """
+    total = streamable_bytes(profile)
+    order = sorted(arms, key=lambda arm: (-arm.pinned_bytes, arm.window_bytes, -arm.layout))
+    best = Best(order[0], 1000 * token_s(profile, order[0]), 1)
+    for n, arm in enumerate(order[1:], 2):
+        if 1000 * limit_s(profile, total - arm.pinned_bytes) >= best.token_ms * (1 - 1e-9):
+            break
+        token_ms = 1000 * token_s(profile, arm)
+        faster = token_ms < best.token_ms * (1 - 1e-9)
+        best = Best(arm, token_ms, n) if faster else replace(best, n_simulated=n)
+    return best
+
+
+def best_source_arm(source: SourceProfile, memory_mib: float) -> Best:
+    """Brute force over the source system's arms and simulator. Raises BudgetError when not one layer fits."""
+    arms = source_arms(source, memory_mib)
+    if not arms:
+        need = source.layer_sizes[0]
+        raise BudgetError(f"{memory_mib} MiB is less than the first layer", f"give at least {need} MiB", need * 2**20)
+    timed = [(arm, source_token_ms(source, arm.k, arm.w)) for arm in arms]
+    arm, token_ms = min(timed, key=lambda pair: tie_order(*pair))
+    return Best(arm, token_ms, len(timed))
