@@ -79,6 +79,7 @@ class Engine:
         self.plan_changes = 0
         self.counters = Counters()
         self.trace: LayerTrace | None = None
+        self.quiet = False  # True: the readers rest while anything is computed (for measuring)
         self._note = note
         self._model = model
         self._stop: BaseException | None = None
@@ -205,6 +206,8 @@ class Engine:
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = i >= n - n_logits
             self._fetch_rows(tokens)
+            if self.quiet:
+                self._store.settle()
             if self.trace:
                 self.trace.begin_pass(self._store.wait_s)
             status = abi.llama.llama_decode(self._context, batch)
@@ -315,17 +318,23 @@ class Engine:
         weight = self._tiled.pop(address, None)
         if weight:
             self._unskip(address)
-            self._store.computed()
+            self._give_back()
             self._product.begin(address)
             for piece in weight.pieces:
                 self._product.compute(self._store.need(piece), piece.first_row, piece.n_rows)
-                self._store.computed()
+                self._give_back()
         else:
-            self._store.computed()
+            self._give_back()
         self._asked_bytes = 0
         if self.trace:
             self.trace.after(self._store.wait_s)
         return True
+
+    def _give_back(self) -> None:
+        """Everything asked for has been computed with."""
+        self._store.computed()
+        if self.quiet:
+            self._store.settle()
 
     def _skip(self, address: int) -> bool:
         """Switch a node off until it is reported."""

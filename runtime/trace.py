@@ -11,7 +11,8 @@ class LayerTrace:
 
     A layer's time runs from the end of the node before its first weight to the same point of the next layer, without
     the waits for reads in between. `seconds` holds one list per timed pass: one time per layer, then the head's.
-    A trace is for passes of one batch size: another size has another graph.
+    A trace is for passes of one batch size: another size has another graph. A head that is also the embedding table is
+    used before any layer: that use is no border.
     """
 
     def __init__(self, layer_of: dict[int, int], n_groups: int) -> None:
@@ -37,7 +38,7 @@ class LayerTrace:
             return self._node in self._begins
         for source in sources:
             group = self._layer_of.get(source, -1)
-            if group > self._group:
+            if group > self._group and (group < self._n_groups - 1 or self._group >= 0):
                 self._group = group
                 self._begins[max(1, self._node - 1)] = group
         return False
