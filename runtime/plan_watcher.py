@@ -7,7 +7,7 @@ import time
 
 from runtime.errors import PlanError
 from runtime.plan import Plan
-from runtime.plan_file import RECORD, SOURCE_RECORD, check_owner, decode_record, is_torn, open_plan_file
+from runtime.plan_file import RECORD, check_owner, decode_record, is_torn, open_plan_file
 
 LOOK_EVERY_S = 0.2
 
@@ -28,7 +28,7 @@ class PlanWatcher:
         self._generation = generation
         self._told: set[str] = set()
         self._fd = -1
-        self._inode: tuple[int, int] | None = None  # None: no file seen yet
+        self._inode = (0, 0)
         self._raw = b""
         self._unfinished = (b"", 0.0)  # half-written contents, and when they were first seen
         self._last_plan: Plan | None = None
@@ -68,7 +68,7 @@ class PlanWatcher:
             self._fd = open_plan_file(self.path)
         except FileNotFoundError:
             self.close()
-            self._inode = self._inode and (0, 0)
+            self._inode = (0, 0)
             return
         except (PlanError, OSError) as error:
             self.close()
@@ -76,8 +76,6 @@ class PlanWatcher:
             return
         status = os.fstat(self._fd)
         if (status.st_dev, status.st_ino) != self._inode:
-            # Another file: its generations start anew, so only an equal plan is old news.
-            self._generation = self._generation if self._inode is None else 0
             self._inode = (status.st_dev, status.st_ino)
             self._raw = b""
 
@@ -98,13 +96,13 @@ class PlanWatcher:
         if self.model_hash and plan.model_hash not in (0, self.model_hash):
             self._tell(f"the plan in {self.path} is for another model; the plan before it stays in force")
             return None
-        return self._newer(plan, is_source=len(raw) == SOURCE_RECORD.size)
+        return self._news(plan)
 
-    def _newer(self, plan: Plan, *, is_source: bool) -> Plan | None:
-        """The plan, unless it is old news. A source system's file has no generation: there any change counts."""
-        if plan == self._last_plan or (not is_source and plan.generation <= self._generation):
+    def _news(self, plan: Plan) -> Plan | None:
+        """The plan, unless it is the last one seen. Generations only grow within a file: a lower one is a file made anew."""
+        in_use = self._last_plan is None and 0 < plan.generation == self._generation
+        if in_use or plan == self._last_plan:
             return None
-        self._generation = plan.generation
         self._last_plan = plan
         return plan
 

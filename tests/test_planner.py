@@ -1,0 +1,261 @@
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_model_profile import make_profile
+
+from planner.arms import Arm, h2o_arms, pinned_per_unit, whole_layers
+from planner.choose import choose
+from planner.exact import best_arm, best_source_arm
+from planner.footprint import measure_footprint, streamable_bytes
+from planner.simulator import limit_s, source_token_ms, token_s
+from profiler.source_format import SourceProfile, import_source, load_source
+from runtime.errors import BudgetError
+from runtime.plan import Layout
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
+QWEN_1_5B = SHARED / "qwen2.5-1.5b-instruct-fp16.json"
+QWEN_0_5B = SHARED / "qwen2.5-0.5b-instruct-fp16_config.json"
+CTX = {"ctx_tokens": 100, "ubatch_tokens": 50}
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def profiles(draw):
+    n = draw(st.integers(1, 8))
+    sizes = draw(st.lists(st.integers(100_000, 1_000_000), min_size=n, max_size=n))
+    if draw(st.booleans()):
+        sizes = sizes[:1] * n
+    compute_s = draw(st.lists(st.floats(0.0001, 0.02), min_size=n, max_size=n))
+    head = draw(st.sampled_from([0, 80_000, 2_000_000]))
+    return make_profile(sizes, compute_s, disk=1e8, head=head, head_s=head / 1e9, overhead_s=0.001, fixed=50_000)
+
+
+# --- the source system ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not QWEN_1_5B.exists(), reason="the source system's profiles are not beside the checkout")
+@pytest.mark.parametrize(
+    ("path", "repeats", "share", "k", "w", "token_ms"),
+    [
+        (QWEN_1_5B, 1, 0.25, 5, 2, 1895),
+        (QWEN_1_5B, 1, 0.50, 11, 3, 1405),
+        (QWEN_1_5B, 1, 0.75, 17, 4, 930),
+        (QWEN_0_5B, 1, 0.50, 8, 4, 843),
+        (QWEN_1_5B, 3, 0.90, 62, 13, 1824),
+        (QWEN_1_5B, 3, 0.50, 35, 7, 4078),
+    ],
+)
+def test_known_optima(path, repeats, share, k, w, token_ms):
+    one = load_source(path)
+    source = SourceProfile(one.io_speed, one.layer_sizes * repeats, one.t_compute * repeats, one.t_release * repeats)
+    best = best_source_arm(source, share * sum(source.layer_sizes))
+    assert (best.arm, round(best.token_ms)) == (Arm(k, w), token_ms)
+
+
+def test_source_ties_go_to_more_layers_then_more_resident_ones():
+    # loads hide behind 400 ms of compute when a layer is resident and the window holds two: (1, 2), (1, 3), (2, 2)
+    source = SourceProfile(1000, (1, 1, 1, 1), (100, 100, 100, 100), (0, 0, 0, 0))
+    assert best_source_arm(source, 3).arm == Arm(1, 2)
+    for w in (2, 3):
+        assert source_token_ms(source, 1, w) == source_token_ms(source, 2, 2) == source_token_ms(source, 3, 1) == 400
+    assert best_source_arm(source, 4).arm == Arm(3, 1)
+
+
+def test_source_budget_below_one_layer():
+    with pytest.raises(BudgetError, match="first layer") as caught:
+        best_source_arm(SourceProfile(1000, (20, 10), (1, 1), (1, 1)), 15)
+    assert caught.value.floor_bytes == 20 * 2**20
+
+
+# --- arms ---------------------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(profiles(), st.floats(0, 1.1))
+def test_arms_fill_what_is_available_and_no_more(profile, share):
+    total = streamable_bytes(profile)
+    smallest = min(profile.memory.min_window_bytes, total)
+    available = max(smallest, int(share * total))
+    arms = h2o_arms(profile, available)
+    assert arms
+    for arm in arms:
+        assert arm.pinned_bytes + arm.window_bytes == min(available, total)
+        assert arm.pinned_bytes == total or arm.window_bytes >= smallest
+        assert sum(pinned_per_unit(profile, arm)) <= arm.pinned_bytes
+        assert 0 <= arm.k <= len(profile.layers)
+        assert 1 <= arm.w <= len(profile.layers)
+        if arm.layout != Layout.BALANCED:
+            resident = whole_layers(arm.layout, arm.k, len(profile.layers))
+            assert sum(profile.layers[i].bytes for i in resident) <= arm.pinned_bytes
+        largest = max(
+            layer.bytes - pinned for layer, pinned in zip(profile.layers, pinned_per_unit(profile, arm), strict=False)
+        )
+        if arm.window_bytes >= max(layer.bytes for layer in profile.layers):
+            assert arm.window_bytes >= arm.w * largest * 0.999 - arm.w or arm.k == len(profile.layers)
+
+
+def test_arms_of_unequal_layers():
+    profile = make_profile([100, 200, 300, 400], [1.0] * 4, head=0)
+    arms = h2o_arms(profile, 900, (Layout.PREFIX, Layout.EVEN))
+    # one window of 400 leaves 500: the first two layers (300) and 200 of the third; even(2) is layers 1 and 3: 600
+    assert arms == [
+        Arm(2, 1, Layout.PREFIX, 500, 400),
+        Arm(1, 2, Layout.PREFIX, 100, 800),
+        Arm(1, 1, Layout.EVEN, 500, 400),
+        Arm(0, 2, Layout.EVEN, 100, 800),
+    ]
+
+
+def test_balanced_arm():
+    # half of 1000 bytes: with w=1, f * 1000 + (1 - f) * 100 = 500, f = 4/9
+    profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=10)
+    arm = h2o_arms(profile, 500, (Layout.BALANCED,))[0]
+    assert (arm.k, arm.w, arm.pinned_bytes, arm.window_bytes) == (4, 1, 444, 56)
+
+
+def test_only_the_head_is_streamed():
+    profile = make_profile([100] * 4, [1.0] * 4, head=400, min_window=50)
+    arms = h2o_arms(profile, 600, (Layout.PREFIX,))
+    assert Arm(4, 1, Layout.PREFIX, 550, 50) in arms
+
+
+# --- the exact search ---------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(profiles(), st.floats(0.05, 0.95))
+def test_no_plan_with_fewer_resident_bytes_is_faster(profile, share):
+    """Brute force over every k at every window, where the search looks at the largest k only."""
+    sizes = [layer.bytes for layer in profile.layers]
+    total, smallest = streamable_bytes(profile), profile.memory.min_window_bytes
+    available = max(smallest, int(share * total))
+    if available >= total:
+        return
+    arms = h2o_arms(profile, available, (Layout.PREFIX, Layout.BALANCED))
+    best = best_arm(profile, arms)
+    for arm in arms:
+        for k in range(arm.k + 1):
+            if arm.layout == Layout.PREFIX:
+                fewer = Arm(k, arm.w, arm.layout, sum(sizes[:k]), arm.window_bytes)
+            else:
+                pinned = arm.pinned_bytes * k // max(1, arm.k)
+                window = max(smallest, arm.window_bytes * (total - pinned) // (total - arm.pinned_bytes))
+                fewer = Arm(k, arm.w, arm.layout, pinned, window)
+            assert 1000 * token_s(profile, fewer) >= best.token_ms * (1 - 1e-3)
+
+
+@QUICK
+@given(profiles(), st.floats(0.05, 0.95))
+def test_search_skips_no_better_arm(profile, share):
+    total = streamable_bytes(profile)
+    arms = h2o_arms(profile, max(profile.memory.min_window_bytes, int(share * total)))
+    best = best_arm(profile, arms)
+    assert best.token_ms == pytest.approx(1000 * min(token_s(profile, arm) for arm in arms), rel=1e-8)
+    assert best.token_ms >= 1000 * limit_s(profile, total - best.arm.pinned_bytes) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("compute_s", [0.05, 0.265, 0.3])
+def test_126_layers_are_planned_quickly(compute_s):
+    profile = make_profile([8 * 10**8] * 126, [compute_s] * 126, disk=3e9, head=2 * 10**9, head_s=0.5, min_window=2**24)
+    total = streamable_bytes(profile)
+    start = time.process_time()
+    for share in (0.05, 0.5, 0.9):
+        best_arm(profile, h2o_arms(profile, int(share * total)))
+    assert time.process_time() - start < 3 * 1.0
+
+
+# --- choose -------------------------------------------------------------------------------------------------------
+
+
+def test_footprint():
+    profile = make_profile([1000, 1000], [0.1, 0.1], fixed=5000, min_window=250)
+    layers = tuple(msgspec.structs.replace(layer, resident_bytes=7) for layer in profile.layers)
+    profile = msgspec.structs.replace(profile, layers=layers)
+    footprint = measure_footprint(profile, ctx_tokens=300, ubatch_tokens=75)
+    # KV 10 per token; compute 500 at 50 tokens; two layers' small tensors; margin 20
+    assert (footprint.kv_bytes, footprint.compute_bytes, footprint.small_tensor_bytes) == (3000, 750, 14)
+    assert footprint.fixed_bytes == 5000 + 3000 + 750 + 14 + 20
+    assert footprint.floor_bytes == footprint.fixed_bytes + 250
+    assert measure_footprint(profile, 300, 75, kv_bytes=1600).kv_bytes == 1600
+
+
+def test_below_the_floor():
+    profile = make_profile([10**7] * 4, [0.1] * 4, fixed=10**8, min_window=2 * 10**6)
+    floor = measure_footprint(profile, 100, 50).floor_bytes
+    with pytest.raises(BudgetError, match="-m 103") as caught:
+        choose(profile, floor - 1, **CTX)
+    assert caught.value.floor_bytes == floor == 10**8 + 1000 + 500 + 20 + 2 * 10**6
+    choice = choose(profile, floor, **CTX)
+    assert (choice.plan.k, choice.plan.w, choice.plan.window_bytes) == (0, 1, 2 * 10**6)
+
+
+def test_a_disk_bound_choice():
+    profile = make_profile([10**8] * 10, [0.001] * 10, disk=1e9, noise=0.02, fixed=10**8)
+    choice = choose(profile, 6 * 10**8, **CTX)
+    assert choice.plan.budget_bytes == 6 * 10**8
+    assert choice.plan.model_hash == 77
+    assert choice.limit_ms_per_token <= choice.predicted_ms_per_token < 1.05 * choice.limit_ms_per_token
+    assert [line.split(":")[0] for line in choice.what_helps] == ["more memory", "a faster disk"]
+    assert sum(choice.ledger.values()) == 6 * 10**8
+    assert choice.predicted_ttft_s > 1.0  # every byte is read once, at 1 GB/s
+    assert choice.statistics[0].n_plays > 1
+    assert choice.method
+
+
+def test_a_compute_bound_choice_keeps_two_layers_in_the_window():
+    profile = make_profile([10**8] * 10, [1.0] * 10, disk=1e9, fixed=10**8)
+    choice = choose(profile, 6 * 10**8, **CTX)
+    assert choice.predicted_ms_per_token == pytest.approx(10_000)
+    assert choice.plan.w == 2
+    assert choice.what_helps == ("neither memory nor disk: computing takes 10000.0 ms of every token",)
+
+
+def test_a_model_that_fits():
+    profile = make_profile([10**6] * 4, [0.01] * 4, head=10**6, fixed=10**6)
+    choice = choose(profile, 10**7, **CTX)
+    assert (choice.plan.k, choice.plan.pinned_bytes, choice.plan.window_bytes) == (4, 5 * 10**6, 0)
+    assert choice.predicted_ms_per_token == pytest.approx(40)
+    assert choice.ledger["free_bytes"] > 0
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_layout_by_hand(layout):
+    profile = make_profile([10**8] * 10, [0.05] * 10, disk=1e9, fixed=10**8)
+    assert choose(profile, 6 * 10**8, layout=layout, **CTX).plan.layout == layout
+
+
+def test_the_same_seed_gives_the_same_choice():
+    profile = make_profile([10**8] * 10, [0.05] * 10, disk=1e9, noise=0.1, fixed=10**8)
+    assert choose(profile, 6 * 10**8, seed=3, **CTX) == choose(profile, 6 * 10**8, seed=3, **CTX)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(profiles(), st.floats(0, 1.2), st.floats(0, 0.5), st.sampled_from([None, Layout.BALANCED]))
+def test_budget_is_kept_and_more_memory_helps(profile, share, more, layout):
+    total = streamable_bytes(profile)
+    footprint = measure_footprint(profile, 100, 50)
+    budget = footprint.floor_bytes + int(share * total)
+    choice = choose(profile, budget, layout=layout, **CTX)
+    assert footprint.fixed_bytes + choice.plan.pinned_bytes + choice.plan.window_bytes <= budget
+    assert sum(choice.ledger.values()) == budget
+    assert min(choice.ledger.values()) >= 0
+    assert choice.predicted_ms_per_token >= choice.limit_ms_per_token * (1 - 1e-9)
+    # balanced: at most the allowance for a second layer; whole layers: a layer more can mean less of the head
+    allowance = 1.01 if layout else 1.15
+    larger = choose(profile, budget + int(more * total), layout=layout, **CTX)
+    assert larger.predicted_ms_per_token <= choice.predicted_ms_per_token * allowance
+
+
+def test_unequal_layers_and_imported_profiles():
+    source = SourceProfile(840, tuple(range(20, 48)), tuple(range(30, 58)), (8,) * 28)
+    profile = import_source(source)
+    total = streamable_bytes(profile)
+    times = [choose(profile, int(share * total), ctx_tokens=1, ubatch_tokens=1) for share in (0.1, 0.25, 0.5, 0.75, 1)]
+    assert [round(c.predicted_ms_per_token) for c in times] == sorted(
+        (round(c.predicted_ms_per_token) for c in times), reverse=True
+    )
+    assert times[-1].plan.k == 28
