@@ -355,6 +355,10 @@ class Engine:
         """End the pass that is running (from a signal handler or another thread); forward() raises Cancelled."""
         self._stop = Cancelled(signal_number)
 
+    def forget_cancel(self) -> None:
+        """Drop a cancel() that came when no pass was running, so that the next one runs."""
+        self._stop = None
+
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
         if not abi.llama.llama_memory_seq_rm(self._memory, 0, n_past, -1):
@@ -367,6 +371,11 @@ class Engine:
         """Logits [n_vocab] of the last forward's i-th output (negative: from the end). Valid until the next forward."""
         pointer = abi.llama.llama_get_logits_ith(self._context, i)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk until now, also in the middle of a pass."""
+        return self._store.bytes_read
 
     @property
     def context(self) -> int:
