@@ -99,7 +99,7 @@ class PlanWatcher:
         return self._news(plan)
 
     def _news(self, plan: Plan) -> Plan | None:
-        """The plan, unless it is the last one seen. Generations only grow within a file: a lower one is a file made anew."""
+        """The plan, unless it was seen last. Generations grow within a file: a lower one is a file made anew."""
         in_use = self._last_plan is None and 0 < plan.generation == self._generation
         if in_use or plan == self._last_plan:
             return None
