@@ -1,0 +1,270 @@
+"""`h2o run`: answer one prompt, or hold a conversation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from h2o_cli.interrupts import interrupts
+from h2o_cli.models import read_text, resolve_model
+from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
+from h2o_cli.output import Progress, emit, note, print_json, styled, versions
+from runtime.errors import PromptError, UsageError
+from runtime.generate import Meter, Request, Statistics, Step, check_prompt, generate
+from runtime.memory import peak_bytes
+from runtime.sampler import Sampling
+from runtime.sizes import format_size
+
+N_PREDICT = 256
+PROMPT_MOST_BYTES = 16 * 2**20
+
+EPILOG = """Examples:
+
+\b
+  h2o run model.gguf -p "Once upon a time" -n 100
+  h2o run model.gguf -m 400 -p "Hello"          at most 400 MB of memory
+  h2o run model.gguf -f letter.txt --temp 0     prompt from a file, always the likeliest token
+  echo "2 + 2 =" | h2o run model.gguf -n 8      prompt from standard input
+  h2o run model.gguf                            a conversation; /help lists its commands
+  h2o run model.gguf -p "Hi" --json | jq .text
+"""
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Dash = Annotated[str | None, typer.Argument(metavar="-", show_default=False, help="Read the prompt from stdin.")]
+Prompt = Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")]
+PromptFile = Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="Read the prompt from a file.")]
+Predict = Annotated[
+    int | None,
+    typer.Option(
+        "-n",
+        "--predict",
+        metavar="N",
+        help=f"Most tokens to generate; -1: until the model ends or the context is full. [default: {N_PREDICT}]",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("-m", "--memory", metavar="SIZE", help="Memory of the whole process: 400 (MB), 1.5GB, 512MiB."),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("-s", "--plan-file", metavar="PLANFILE", help="Follow the plans in this file.")
+]
+Ctx = Annotated[int | None, typer.Option("--ctx", metavar="N", help="Context in tokens. [default: what is needed]")]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", metavar="N", help="Computing threads. [default: physical cores]")
+]
+Ubatch = Annotated[
+    int | None, typer.Option("--ubatch", metavar="N", help="Prompt tokens per pass. [default: 128, or fewer]")
+]
+Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0: always the likeliest token.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Choose among the K likeliest tokens; 0: off.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Choose among tokens that make up this probability; 1: off.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one; 0: off.")]
+Repeat = Annotated[float, typer.Option("--repeat-penalty", help="Make the last 64 tokens less likely; 1: off.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="S", help="Same seed, same answer. [default: random]")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")]
+ChatFlag = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+LayoutName = Annotated[
+    str, typer.Option("--layout", help="What stays in memory: auto, prefix, even (whole layers), balanced.")
+]
+KvType = Annotated[str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")]
+
+
+def run(  # noqa: PLR0917 - one parameter per flag
+    model: Model = None,
+    dash: Dash = None,
+    prompt: Prompt = None,
+    file: PromptFile = None,
+    n_predict: Predict = None,
+    memory: Memory = None,
+    plan_file: PlanFile = None,
+    ctx: Ctx = None,
+    threads: Threads = None,
+    ubatch: Ubatch = None,
+    temp: Temp = Sampling.temp,
+    top_k: TopK = Sampling.top_k,
+    top_p: TopP = Sampling.top_p,
+    min_p: MinP = Sampling.min_p,
+    repeat_penalty: Repeat = Sampling.repeat_penalty,
+    seed: Seed = None,
+    stop: Stop = None,
+    chat: ChatFlag = False,
+    json: Json = False,
+    layout: LayoutName = "auto",
+    kv_type: KvType = "f16",
+) -> None:
+    """Run a model inside a memory budget: one prompt, or a conversation when no prompt is given.
+
+    The text goes to standard output as it comes, everything else to standard error.
+    """
+    model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
+    text = _prompt_text(prompt, file, dash)
+    options = RunOptions(
+        model=resolve_model(model),
+        n_predict=n_predict,
+        memory=memory,
+        plan_file=plan_file,
+        ctx=ctx,
+        threads=threads,
+        ubatch=ubatch,
+        sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
+        stop=tuple(stop or ()),
+        chat=chat,
+        json=json,
+        layout=layout,
+        kv_type=kv_type,
+    )
+    _check(options)
+    if text is None:
+        from h2o_cli.conversation import converse
+
+        raise typer.Exit(converse(options))
+    raise typer.Exit(answer(options, text))
+
+
+def _check(options: RunOptions) -> None:
+    """Raise UsageError for values that can be judged without the model."""
+    _ = options.budget_bytes, options.fixed_layout
+
+
+def _prompt_text(prompt: str | None, file: str | None, dash: str | None) -> str | None:
+    """The prompt, from wherever it comes; None for a conversation. Raises UsageError and PromptError."""
+    if dash not in (None, "-"):
+        raise UsageError(f"unexpected argument {dash!r}", "give the prompt with -p")
+    if sum(source is not None for source in (prompt, file, dash)) > 1:
+        raise UsageError("the prompt was given twice", "give one of -p, -f and -")
+    if prompt is not None:
+        return _utf8(prompt.encode(errors="surrogateescape"))
+    if file is None and dash is None and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    source = file or "-"
+    text = _utf8(read_text(source, "the prompt", PROMPT_MOST_BYTES)).removesuffix("\n")
+    if not text and file is None:
+        raise PromptError("there is no prompt: standard input is empty", "give one with -p")
+    return text
+
+
+def _utf8(data: bytes) -> str:
+    """Text of bytes; what is not UTF-8 is replaced, and said."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        note(f"the prompt is not UTF-8 (byte {error.start}): what cannot be read was replaced")
+        return data.decode(errors="replace")
+
+
+def answer(options: RunOptions, text: str) -> int:
+    """Answer one prompt; returns the exit code."""
+    model = OpenModel(options.model)
+    try:
+        prompt, stop = _encode(model, options, text)
+        n_predict = N_PREDICT if options.n_predict is None else options.n_predict
+        wanted = len(prompt) + n_predict if n_predict >= 0 else model.context_length
+        n_ctx = context_for(model, options.ctx, wanted, note)
+        check_prompt(len(prompt), n_ctx)
+        session = open_session(model, options, n_ctx, len(prompt), note)
+        try:
+            request = Request(tuple(prompt), n_predict, stop)
+            return _answer(session, options, request)
+        finally:
+            session.close()
+    finally:
+        model.close()
+
+
+def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[list[int], tuple[str, ...]]:
+    """Tokens of the prompt, and the texts that end the answer."""
+    if not options.chat:
+        return model.tokenizer.encode(text), options.stop
+    from runtime.chat import Chat, Message
+
+    chat = Chat(model.tokenizer, note)
+    return chat.encode([Message("user", text)]), options.stop + chat.stop
+
+
+def _answer(session: Session, options: RunOptions, request: Request) -> int:
+    meter = Meter(session.engine, session.disk_bytes_per_s)
+    parts, tokens, finish = [], [], ""
+    with interrupts.ending(session.engine.cancel):
+        steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
+        for step in first_with_progress(session, steps, len(request.prompt)):
+            meter.see(step)
+            parts.append(step.text)
+            tokens += [step.token] if step.token is not None else []
+            finish = step.finish
+            if not options.json:
+                emit(step.text)
+    statistics = meter.statistics()
+    if options.json:
+        facts = {"text": "".join(parts), "tokens": tokens, "prompt_tokens": list(request.prompt), "finish": finish}
+        print_json(facts | figures(session, statistics))
+    else:
+        emit("\n")
+        print(styled(closing_line(session, statistics), "dim"), file=sys.stderr, flush=True)
+    signal_number = interrupts.take()
+    return 128 + signal_number if signal_number else 0
+
+
+def first_with_progress(session: Session, steps: Iterator[Step], n_prompt: int) -> Iterator[Step]:
+    """The steps; while the first one is on its way, progress is shown: passes done, or bytes where there is one."""
+    engine = session.engine
+    passes = -(-n_prompt // engine.settings.n_ubatch)
+    start_passes, start_bytes = engine.counters.passes, engine.bytes_read
+    expected = max(1, passes * engine.streamed_bytes + engine.ledger.resident_bytes)
+
+    def share() -> float:
+        by_pass = (engine.counters.passes - start_passes) / passes
+        return max(by_pass, min(0.99, (engine.bytes_read - start_bytes) / expected))
+
+    with Progress(f"reading the prompt ({n_prompt} tokens)", share):
+        first = next(steps, None)
+    if first is not None:
+        yield first
+        yield from steps
+
+
+def figures(session: Session, statistics: Statistics) -> dict[str, Any]:
+    """The figures of `h2o run --json`."""
+    plan = session.engine.plan
+    return {
+        "ttft_s": statistics.ttft_s,
+        "decode_ms_per_token": statistics.decode_ms_per_token,
+        "tokens_per_s": statistics.tokens_per_s,
+        "bytes_read_per_token": statistics.bytes_read_per_token,
+        "disk_wait_ms_per_token": statistics.disk_wait_ms_per_token,
+        "peak_memory_bytes": peak_bytes(),
+        "budget_bytes": session.budget_bytes,
+        "limit_ms_per_token": statistics.limit_ms_per_token,
+        "yield": statistics.yield_,
+        "plan": {"k": plan.k, "w": plan.w, "layout": plan.layout.label, "generation": plan.generation},
+        "plan_changes": session.engine.plan_changes,
+        "model": str(session.model.file.path),
+        "threads": session.engine.settings.n_threads,
+        "versions": versions(),
+        "load_s": session.load_s,
+        "seed": session.sampler.seed,
+        "plan_origin": session.plan_origin,
+    }
+
+
+def closing_line(session: Session, statistics: Statistics) -> str:
+    """The figures of an answer, for people."""
+    plan = session.engine.plan
+    parts = [f"{statistics.n_tokens} tokens"]
+    if statistics.ttft_s is not None:
+        parts.append(f"first after {statistics.ttft_s:.2f} s")
+    if statistics.decode_ms_per_token and statistics.tokens_per_s and statistics.yield_ is not None:
+        parts += [
+            f"then {statistics.tokens_per_s:.1f} tokens/s ({statistics.decode_ms_per_token:.1f} ms each)",
+            f"{format_size(statistics.bytes_read_per_token or 0)} read per token",
+            f"{statistics.disk_wait_ms_per_token or 0:.1f} ms of it waiting for the disk",
+            f"{statistics.yield_:.0%} of the limit",
+        ]
+    parts.append(f"peak memory {format_size(peak_bytes())} of {format_size(session.budget_bytes)}")
+    parts.append(f"plan k={plan.k} w={plan.w} {plan.layout.label}")
+    return f"h2o: {', '.join(parts)}"

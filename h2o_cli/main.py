@@ -1,0 +1,139 @@
+"""The command `h2o`: commands by name, and the one place where failures become a line, a next step and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from h2o_cli.interrupts import interrupts
+from h2o_cli.output import print_error
+from runtime.errors import Cancelled, H2OError
+
+COMMANDS = {
+    "run": "Run a model inside a memory budget: one prompt, or a conversation.",
+    "plan": "Choose what stays in memory and what is streamed, for a budget.",
+    "profile": "Measure a model on this machine: disk, layers, memory.",
+    "inspect": "Show a model's layers, bytes, architecture and smallest budget.",
+    "bench": "Benchmarks, and models with random weights for them.",
+}
+EXAMPLES = """Examples:
+
+\b
+  h2o run model.gguf -p "Once upon a time" -n 100
+  h2o run model.gguf -m 400 -p "Hello"      at most 400 MB of memory
+  h2o run                                   a conversation with the default model
+  h2o profile model.gguf && h2o plan -m 2GB measure, then plan
+"""
+
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports a command's module when the command is used, not before."""
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        """The commands that are there."""
+        return [name for name in COMMANDS if find_spec(f"h2o_cli.cmd_{name}")]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a module h2o_cli/cmd_<name>.py: its `app`, or its function of that name."""
+        if cmd_name not in COMMANDS or not find_spec(f"h2o_cli.cmd_{cmd_name}"):
+            return None
+        module = import_module(f"h2o_cli.cmd_{cmd_name}")
+        group = getattr(module, "app", None)
+        if group is None:
+            group = typer.Typer(rich_markup_mode=None, add_completion=False)
+            group.command(cmd_name, epilog=getattr(module, "EPILOG", None))(getattr(module, cmd_name))
+        command = typer.main.get_command(group)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from h2o_cli.output import versions
+
+        print(" ".join(f"{name} {version}" for name, version in reversed(versions().items())))
+        raise typer.Exit()
+
+
+@app.callback(help="Run GGUF models inside the memory you have: layers stream from disk.", epilog=EXAMPLES)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """Run `h2o` with these arguments; returns the exit code. Every failure is told on standard error."""
+    try:
+        with interrupts.installed():
+            return _invoke(sys.argv[1:] if arguments is None else arguments)
+    except Cancelled as error:
+        return error.exit_code
+    except H2OError as error:
+        print_error(error.message, error.next_step)
+        return error.exit_code
+    except BrokenPipeError:
+        _silence_stdout()
+        return 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:  # the funnel: nothing passes it as a traceback
+        if os.environ.get("H2O_DEBUG"):
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        print_error(f"unexpected {what}", "report this, with the output of the same command under H2O_DEBUG=1")
+        return 1
+
+
+def _invoke(arguments: list[str]) -> int:
+    try:
+        result = app(arguments, prog_name="h2o", standalone_mode=False)
+        sys.stdout.flush()
+    except _ClickException as error:
+        error.show()  # type: ignore[attr-defined]
+        return int(getattr(error, "exit_code", 2))
+    return result if isinstance(result, int) else 0
+
+
+def _silence_stdout() -> None:
+    """The reader of our output has gone: nothing more can be written, not even by the interpreter when it ends."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
+
+
+def main() -> None:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.exit(run_command())
+
+
+if __name__ == "__main__":
+    main()

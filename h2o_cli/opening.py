@@ -1,0 +1,281 @@
+"""From the flags of a run to a model that is ready to answer: context, threads, budget, plan."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from h2o_cli.interrupts import interrupts
+from h2o_cli.models import find_profile
+from runtime.engine import KV_TYPES, Engine, Settings
+from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
+from runtime.generate import PlanFollower, TokenSequence, check_budget
+from runtime.hollow import HollowModel
+from runtime.memory import available_bytes
+from runtime.model_file import ModelFile
+from runtime.plan import Layout, Plan
+from runtime.plan_file import default_plan_path, read_plan
+from runtime.plan_watcher import PlanWatcher
+from runtime.sampler import Sampler, Sampling
+from runtime.sizes import parse_size
+from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from profiler.model_profile import ModelProfile
+
+CONTEXT_STEP = 256
+CONVERSATION_CONTEXT = 2048
+UBATCH = 128
+BUDGET_SHARE = 0.6
+WINDOW_PIECES = 4
+_CPU = Path("/sys/devices/system/cpu")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the flags of `h2o run` say; None: not given."""
+
+    model: Path
+    n_predict: int | None = None
+    memory: str | None = None
+    plan_file: Path | None = None
+    ctx: int | None = None
+    threads: int | None = None
+    ubatch: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+    json: bool = False
+    layout: str = "auto"
+    kv_type: str = "f16"
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--ctx", self.ctx), ("--threads", self.threads), ("--ubatch", self.ubatch)):
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} {value} is not possible", "give 1 or more")
+        if self.kv_type not in KV_TYPES:
+            raise UsageError(f"there is no KV type {self.kv_type!r}", f"choose one of {', '.join(KV_TYPES)}")
+        if self.n_predict is not None and self.n_predict < -1:
+            raise UsageError(f"-n {self.n_predict} is not possible", "give 0 or more, or -1 for no limit")
+
+    @property
+    def budget_bytes(self) -> int:
+        """-m in bytes; 0 when it was not given."""
+        return parse_size(self.memory) if self.memory else 0
+
+    @property
+    def fixed_layout(self) -> Layout | None:
+        """The layout asked for, None for "auto"."""
+        return None if self.layout == "auto" else Layout.parse(self.layout)
+
+
+class OpenModel:
+    """A model's index, its llama.cpp side without weights, and its tokenizer."""
+
+    def __init__(self, path: Path) -> None:
+        start = time.perf_counter()
+        with interrupts.held():
+            self.file = ModelFile.open(path)
+            self.hollow = HollowModel(self.file)
+        try:
+            self.tokenizer = Tokenizer(self.hollow, self.file)
+        except H2OError:
+            self.close()
+            raise
+        self.load_s = time.perf_counter() - start
+
+    @property
+    def context_length(self) -> int:
+        """The longest context the model was made for."""
+        return self.file.hyper_parameter("context_length") or CONVERSATION_CONTEXT
+
+    def close(self) -> None:
+        """Free the model."""
+        self.hollow.free()
+
+
+@dataclass
+class Session:
+    """An engine ready to answer, with what goes with it."""
+
+    model: OpenModel
+    engine: Engine
+    sequence: TokenSequence
+    sampler: Sampler
+    follower: PlanFollower
+    disk_bytes_per_s: float
+    plan_origin: str
+    load_s: float
+    cleanup: ExitStack
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget in force."""
+        return self.follower.budget_bytes
+
+    def close(self) -> None:
+        """Free everything but the model."""
+        self.cleanup.close()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan, where it came from, and the budget of the process."""
+
+    plan: Plan
+    origin: str
+    budget_bytes: int
+
+
+def context_for(model: OpenModel, ctx: int | None, n_wanted: int, note: Callable[[str], None]) -> int:
+    """The context in tokens: --ctx, else n_wanted rounded up, at most what the model was made for."""
+    if ctx is None:
+        return min(-(-n_wanted // CONTEXT_STEP) * CONTEXT_STEP, model.context_length)
+    if ctx > model.context_length:
+        note(f"--ctx {ctx} is more than the {model.context_length} tokens this model was made for")
+    return ctx
+
+
+def default_threads() -> int:
+    """The physical cores this process may use."""
+    usable = os.sched_getaffinity(0)
+    try:
+        siblings = {(_CPU / f"cpu{i}" / "topology" / "thread_siblings_list").read_text() for i in usable}
+    except OSError:
+        return len(usable)
+    return len(siblings)
+
+
+def open_session(
+    model: OpenModel, options: RunOptions, n_ctx: int, n_prompt: int, note: Callable[[str], None]
+) -> Session:
+    """Choose settings and plan, and open the engine. Raises H2OError."""
+    start = time.perf_counter()
+    profile = _profile(model.file, note)
+    settings = _settings(options, n_ctx, n_prompt, profile)
+    path = options.plan_file or default_plan_path()
+    in_file = _plan_in(path, model.file.hash, must_fit=options.plan_file is not None, note=note)
+    chosen = _choose(model.file, options, settings, profile, in_file)
+    with interrupts.held():
+        engine = Engine(model.file, model.hollow, chosen.plan, settings, note)
+    cleanup = ExitStack()
+    cleanup.callback(engine.close)
+    try:
+        check_budget(engine, chosen.plan, chosen.budget_bytes)
+    except BudgetError:
+        cleanup.close()
+        raise
+    sampler = Sampler(options.sampling, engine.n_vocab, model.tokenizer.suppressed)
+    watcher = PlanWatcher(path, model.file.hash, generation=in_file.generation if in_file else 0)
+    watcher.poll()  # what is in the file now has been looked at
+    watcher.take_problem()
+    cleanup.callback(sampler.close)
+    cleanup.callback(watcher.close)
+    return Session(
+        model=model,
+        engine=engine,
+        sequence=TokenSequence(engine, note),
+        sampler=sampler,
+        follower=PlanFollower(engine, watcher, chosen.budget_bytes, note),
+        disk_bytes_per_s=profile.disk.bytes_per_s.mean if profile else 0.0,
+        plan_origin=chosen.origin,
+        load_s=model.load_s + time.perf_counter() - start,
+        cleanup=cleanup,
+    )
+
+
+def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | None:
+    """The profile of this model, if there is one that can be used."""
+    path = find_profile(file.hash)
+    if path is None:
+        return None
+    from profiler.model_profile import load_profile
+
+    try:
+        return load_profile(path)
+    except ProfileError as error:
+        note(f"the profile {path.name} was not used: {error}")
+        return None
+
+
+def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProfile | None) -> Settings:
+    settings = Settings(
+        n_ctx=n_ctx,
+        n_ubatch=options.ubatch or max(1, min(UBATCH, n_prompt)),
+        n_threads=options.threads or default_threads(),
+        kv_type=options.kv_type,
+    )
+    if profile is None:
+        return settings
+    disk = profile.disk
+    return replace(settings, io_mode=disk.mode, request_bytes=disk.request_bytes, depth=max(1, disk.depth))
+
+
+def _plan_in(path: Path, model_hash: int, *, must_fit: bool, note: Callable[[str], None]) -> Plan | None:
+    """The plan for this model in a plan file; must_fit: the user named the file, so an unusable one is an error."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        if must_fit:
+            note(f"there is no plan file {path} yet; plans written there later will be followed")
+        return None
+    except OSError:
+        pass
+    try:
+        plan = read_plan(path)
+    except PlanError as error:
+        if must_fit:
+            raise
+        note(f"the plan file was not used: {error}")
+        return None
+    if plan.model_hash in (0, model_hash):
+        return plan
+    if must_fit:
+        raise PlanError(f"the plan in {path} is for another model", "make one with `h2o plan -m SIZE -s FILE`")
+    return None
+
+
+def _choose(
+    file: ModelFile, options: RunOptions, settings: Settings, profile: ModelProfile | None, in_file: Plan | None
+) -> Chosen:
+    """The plan in the file if it agrees with -m, else the planner's for the profile, else the default one."""
+    layout = options.fixed_layout
+    if in_file and options.budget_bytes in (0, in_file.budget_bytes or options.budget_bytes):
+        budget = in_file.budget_bytes or options.budget_bytes or _default_budget()
+        return Chosen(replace(in_file, layout=in_file.layout if layout is None else layout), "plan file", budget)
+    budget = options.budget_bytes or _default_budget()
+    planned = _planned(profile, budget, settings, layout) if profile else None
+    if planned:
+        return Chosen(planned, "profile", budget)
+    largest = max((piece.span_bytes for piece in file.pieces), default=0)
+    plan = Plan(
+        k=0,
+        w=1,
+        layout=Layout.BALANCED if layout is None else layout,
+        window_bytes=min(WINDOW_PIECES * largest, budget // 4),
+        budget_bytes=budget,
+        model_hash=file.hash,
+    )
+    return Chosen(plan, "default", budget)
+
+
+def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layout: Layout | None) -> Plan | None:
+    """The planner's choice; None where the profile's figures say that the budget is too small (the engine decides)."""
+    from planner.choose import choose
+
+    try:
+        choice = choose(
+            profile, budget_bytes, ctx_tokens=settings.n_ctx, ubatch_tokens=settings.n_ubatch, layout=layout
+        )
+    except BudgetError:
+        return None
+    return choice.plan
+
+
+def _default_budget() -> int:
+    return int(BUDGET_SHARE * available_bytes())

@@ -1,0 +1,96 @@
+"""Choosing the next token, by llama.cpp's own samplers in llama.cpp's own order."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from runtime import llama_abi as abi
+from runtime.engine import Engine
+from runtime.errors import UsageError
+
+PENALTY_TOKENS = 64  # how many of the last tokens the repeat penalty looks at
+_SEEDS = 2**32 - 1  # llama.cpp reads 2^32 - 1 as "choose one"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; the defaults are llama.cpp's. temp 0: always the most likely one. seed None: random."""
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (0 <= self.temp < math.inf, f"--temp {self.temp}", "0 or more"),
+            (self.top_k >= 0, f"--top-k {self.top_k}", "0 (off) or more"),
+            (0 < self.top_p <= 1, f"--top-p {self.top_p}", "above 0, at most 1 (off)"),
+            (0 <= self.min_p <= 1, f"--min-p {self.min_p}", "from 0 (off) to 1"),
+            (0 < self.repeat_penalty < math.inf, f"--repeat-penalty {self.repeat_penalty}", "above 0; 1 is off"),
+            (self.seed is None or 0 <= self.seed < _SEEDS, f"--seed {self.seed}", f"from 0 to {_SEEDS - 1}"),
+        )
+        for good, what, allowed in checks:
+            if not good:
+                raise UsageError(f"{what} is not possible", f"give a value {allowed}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temp == 0
+
+
+class Sampler:
+    """A chain of llama.cpp samplers. `seed` is the one in use (chosen here when none was given)."""
+
+    def __init__(self, sampling: Sampling, n_vocab: int, suppressed: Sequence[int] = ()) -> None:
+        self.sampling = sampling
+        self.seed = int.from_bytes(os.urandom(4), "little") % _SEEDS if sampling.seed is None else sampling.seed
+        self._n_vocab = n_vocab
+        self._chain = abi.llama.llama_sampler_chain_init(abi.llama.llama_sampler_chain_default_params())
+        for sampler in (*self._before(suppressed), *self._choosing()):
+            abi.llama.llama_sampler_chain_add(self._chain, sampler)
+
+    def _before(self, suppressed: Sequence[int]) -> Iterable[int]:
+        """Samplers that change logits before anything is cut away."""
+        if suppressed:
+            bias = (abi.llama.llama_logit_bias * len(suppressed))(*((token, -math.inf) for token in suppressed))
+            yield abi.llama.llama_sampler_init_logit_bias(self._n_vocab, len(suppressed), bias)
+        if self.sampling.repeat_penalty != 1:
+            penalty = self.sampling.repeat_penalty
+            yield abi.llama.llama_sampler_init_penalties(self._n_vocab, PENALTY_TOKENS, penalty, 0.0, 0.0)
+
+    def _choosing(self) -> Iterable[int]:
+        sampling, llama = self.sampling, abi.llama
+        if sampling.greedy:
+            yield llama.llama_sampler_init_greedy()
+            return
+        yield llama.llama_sampler_init_top_k(sampling.top_k)
+        yield llama.llama_sampler_init_top_p(sampling.top_p, 0)
+        yield llama.llama_sampler_init_min_p(sampling.min_p, 0)
+        yield llama.llama_sampler_init_temp(sampling.temp)
+        yield llama.llama_sampler_init_dist(self.seed)
+
+    def sample(self, engine: Engine) -> int:
+        """Choose from the logits of the last forward, and remember the choice."""
+        return int(abi.llama.llama_sampler_sample(self._chain, engine.context, -1))
+
+    def accept(self, tokens: Iterable[int]) -> None:
+        """Remember tokens that were not chosen here (the prompt), for the repeat penalty."""
+        for token in tokens:
+            abi.llama.llama_sampler_accept(self._chain, token)
+
+    def reset(self) -> None:
+        """Forget all tokens; the random numbers start again from the seed."""
+        abi.llama.llama_sampler_reset(self._chain)
+
+    def close(self) -> None:
+        """Free the chain."""
+        if self._chain:
+            abi.llama.llama_sampler_free(self._chain)
+            self._chain = None
