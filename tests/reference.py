@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,32 +25,33 @@ def loaded_model(path, *, vocab_only=False):
     """The llama_model pointer of a file loaded with llama.cpp's defaults, without repacked weights."""
     import llama_cpp
 
-    quiet()
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = False
     params.vocab_only = vocab_only
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise RuntimeError(f"llama.cpp did not load {path}")
-    try:
-        yield model
-    finally:
-        llama_cpp.llama_model_free(model)
+    with quiet():
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            raise RuntimeError(f"llama.cpp did not load {path}")
+        try:
+            yield model
+        finally:
+            llama_cpp.llama_model_free(model)
 
 
+@contextmanager
 def quiet():
-    """Send llama.cpp's log nowhere."""
+    """Send llama.cpp's log nowhere, and afterwards where it went before."""
     import llama_cpp
 
-    llama_cpp.llama_log_set(_silent_callback(), ctypes.c_void_p())
-
-
-@cache
-def _silent_callback():
-    import llama_cpp
-
-    return llama_cpp.llama_log_callback(lambda *_: None)
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+    try:
+        yield
+    finally:
+        llama_cpp.llama_log_set(before, data)
 
 
 @contextmanager
@@ -153,9 +153,9 @@ def reference_in_subprocess(path, prompt_tokens, n_predict, *, timeout=300, **op
     with tempfile.TemporaryDirectory() as folder:
         request = {"path": str(path), "prompt_tokens": prompt, "n_predict": n_predict, **options}
         (Path(folder) / "request.json").write_text(json.dumps(request))
-        done = subprocess.run(
-            [sys.executable, __file__, folder], capture_output=True, text=True, timeout=timeout, check=False
-        )
+        env = {**os.environ, "GOMP_SPINCOUNT": "0"}
+        command = [sys.executable, __file__, folder]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=env)
         if done.returncode != 0:
             raise RuntimeError(f"the reference process ended with {done.returncode}: {done.stderr[-2000:]}")
         tokens = json.loads((Path(folder) / "tokens.json").read_text())

@@ -46,6 +46,7 @@ FILE_TYPES: dict[str, int] = {
 }
 """File types by name and llama.cpp's number for each."""
 
+ALIGNMENT = 32
 CHUNK = 1 << 20
 LETTERS = "etaoinshrdlcumwfgypbvkjxqz"
 CHATML = (
@@ -68,21 +69,22 @@ def make_model(
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed} is not usable", "give a whole number from 0")
     output = Path(output)
-    _check_output(output)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    plain = partial.with_suffix(".f16")
+    stem = f".h2o-{os.getpid()}-{zlib.crc32(os.fsencode(output.name)):08x}"
+    new, plain = output.parent / f"{stem}.new", output.parent / f"{stem}.f16"
     try:
+        _check_output(output)
         if kind in ("f32", "f16"):
-            _write(sizes, partial, kind, seed, progress)
+            _write(sizes, new, kind, seed, progress)
         else:
             _write(sizes, plain, "f16", seed, progress)
-            quantize(plain, partial, kind)
-        os.replace(partial, output)
+            quantize(plain, new, kind)
+        os.replace(new, output)
     except OSError as error:
         raise _file_error(error, output) from error
     finally:
-        partial.unlink(missing_ok=True)
-        plain.unlink(missing_ok=True)
+        for leftover in (new, plain):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
 
 
 def parse_file_type(name: str) -> str:
@@ -94,7 +96,7 @@ def parse_file_type(name: str) -> str:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_file():
+    if not output.name or (output.exists() and not output.is_file()):
         raise UsageError(f"{output} is not a file that can be replaced", "give the path of a .gguf file")
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", "create it or choose another")
@@ -120,7 +122,7 @@ def quantize(source: Path, target: Path, file_type: str, *, requantize: bool = F
     lines: list[str] = []
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[parse_file_type(file_type)]
-    params.nthread = threads or os.cpu_count() or 1
+    params.nthread = threads or len(os.sched_getaffinity(0))
     params.allow_requantize = requantize
     with _captured_log(lines):
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
@@ -155,54 +157,59 @@ def _captured_log(lines: list[str]) -> Iterator[None]:
 
 def _write(shape: Shape, path: Path, kind: str, seed: int, progress: Progress | None) -> None:
     specs = tensor_specs(shape)
-    writer = _open_writer(shape, kind)
-    total = 0
-    for spec in specs:
-        dtype = _dtype(spec, kind)
-        n_bytes = int(np.prod(spec.dims, dtype=np.int64)) * dtype.itemsize
-        writer.add_tensor_info(spec.name, spec.dims, dtype, n_bytes)
-        total += n_bytes
+    total = sum(_n_bytes(spec, kind) for spec in specs)
     free = shutil.disk_usage(path.parent).free
     if total > free:
         raise UsageError(
             f"the file needs {format_size(total)} and the disk has {format_size(free)} free",
             "free space or choose another disk",
         )
+    writer = _open_writer(shape, kind)
+    for spec in specs:
+        writer.add_tensor_info(spec.name, spec.dims, _dtype(spec, kind), _n_bytes(spec, kind))
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         assert writer.fout is not None
-        file = writer.fout[0]
-        file.write(bytes(-file.tell() % writer.data_alignment))
-        done = 0
-        for spec in specs:
-            done += _write_tensor(file, spec, _dtype(spec, kind), seed)
-            file.write(bytes(-file.tell() % writer.data_alignment))
-            if progress is not None:
-                progress(done, total)
-        file.flush()
+        _write_data(writer.fout[0], specs, kind, seed, progress and (lambda done: progress(done, total)))
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # what matters was flushed before
             writer.close()
+
+
+def _write_data(
+    file: BinaryIO, specs: list[TensorSpec], kind: str, seed: int, progress: Callable[[int], None] | None
+) -> None:
+    done = 0
+    for spec in specs:
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        _write_tensor(file, spec, _dtype(spec, kind), seed)
+        done += _n_bytes(spec, kind)
+        if progress is not None:
+            progress(done)
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    file.flush()
+
+
+def _n_bytes(spec: TensorSpec, kind: str) -> int:
+    return spec.n_values * _dtype(spec, kind).itemsize
 
 
 def _dtype(spec: TensorSpec, kind: str) -> np.dtype[np.float32] | np.dtype[np.float16]:
     return np.dtype(np.float32) if spec.small or kind == "f32" else np.dtype(np.float16)
 
 
-def _write_tensor(file: BinaryIO, spec: TensorSpec, dtype: np.dtype[np.floating], seed: int) -> int:
-    """Write one tensor in chunks; returns its bytes. The values follow from the seed and the tensor's name."""
+def _write_tensor(file: BinaryIO, spec: TensorSpec, dtype: np.dtype[np.floating], seed: int) -> None:
+    """Write one tensor in chunks; its values follow from the seed and its name."""
     bits = np.random.PCG64([seed, zlib.crc32(spec.name.encode())])
     table = (_quantiles() * spec.std + spec.mean).astype(dtype)
-    left = int(np.prod(spec.dims, dtype=np.int64))
-    n_bytes = left * dtype.itemsize
+    left = spec.n_values
     while left > 0:
         n = min(left, CHUNK)
         raw: npt.NDArray[np.uint64] = np.asarray(bits.random_raw(-(-n // 8)), dtype="<u8")
         file.write(table[raw.view(np.uint8)[:n]].tobytes())
         left -= n
-    return n_bytes
 
 
 def _quantiles() -> npt.NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -10,6 +11,7 @@ from runtime.errors import UsageError
 
 MAX_LAYERS = 512
 LIMIT = 2**24
+MAX_VOCABULARY = 2**20
 LOGIT_STD = 3.0
 """Spread the logits are scaled to: neither flat nor one certain token."""
 
@@ -182,14 +184,14 @@ def _key_value(part: str) -> tuple[str, int]:
     key, _, value = (piece.strip() for piece in part.partition("="))
     if key not in KEYS:
         raise UsageError(f"unknown key {key!r} in the model shape", f"the keys are {', '.join(KEYS)}")
-    if not value.isascii() or not value.isdigit() or int(value) > LIMIT:
+    if not re.fullmatch("[0-9]{1,9}", value) or int(value) > LIMIT:
         raise UsageError(f"{key}={value} is not a whole number from 0 to {LIMIT}", "write for example layers=2,dim=64")
     return key, int(value)
 
 
 def smallest_vocabulary(shape: Shape) -> int:
-    """Special tokens and one token per byte: below this, not every text can be written."""
-    return 256 + (3 if shape.tokenizer_pre else 5)
+    """Special tokens, one token per byte and one more piece: below this, not every text can be written."""
+    return 256 + (4 if shape.tokenizer_pre else 5)
 
 
 def _problems(shape: Shape) -> Iterator[tuple[bool, str]]:
@@ -199,6 +201,7 @@ def _problems(shape: Shape) -> Iterator[tuple[bool, str]]:
     yield shape.layers > MAX_LAYERS, f"layers must be at most {MAX_LAYERS}"
     yield shape.tied > 1, "tied must be 0 or 1"
     yield shape.vocab < (least := smallest_vocabulary(shape)), f"vocab must be at least {least} for {shape.arch}"
+    yield shape.vocab > MAX_VOCABULARY, f"vocab must be at most {MAX_VOCABULARY}"
     yield shape.heads % max(shape.kv_heads, 1) != 0, "heads must be a multiple of kv_heads"
     yield not shape.head_dim and shape.dim % max(shape.heads, 1) != 0, "dim must be a multiple of heads"
     wide = shape.heads * shape.head_dim not in (0, shape.dim)
@@ -229,6 +232,11 @@ class TensorSpec:
     std: float
     mean: float = 0.0
     small: bool = False
+
+    @property
+    def n_values(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.dims)
 
 
 def embedding_std(shape: Shape) -> float:
