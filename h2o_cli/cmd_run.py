@@ -75,7 +75,7 @@ LayoutName = Annotated[
 KvType = Annotated[str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")]
 
 
-def run(  # noqa: PLR0917 - one parameter per flag
+def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
     dash: Dash = None,
     prompt: Prompt = None,

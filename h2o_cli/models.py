@@ -45,12 +45,6 @@ def need_profile(model_hash: int, model: str) -> Path:
     return found
 
 
-def newest_profile() -> Path | None:
-    """The profile that was written last, of any model."""
-    files = profiles_folder().glob("*.json")
-    return max((path for path in files if _hash_in(path) is not None), key=lambda p: p.stat().st_mtime, default=None)
-
-
 def _profiles_of(model_hash: int) -> Iterator[Path]:
     return (path for path in profiles_folder().glob("*.json") if _hash_in(path) == model_hash)
 

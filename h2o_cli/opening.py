@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h2o_cli.defaults import CONVERSATION_CONTEXT, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile
 from runtime.engine import KV_TYPES, Engine, Settings
 from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.hollow import HollowModel
-from runtime.memory import available_bytes
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan
@@ -29,11 +29,7 @@ if TYPE_CHECKING:
     from profiler.model_profile import ModelProfile
 
 CONTEXT_STEP = 256
-CONVERSATION_CONTEXT = 2048
-UBATCH = 128
-BUDGET_SHARE = 0.6
 WINDOW_PIECES = 4
-_CPU = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -141,16 +137,6 @@ def context_for(model: OpenModel, ctx: int | None, n_wanted: int, note: Callable
     return ctx
 
 
-def default_threads() -> int:
-    """The physical cores this process may use."""
-    usable = os.sched_getaffinity(0)
-    try:
-        siblings = {(_CPU / f"cpu{i}" / "topology" / "thread_siblings_list").read_text() for i in usable}
-    except OSError:
-        return len(usable)
-    return len(siblings)
-
-
 def open_session(
     model: OpenModel, options: RunOptions, n_ctx: int, n_prompt: int, note: Callable[[str], None]
 ) -> Session:
@@ -246,9 +232,9 @@ def _choose(
     """The plan in the file if it agrees with -m, else the planner's for the profile, else the default one."""
     layout = options.fixed_layout
     if in_file and options.budget_bytes in (0, in_file.budget_bytes or options.budget_bytes):
-        budget = in_file.budget_bytes or options.budget_bytes or _default_budget()
+        budget = in_file.budget_bytes or options.budget_bytes or default_budget()
         return Chosen(replace(in_file, layout=in_file.layout if layout is None else layout), "plan file", budget)
-    budget = options.budget_bytes or _default_budget()
+    budget = options.budget_bytes or default_budget()
     planned = _planned(profile, budget, settings, layout) if profile else None
     if planned:
         return Chosen(planned, "profile", budget)
@@ -275,7 +261,3 @@ def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layou
     except BudgetError:
         return None
     return choice.plan
-
-
-def _default_budget() -> int:
-    return int(BUDGET_SHARE * available_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -43,7 +44,7 @@ class Chat:
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt for a conversation, up to where the answer begins. Raises PromptError."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns: list[Any] = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self._format(messages=turns).prompt)
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:

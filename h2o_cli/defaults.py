@@ -1,0 +1,28 @@
+"""Defaults that commands share: a plan is made for the same sizes a run uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from runtime.memory import available_bytes
+
+CONVERSATION_CONTEXT = 2048
+UBATCH = 128
+BUDGET_SHARE = 0.6
+_CPU = Path("/sys/devices/system/cpu")
+
+
+def default_budget() -> int:
+    """The budget of a process when none is given: 60 % of the memory it could take."""
+    return int(BUDGET_SHARE * available_bytes())
+
+
+def default_threads() -> int:
+    """The physical cores this process may use."""
+    usable = os.sched_getaffinity(0)
+    try:
+        siblings = {(_CPU / f"cpu{i}" / "topology" / "thread_siblings_list").read_text() for i in usable}
+    except OSError:
+        return len(usable)
+    return len(siblings)
