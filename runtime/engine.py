@@ -75,7 +75,7 @@ class Engine:
         self, file: ModelFile, model: HollowModel, plan: Plan, settings: Settings, note: Callable[[str], None] = print
     ) -> None:
         self.file, self.settings, self.plan = file, settings, plan
-        self.n_past = 0
+        self.n_past = self._n_outputs = 0
         self.plan_changes = 0
         self.counters = Counters()
         self.trace: LayerTrace | None = None
@@ -220,6 +220,7 @@ class Engine:
             reason = (abi.take_log() or ["no reason given"])[-1]
             raise EngineError(f"llama.cpp could not compute this pass (status {status}, {reason})", "raise --ctx")
         self.n_past += n
+        self._n_outputs = n_logits
         self._count(n, time.perf_counter() - start)
 
     def _fetch_rows(self, tokens: Sequence[int]) -> None:
@@ -278,6 +279,8 @@ class Engine:
         op = ctypes.c_int.from_address(node + abi.OP_OFFSET).value
         if op == abi.OP_GET_ROWS and weight.table:
             return False  # its rows were fetched before the pass
+        if abi.Tensor.from_address(node).ne[1] == 0:
+            return False  # no outputs are wanted: nothing is computed
         if len(weight.pieces) > 1:
             return self._place_tiled(node, op, weight)
         piece = weight.pieces[0]
@@ -307,8 +310,6 @@ class Engine:
             raise EngineError(
                 "the output head of this architecture is not a matrix product", "raise -m until the model fits"
             )
-        if abi.Tensor.from_address(node).ne[1] == 0:
-            return False
         self._tiled[node] = weight
         self._skip(node)
         return True
@@ -369,7 +370,7 @@ class Engine:
 
     def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
         """Logits [n_vocab] of the last forward's i-th output (negative: from the end). Valid until the next forward."""
-        pointer = abi.llama.llama_get_logits_ith(self._context, i)
+        pointer = abi.llama.llama_get_logits_ith(self._context, i - self._n_outputs if i >= 0 else i)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
     @property

@@ -361,7 +361,7 @@ class LayerStore:
             n_bytes = min(self._request_bytes, end - offset)
             self._queue.append(Chunk(piece.tensor.file, offset, address + offset - start, n_bytes, load))
             load.chunks_left += 1
-        self._readable.notify(load.chunks_left - 1)
+        self._readable.notify(load.chunks_left)
         return True
 
     def _next_piece(self) -> Piece | None:

@@ -21,6 +21,7 @@ PINNED_VERSION = "0.3.36"
 # libgomp reads this when it is loaded: threads that spin between two graph pieces would take the readers' cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 if hasattr(_libc, "mallopt"):
@@ -30,12 +31,13 @@ if hasattr(_libc, "mallopt"):
 
 try:
     import llama_cpp
-    from llama_cpp import llama_cpp as llama
+    from llama_cpp import llama_cpp as _llama
 except Exception as error:
     raise EngineError(
         f"llama-cpp-python cannot be loaded: {error}", "reinstall it: pip install llama-cpp-python==0.3.36"
     ) from error
 
+llama: Any = _llama
 LIB_DIR = Path(llama_cpp.__file__).parent / "lib"
 
 

@@ -1,0 +1,50 @@
+"""An engine for tests, opened and closed in one place."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from runtime.engine import Engine, Settings
+from runtime.hollow import HollowModel
+from runtime.model_file import ModelFile
+from runtime.plan import Plan
+
+
+@contextmanager
+def engine(path, plan=None, **settings):
+    """An Engine on the model at path, with notes collected in `engine.notes`."""
+    file = ModelFile.open(path)
+    model = HollowModel(file)
+    notes = []
+    opened = None
+    try:
+        opened = Engine(file, model, plan or Plan(0, 1), Settings(**{"n_ctx": 512, **settings}), notes.append)
+        opened.notes = notes
+        yield opened
+    finally:
+        if opened:
+            opened.close()
+        model.free()
+
+
+def greedy(opened, prompt, n_predict, before_token=None):
+    """(logits of every step, tokens), as tests/reference.py gives them for llama.cpp alone."""
+    opened.forward(prompt)
+    logits, tokens = [], []
+    for i in range(n_predict):
+        logits.append(opened.logits().copy())
+        tokens.append(int(np.argmax(logits[-1])))
+        if i + 1 < n_predict:
+            if before_token:
+                before_token(i)
+            opened.forward(tokens[-1:])
+    return logits, tokens
+
+
+def assert_same(mine, reference):
+    """Bit-equal logits at every step, and the same tokens."""
+    assert mine[1] == list(reference[1])
+    for step, (own, other) in enumerate(zip(mine[0], reference[0], strict=True)):
+        assert np.array_equal(own, other), f"step {step}: max difference {np.abs(own - other).max()}"
