@@ -1,0 +1,291 @@
+"""Measure one model on this machine: memory, disk, computing, release, put together as a profile.
+
+Everything is measured with nothing but a window of one layer in memory (k = 0, w = 1), so a model larger than memory
+can be measured inside any budget that can run it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from profiler import disk
+from profiler.compute import ComputeTimes, measure_compute
+from profiler.device import device_info, usable_cores
+from profiler.model_profile import (
+    SCHEMA,
+    DiskProfile,
+    EmbeddingProfile,
+    HeadProfile,
+    LayerProfile,
+    MemoryProfile,
+    ModelInfo,
+    ModelProfile,
+    Spread,
+)
+from profiler.release import resident_release, slot_release
+from profiler.timing import columns
+from runtime.aligned_io import WeightFiles
+from runtime.engine import Engine, Settings
+from runtime.errors import Cancelled
+from runtime.hollow import HollowModel
+from runtime.ledger import Ledger, below_floor
+from runtime.memory import available_bytes
+from runtime.model_file import Layer, ModelFile
+from runtime.plan import Plan
+from runtime.residency import layer_bytes, smallest_window, streamable_bytes
+from runtime.sizes import MB
+
+CTX_TOKENS = 512
+_ROOT = Path(__file__).resolve().parent.parent
+_N_ROWS = 16
+_GUESSED_BYTES_PER_S = 1e9
+_PACKAGES = {"h2o": "h2o-llm", "llama_cpp_python": "llama-cpp-python"}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory by part of an engine that is open but has no weights, at the context and batch of `memory`."""
+
+    memory: MemoryProfile
+    kv_bytes_per_token: int
+    floor_bytes: int
+
+
+@dataclass(frozen=True)
+class DiskTimes:
+    """The disk's part of a profile, and seconds to read each layer, then the head."""
+
+    profile: DiskProfile
+    group_s: list[Spread]
+    row_s: Spread
+
+
+def measure(
+    path: str | os.PathLike[str],
+    repeats: int = 3,
+    progress: Callable[[float], None] = lambda _share: None,
+    *,
+    n_threads: int | None = None,
+    budget_bytes: int = 0,
+) -> ModelProfile:
+    """The profile of the model at path. progress gets the share done, 0 to 1. Raises H2OError."""
+    return Measurement(path, repeats, progress, n_threads=n_threads, budget_bytes=budget_bytes).run()
+
+
+class Measurement:
+    """One run of all measurements. `share` says how much is done, `notes` what the user should know afterwards."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        repeats: int = 3,
+        progress: Callable[[float], None] = lambda _share: None,
+        *,
+        n_threads: int | None = None,
+        budget_bytes: int = 0,
+    ) -> None:
+        self.path, self.repeats = Path(path), max(1, repeats)
+        self.share = 0.0
+        self.notes: list[str] = []
+        self.resident_release_s: Spread | None = None  # of one layer, where there was memory to measure it
+        self._progress = progress
+        self._n_threads = n_threads or usable_cores()
+        self._budget_bytes = budget_bytes
+        self._cancelled = 0
+        self._engine: Engine | None = None
+        self._done_s, self._total_s = 0.0, 1.0
+
+    def cancel(self, signal_number: int) -> None:
+        """End the work soon (from a signal handler); run() then raises Cancelled."""
+        self._cancelled = signal_number
+        if self._engine:
+            self._engine.cancel(signal_number)
+
+    def run(self) -> ModelProfile:
+        """Measure everything."""
+        file = ModelFile.open(self.path)
+        hollow = HollowModel(file)
+        try:
+            self._expect(file, _GUESSED_BYTES_PER_S)
+            needs, window_bytes = self._memory(file, hollow)
+            disk_times = self._disk(file, window_bytes)
+            compute = self._compute(file, hollow, disk_times.profile, window_bytes)
+            release = [slot_release(group, self.repeats) for group in file.groups]
+            self._resident_release(file)
+        finally:
+            hollow.free()
+        self._advance(self._total_s)
+        return _profile(file, needs, disk_times, compute, release)
+
+    # --- the parts ----------------------------------------------------------------------------------------------
+
+    def _memory(self, file: ModelFile, hollow: HollowModel) -> tuple[Needs, int]:
+        """What the process needs besides weights, and the bytes of the window to measure with."""
+        self._settings = default_settings(file, self._n_threads)
+        needs = measure_memory(file, hollow, self._settings)
+        self._check()
+        budget = min(available_bytes(), self._budget_bytes or available_bytes())
+        if budget < needs.floor_bytes:
+            raise below_floor(budget, needs.floor_bytes - MB)
+        least = smallest_window(file)
+        window_bytes = max(least, min(_largest_layer(file), budget - needs.floor_bytes + least))
+        return needs, window_bytes
+
+    def _disk(self, file: ModelFile, window_bytes: int) -> DiskTimes:
+        begin_s, all_s = self._done_s, disk.LIMIT_S
+        found = disk.search(
+            file,
+            self.repeats,
+            buffer_bytes=min(disk.BUFFER_BYTES, max(window_bytes // 2, disk.LEAST_BUFFER_BYTES)),
+            progress=lambda spent: self._advance(begin_s + spent * all_s),
+        )
+        self.notes += found.notes
+        self._expect(file, next(p.bytes_per_s.mean for p in found.points if disk.way_of(p) == found.best))
+        files = WeightFiles(file.paths, found.best.mode)
+        try:
+            rows = [self._stream(file, files, found.best) for _ in range(self.repeats)]
+            row_s = Spread.of(disk.row_seconds(file, files, _N_ROWS))
+        finally:
+            files.close()
+        rate = Spread.of([streamable_bytes(file) / sum(row) for row in rows])
+        profile = DiskProfile(rate, found.best.mode, found.best.request_bytes, found.best.depth, found.points)
+        return DiskTimes(profile, columns(rows), row_s)
+
+    def _stream(self, file: ModelFile, files: WeightFiles, way: disk.Way) -> list[float]:
+        seconds = disk.group_seconds(file, files, way, lambda: not self._cancelled)
+        self._advance(self._done_s + self._stream_s)
+        return seconds
+
+    def _compute(self, file: ModelFile, hollow: HollowModel, found: DiskProfile, window_bytes: int) -> ComputeTimes:
+        settings = replace(
+            self._settings, io_mode=found.mode, request_bytes=found.request_bytes, depth=max(1, found.depth)
+        )
+        engine = Engine(file, hollow, Plan(0, 1, window_bytes=window_bytes), settings)
+        self._engine = engine
+        try:
+            self._check()
+            return measure_compute(engine, hollow, self.repeats, lambda: self._advance(self._done_s + self._pass_s))
+        finally:
+            self._engine = None
+            engine.close()
+
+    def _resident_release(self, file: ModelFile) -> None:
+        """Measured only where the memory for a whole layer is there."""
+        layer = max(file.layers, key=layer_bytes)
+        if layer_bytes(layer) < available_bytes() // 4 and not self._budget_bytes:
+            self.resident_release_s = resident_release(layer, self.repeats)
+
+    # --- progress and the end -----------------------------------------------------------------------------------
+
+    def _expect(self, file: ModelFile, bytes_per_s: float) -> None:
+        """Estimate all work in seconds, now that the disk's rate is known."""
+        self._stream_s = streamable_bytes(file) / bytes_per_s
+        self._pass_s = self._stream_s + streamable_bytes(file) / 2e9
+        self._total_s = disk.LIMIT_S + self.repeats * self._stream_s + 2 * (self.repeats + 1) * self._pass_s
+
+    def _advance(self, done_s: float) -> None:
+        self._done_s = done_s
+        self.share = min(1.0, done_s / self._total_s)
+        self._check()
+        self._progress(self.share)
+
+    def _check(self) -> None:
+        if self._cancelled:
+            raise Cancelled(self._cancelled)
+
+
+def default_settings(file: ModelFile, n_threads: int = 1) -> Settings:
+    """The context and batch a profile's memory figures are for."""
+    n_ctx = min(CTX_TOKENS, file.hyper_parameter("context_length") or CTX_TOKENS)
+    return Settings(n_ctx=n_ctx, n_threads=n_threads)
+
+
+def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings) -> Needs:
+    """Open engines without reading more than a window, at two context sizes: what grows with the context is KV."""
+    plan = Plan(0, 1, window_bytes=smallest_window(file))
+    small = _ledger(file, hollow, plan, settings)
+    large = _ledger(file, hollow, plan, replace(settings, n_ctx=2 * settings.n_ctx))
+    per_token = max(0, -(-(large.kv_bytes - small.kv_bytes) // settings.n_ctx))
+    kv_bytes = min(small.kv_bytes, per_token * settings.n_ctx)
+    in_layers = sum(_small_bytes(layer) for layer in file.layers)
+    others = small.embedding_bytes + small.sampler_bytes + small.kv_bytes - kv_bytes
+    memory = MemoryProfile(
+        process_bytes=max(0, small.process_bytes - in_layers) + others,
+        ctx_tokens=settings.n_ctx,
+        ubatch_tokens=settings.n_ubatch,
+        kv_bytes=kv_bytes,
+        compute_bytes=small.compute_bytes,
+        min_window_bytes=smallest_window(file),
+        margin_bytes=small.margin_bytes,
+    )
+    floor = small.fixed_bytes + smallest_window(file)
+    return Needs(memory, per_token, -(-(floor + MB) // MB) * MB)
+
+
+def _ledger(file: ModelFile, hollow: HollowModel, plan: Plan, settings: Settings) -> Ledger:
+    engine = Engine(file, hollow, plan, settings)
+    engine.close()
+    return engine.ledger
+
+
+def _largest_layer(file: ModelFile) -> int:
+    return max(layer_bytes(layer) for layer in file.layers)
+
+
+def _small_bytes(layer: Layer) -> int:
+    """Bytes of the layer's tensors that always stay in memory."""
+    return sum(info.n_bytes for info in layer.small)
+
+
+# --- the profile ----------------------------------------------------------------------------------------------------
+
+
+def _profile(
+    file: ModelFile, needs: Needs, disk_times: DiskTimes, compute: ComputeTimes, release: list[Spread]
+) -> ModelProfile:
+    times = list(zip(disk_times.group_s, compute.decode, compute.prefill, release, strict=True))
+    layers = tuple(
+        LayerProfile(layer_bytes(layer), _small_bytes(layer), *of_layer)
+        for layer, of_layer in zip(file.layers, times[:-1], strict=True)
+    )
+    tile_bytes = max(piece.span_bytes for piece in file.head.pieces)
+    tables = file.row_tables
+    return ModelProfile(
+        schema=SCHEMA,
+        model=model_info(file),
+        device=device_info(file.path),
+        versions=_versions(),
+        disk=disk_times.profile,
+        layers=layers,
+        head=HeadProfile(layer_bytes(file.head), tile_bytes, *times[-1]),
+        embedding=EmbeddingProfile(
+            sum(table.n_bytes for table in tables), tables[0].row_bytes if tables else 0, disk_times.row_s
+        ),
+        prefill_tokens=compute.prefill_tokens,
+        overhead_s=compute.overhead_s,
+        kv_bytes_per_token=needs.kv_bytes_per_token,
+        memory=needs.memory,
+        floor_bytes=needs.floor_bytes,
+    )
+
+
+def model_info(file: ModelFile) -> ModelInfo:
+    """Which model it is; the path is relative for a model inside the checkout."""
+    path = file.path.resolve()
+    shown = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path
+    return ModelInfo(str(shown), file.name, file.hash, file.architecture, file.n_bytes, file.n_layers, file.tied_head)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for key, package in _PACKAGES.items():
+        try:
+            found[key] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[key] = "not installed"
+    return found
