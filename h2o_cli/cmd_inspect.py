@@ -1,0 +1,186 @@
+"""`h2o inspect`: what a model file holds, and the smallest budget it runs in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from h2o_cli.interrupts import interrupts
+from h2o_cli.models import find_profile, resolve_model
+from h2o_cli.output import emit, note, print_json, table
+from runtime.errors import EngineError, ModelError, ProfileError
+from runtime.model_file import Layer, ModelFile, TensorInfo
+from runtime.residency import layer_bytes
+from runtime.sizes import MB, format_size
+
+EPILOG = """Examples:
+
+\b
+  h2o inspect model.gguf
+  h2o inspect model.gguf --json | jq .floor_bytes
+"""
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The smallest budget and the KV bytes per token; None where they could not be found. `source` says from where."""
+
+    floor_bytes: int | None
+    kv_bytes_per_token: int | None
+    ctx_tokens: int | None
+    source: str
+
+
+def inspect(model: Model = None, as_json: Json = False) -> None:
+    """Show a model's layers, bytes by part and type, context length and smallest budget."""
+    file = ModelFile.open(resolve_model(model))
+    found = facts(file, smallest_budget(file))
+    if as_json:
+        print_json(found)
+    else:
+        emit(describe(file, found) + "\n")
+
+
+def smallest_budget(file: ModelFile) -> Budget:
+    """From the model's profile if there is one, else by opening the model without its weights."""
+    path = find_profile(file.hash)
+    if path is not None:
+        from profiler.model_profile import load_profile
+
+        try:
+            found = load_profile(path)
+            return Budget(found.floor_bytes, found.kv_bytes_per_token, found.memory.ctx_tokens, "profile")
+        except ProfileError as error:
+            note(f"the profile {path.name} was not used: {error}")
+    try:
+        with interrupts.held():
+            return _opened(file)
+    except (ModelError, EngineError) as error:
+        note(str(error))
+        return Budget(None, None, None, "unknown")
+
+
+def _opened(file: ModelFile) -> Budget:
+    from profiler.measure import default_settings, measure_memory
+    from runtime.hollow import HollowModel
+
+    hollow = HollowModel(file)
+    try:
+        needs = measure_memory(file, hollow, default_settings(file))
+    finally:
+        hollow.free()
+    return Budget(needs.floor_bytes, needs.kv_bytes_per_token, needs.memory.ctx_tokens, "opened")
+
+
+def facts(file: ModelFile, budget: Budget) -> dict[str, Any]:
+    """Everything `--json` prints."""
+    head = file.head.pieces[0].tensor
+    return {
+        "model": str(file.path),
+        "name": file.name,
+        "hash": file.hash,
+        "architecture": file.architecture,
+        "files": len(file.paths),
+        "file_bytes": file.n_bytes,
+        "n_layers": file.n_layers,
+        "context_length": file.hyper_parameter("context_length") or None,
+        "embedding_length": file.hyper_parameter("embedding_length") or None,
+        "vocabulary": head.n_rows,
+        "tokenizer": file.tokenizer or None,
+        "tied_head": file.tied_head,
+        "types": types_of(file.tensors),
+        "parts": parts_of(file),
+        "layers": [_layer_facts(layer) for layer in file.layers],
+        "head": {"bytes": layer_bytes(file.head), "tiles": len(file.head.pieces), "type": head.type_name},
+        "kv_bytes_per_token": budget.kv_bytes_per_token,
+        "floor_bytes": budget.floor_bytes,
+        "floor_ctx_tokens": budget.ctx_tokens,
+        "floor_from": budget.source,
+    }
+
+
+def types_of(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    """Bytes by quantisation type, the largest first."""
+    found: Counter[str] = Counter()
+    for tensor in tensors:
+        found[tensor.type_name] += tensor.n_bytes
+    return dict(found.most_common())
+
+
+def parts_of(file: ModelFile) -> dict[str, dict[str, Any]]:
+    """Bytes, number of tensors and types of each part. A tied head is the embedding's own tensor."""
+    head = [] if file.tied_head else [file.head.pieces[0].tensor]
+    parts = {
+        "layers": [piece.tensor for layer in file.layers for piece in layer.pieces],
+        "head": head,
+        "embedding": list(file.row_tables),
+        "always resident": list(file.small_tensors),
+    }
+    return {
+        name: {"bytes": sum(t.n_bytes for t in tensors), "tensors": len(tensors), "types": types_of(tensors)}
+        for name, tensors in parts.items()
+    }
+
+
+def _layer_facts(layer: Layer) -> dict[str, Any]:
+    return {
+        "bytes": layer_bytes(layer),
+        "resident_bytes": sum(info.n_bytes for info in layer.small),
+        "tensors": len(layer.pieces) + len(layer.small),
+        "types": types_of(piece.tensor for piece in layer.pieces),
+    }
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def describe(file: ModelFile, found: dict[str, Any]) -> str:
+    """The facts as text."""
+    files = f", {found['files']} files" if found["files"] > 1 else ""
+    rows = [["part", "bytes", "tensors", "types"]]
+    for name, part in found["parts"].items():
+        shown = "the embedding" if name == "head" and file.tied_head else format_size(part["bytes"])
+        rows.append([name, shown, str(part["tensors"]), _types(part["types"])])
+    return "\n".join(
+        [
+            f"{found['name']} ({found['architecture']}, {format_size(found['file_bytes'])}{files})",
+            _layers_line([layer["bytes"] for layer in found["layers"]]),
+            f"context {found['context_length'] or 'unknown'}, width {found['embedding_length'] or 'unknown'},"
+            f" vocabulary {found['vocabulary']} ({found['tokenizer'] or 'no tokenizer'})",
+            "",
+            table(rows, right=(1, 2)),
+            "",
+            *_budget_lines(found),
+        ]
+    )
+
+
+def _layers_line(sizes: list[int]) -> str:
+    least, most = format_size(min(sizes)), format_size(max(sizes))
+    each = f"{most} each" if least == most else f"{least} to {most}"
+    return f"{len(sizes)} layers, {each}"
+
+
+def _types(types: dict[str, int]) -> str:
+    if len(types) == 1:
+        return next(iter(types))
+    return ", ".join(f"{name} {format_size(n_bytes)}" for name, n_bytes in types.items())
+
+
+def _budget_lines(found: dict[str, Any]) -> list[str]:
+    if found["floor_bytes"] is None:
+        return ["smallest budget: unknown, because this llama.cpp cannot open the model"]
+    lines = []
+    if found["kv_bytes_per_token"]:
+        lines.append(f"KV cache {format_size(found['kv_bytes_per_token'])} per token (f16)")
+    where = "from its profile" if found["floor_from"] == "profile" else "measured by opening it"
+    context = f"context of {found['floor_ctx_tokens']} tokens, " if found["floor_ctx_tokens"] else ""
+    lines.append(f"smallest budget: -m {-(-found['floor_bytes'] // MB)} ({context}{where})")
+    return lines

@@ -1,0 +1,225 @@
+"""`h2o profile`: measure a model on this machine, or take over a profile of the source system."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from h2o_cli.defaults import default_threads
+from h2o_cli.interrupts import interrupts
+from h2o_cli.models import profiles_folder, remember_model, resolve_model
+from h2o_cli.output import Progress, emit, note, table
+from profiler.measure import Measurement
+from profiler.model_profile import HeadProfile, LayerProfile, ModelProfile, Spread, decode_profile, save_profile
+from profiler.source_format import (
+    export_source,
+    import_source,
+    load_source,
+    parse_log,
+    save_source,
+)
+from runtime.errors import Cancelled, ProfileError, UsageError
+from runtime.sizes import MB, format_size, parse_size
+
+_MOST_IMPORT_BYTES = 64 * 2**20
+
+EPILOG = """Examples:
+
+\b
+  h2o profile model.gguf                  measure, keep the profile where the other commands find it
+  h2o profile model.gguf -m 400           the same inside 400 MB
+  h2o profile model.gguf -o p.json --json to a file of your own, and on standard output
+  h2o profile --import config.json        take over a four-key profile (or the log it is made from)
+  h2o profile --import p.json --export config.json   write a profile in the four-key form
+"""
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the profile to this file.")]
+Repeats = Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measure everything N times.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("-m", "--memory", metavar="SIZE", help="Memory to measure in: 400 (MB), 1.5GB. [default: as needed]"),
+]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Computing threads. [default: physical cores]")
+]
+Import = Annotated[
+    Path | None, typer.Option("--import", metavar="FILE", help="Measure nothing: read a four-key profile or its log.")
+]
+Export = Annotated[Path | None, typer.Option("--export", metavar="FILE", help="Also write the four-key profile.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the profile as one JSON object instead of a summary.")]
+
+
+def profile(
+    model: Model = None,
+    output: Output = None,
+    repeats: Repeats = 3,
+    memory: Memory = None,
+    threads: Threads = None,
+    import_file: Import = None,
+    export_file: Export = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast this machine reads and computes a model, layer by layer. `h2o plan` and `h2o run` use it."""
+    if import_file and model:
+        raise UsageError("--import measures nothing, so it takes no MODEL", "leave one of the two away")
+    path = import_file or resolve_model(model)
+    target = output or profiles_folder() / f"{path.stem}.json"
+    for file in (target, export_file):
+        check_writable(file, make_folder=output is None)
+    resident_release_s = None
+    if import_file:
+        found = read_foreign(import_file)
+    else:
+        budget_bytes = parse_size(memory) if memory else 0
+        measurement = Measurement(path, repeats, n_threads=threads or default_threads(), budget_bytes=budget_bytes)
+        found = _measured(measurement)
+        resident_release_s = measurement.resident_release_s
+    if target != import_file:
+        save_profile(found, target)
+    if export_file:
+        save_source(export_source(found), export_file)
+    if not import_file:
+        remember_model(path)
+    if as_json:
+        emit(_as_json(found) + "\n")
+    else:
+        emit(summary(found, resident_release_s) + "\n")
+        note(f"the profile is in {target}")
+
+
+def _measured(measurement: Measurement) -> ModelProfile:
+    """Run a measurement with progress on standard error; a signal ends it within a pass."""
+    what = f"measuring {measurement.path.name}"
+    with Progress(what, lambda: measurement.share), interrupts.ending(measurement.cancel):
+        found = measurement.run()
+    stopped = interrupts.take()
+    if stopped:
+        raise Cancelled(stopped)
+    for line in measurement.notes:
+        note(line)
+    return found
+
+
+def check_writable(path: Path | None, *, make_folder: bool) -> None:
+    """Raise UsageError now, not after minutes of measuring, where a file cannot be written."""
+    if path is None:
+        return
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        usable = path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
+    except OSError:
+        usable = False
+    if not usable:
+        raise UsageError(f"{path} cannot be written", "give another file with -o")
+
+
+def read_foreign(path: Path) -> ModelProfile:
+    """A profile from the source system's JSON or log, or one of our own. Raises ProfileError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_IMPORT_BYTES)
+    except OSError as error:
+        raise ProfileError(f"cannot read {path}: {error.strerror}", "give a profile or a log with --import") from None
+    if not data.lstrip().startswith(b"{"):
+        return parse_log(data.decode(errors="replace")).to_profile(path.stem)
+    if b'"schema"' in data:
+        return decode_profile(data, str(path))
+    return import_source(load_source(path), path.stem)
+
+
+# --- the summary ----------------------------------------------------------------------------------------------------
+
+
+def _as_json(found: ModelProfile) -> str:
+    import msgspec
+
+    return msgspec.json.encode(found).decode()
+
+
+def summary(found: ModelProfile, resident_release_s: Spread | None = None) -> str:
+    """The profile for people: the disk, a mean layer, the head, memory, and the limit with everything streamed."""
+    model, disk = found.model, found.disk
+    tied = ", head = embedding" if model.tied_head else ""
+    lines = [
+        f"{model.name} ({model.architecture}, {model.n_layers} layers, {format_size(model.file_bytes)}{tied})",
+        f"{found.device.cpu}, {found.device.n_cores} cores, {format_size(found.device.memory_bytes)}",
+        f"disk {_rate(disk.bytes_per_s)}: {disk.mode} reads of {disk.request_bytes // 1024} KiB, {disk.depth} at once",
+        "",
+        table(_rows(found), right=(1, 2, 3, 4, 5)),
+        f"decode: one token; prefill: {found.prefill_tokens} tokens of a prompt at once; ± standard deviation",
+        "",
+        *_memory_lines(found),
+        *_limit_lines(found),
+    ]
+    if resident_release_s:
+        lines.insert(-1, f"freeing a resident layer takes {_ms(resident_release_s)} ms")
+    return "\n".join(lines)
+
+
+def _rows(found: ModelProfile) -> list[list[str]]:
+    rows = [["", "bytes", "read ms", "decode ms", "prefill ms", "release ms"]]
+    n = len(found.layers)
+    columns = [
+        [layer.io_s for layer in found.layers],
+        [layer.decode_compute_s for layer in found.layers],
+        [layer.prefill_compute_s for layer in found.layers],
+        [layer.release_s for layer in found.layers],
+    ]
+    size = sum(layer.bytes for layer in found.layers)
+    rows.append(["layer (mean)", format_size(size / n), *(_ms(_mean(column)) for column in columns)])
+    head = found.head
+    spreads = (head.io_s, head.decode_compute_s, head.prefill_compute_s, head.release_s)
+    rows.append(["head", format_size(head.bytes), *(_ms(spread) for spread in spreads)])
+    rows.append(["embedding row", format_size(found.embedding.row_bytes), _ms(found.embedding.io_s), "", "", ""])
+    rows.append(["rest of a pass", "", "", _ms(found.overhead_s), "", ""])
+    return rows
+
+
+def _mean(spreads: list[Spread]) -> Spread:
+    """The mean layer: means of means, and of the spreads over the repeats."""
+    n = len(spreads)
+    return Spread(
+        sum(s.mean for s in spreads) / n,
+        sum(s.sd for s in spreads) / n,
+        min(s.n for s in spreads),
+        min(s.minimum for s in spreads),
+        max(s.maximum for s in spreads),
+    )
+
+
+def _memory_lines(found: ModelProfile) -> list[str]:
+    memory = found.memory
+    if not memory.ctx_tokens:
+        return []
+    return [
+        f"memory: process {format_size(memory.process_bytes)}, compute {format_size(memory.compute_bytes)}"
+        f" (prompt in passes of {memory.ubatch_tokens}), KV {format_size(found.kv_bytes_per_token)} per token",
+        f"smallest budget: -m {-(-found.floor_bytes // MB)} (context of {memory.ctx_tokens} tokens)",
+    ]
+
+
+def _limit_lines(found: ModelProfile) -> list[str]:
+    """Both sides of the limit T >= max(bytes / disk rate, compute)."""
+    streamed = sum(layer.bytes for layer in found.layers) + found.head.bytes
+    disk_s = streamed / found.disk.bytes_per_s.mean
+    units: list[LayerProfile | HeadProfile] = [*found.layers, found.head]
+    compute_s = sum(unit.decode_compute_s.mean for unit in units) + found.overhead_s.mean
+    slower = "the disk" if disk_s > compute_s else "computing"
+    return [
+        f"a token with everything streamed ({format_size(streamed)}): disk {disk_s * 1000:.1f} ms,"
+        f" compute {compute_s * 1000:.1f} ms; {slower} sets the pace"
+    ]
+
+
+def _ms(spread: Spread) -> str:
+    digits = 1 if spread.mean >= 0.01 else 3
+    return f"{spread.mean * 1000:.{digits}f} ± {spread.sd * 1000:.{digits}f}"
+
+
+def _rate(spread: Spread) -> str:
+    return f"{format_size(spread.mean)}/s ± {format_size(spread.sd)}/s"
