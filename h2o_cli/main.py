@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from h2o_cli.interrupts import interrupts
-from h2o_cli.output import print_error
+from h2o_cli.output import ReaderGone, print_error
 from runtime.errors import Cancelled, H2OError
 
 COMMANDS = {
@@ -97,7 +97,7 @@ def run_command(arguments: list[str] | None = None) -> int:
     except H2OError as error:
         print_error(error.message, error.next_step)
         return error.exit_code
-    except BrokenPipeError:
+    except (ReaderGone, BrokenPipeError):
         _silence_stdout()
         return 0
     except (KeyboardInterrupt, typer.Abort):

@@ -52,10 +52,17 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+class ReaderGone(Exception):
+    """Nobody reads standard output any more: there is nothing left to do."""
+
+
 def emit(text: str) -> None:
-    """A part of the result, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """A part of the result, at once. Raises ReaderGone when nobody reads it."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderGone from None
 
 
 def print_json(value: Any) -> None:

@@ -47,7 +47,7 @@ class Chat:
         turns: list[Any] = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self._format(messages=turns).prompt)
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise PromptError(
                 f"the model's chat template refuses this conversation ({error})", "start a new one, or leave out --chat"
             ) from None

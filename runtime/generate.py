@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from runtime.engine import Counters, Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
 from runtime.plan import Plan
@@ -126,6 +128,7 @@ def generate(
             between_tokens()
             if pending is request.prompt:
                 sequence.feed(pending)
+                _check_numbers(sequence.engine)
             else:
                 sequence.append(pending[0])
             if n_left <= 0:
@@ -140,6 +143,11 @@ def generate(
             pending = (token,)
     except Cancelled:
         yield Step(None, text.finish(), CANCELLED)
+
+
+def _check_numbers(engine: Engine) -> None:
+    if np.isnan(engine.logits()).any():
+        raise EngineError("the model computes no numbers (NaN)", "the file may be damaged: download the model again")
 
 
 def _step(text: StopFilter, tokenizer: Tokenizer, token: int, *, is_last: bool) -> Step:

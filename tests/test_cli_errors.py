@@ -1,0 +1,278 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import broken_models
+import pytest
+
+from h2o_cli import main as cli
+from h2o_cli import models
+from runtime.errors import Cancelled, H2OError
+
+ROOT = Path(__file__).resolve().parent.parent
+H2O = [sys.executable, "-m", "h2o_cli.main"]
+
+
+@pytest.fixture(autouse=True)
+def own_plan_file(tmp_path, monkeypatch):
+    """No test meets the plan file of the user who runs it."""
+    path = tmp_path / "default-plan.bin"
+    monkeypatch.setattr("h2o_cli.opening.default_plan_path", lambda: path)
+    return path
+
+
+def h2o(*arguments):
+    """Run a command in this process; returns its exit code."""
+    return cli.run_command([str(argument) for argument in arguments])
+
+
+def one_line(capsys, *parts):
+    """The error told on standard error: one line and at most one `next:` line; nothing on standard output."""
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert len(lines) <= 2, err
+    assert lines[0].startswith("h2o: ")
+    assert all(line.startswith("  next: ") for line in lines[1:])
+    for part in parts:
+        assert part in err
+    return err
+
+
+# --- bad models -----------------------------------------------------------------------------------------------------
+
+
+def test_missing_model(tmp_path, capsys):
+    assert h2o("run", tmp_path / "no.gguf", "-p", "x") == 1
+    one_line(capsys, "No such file", "next: ")
+
+
+def test_folder_as_model(tmp_path, capsys):
+    assert h2o("run", tmp_path, "-p", "x") == 1
+    one_line(capsys, "is a directory")
+
+
+@pytest.mark.parametrize(
+    "name", ["zero_length", "random_bytes", "cut_in_data", "no_tokenizer_model", "missing_layer_tensor"]
+)
+def test_broken_model(name, tmp_path, capsys):
+    path = broken_models.BROKEN[name](tmp_path)
+    assert h2o("run", path, "-p", "x") == 1
+    one_line(capsys, path.name)
+
+
+def test_not_a_number(tmp_path, capsys):
+    assert h2o("run", broken_models.BROKEN["weights_not_numbers"](tmp_path), "-p", "the") == 1
+    one_line(capsys, "NaN")
+
+
+def test_character_outside_the_vocabulary(tmp_path, capsys):
+    assert h2o("run", broken_models.BROKEN["no_byte_tokens"](tmp_path), "-p", "the Tree") == 1
+    one_line(capsys, "'T' (latin capital letter t)")
+
+
+# --- prompts and flags ----------------------------------------------------------------------------------------------
+
+
+def test_prompt_longer_than_the_context(tiny_model, capsys):
+    assert h2o("run", tiny_model("qwen2"), "-p", "word " * 200, "--ctx", 64) == 1
+    one_line(capsys, "tokens and the context takes 64", "--ctx")
+
+
+def test_prompt_longer_than_the_model(tiny_model, capsys):
+    assert h2o("run", tiny_model("qwen2"), "-p", "word " * 600) == 1
+    one_line(capsys, "the context takes 512")
+
+
+def test_prompt_file_that_is_not_there(tmp_path, tiny_model, capsys):
+    assert h2o("run", tiny_model("qwen2"), "-f", tmp_path / "no.txt") == 1
+    one_line(capsys, "no.txt: No such file")
+    assert h2o("run", tiny_model("qwen2"), "-f", tmp_path) == 1
+    one_line(capsys, "Is a directory")
+
+
+def test_empty_standard_input(tiny_model, capsys):
+    assert h2o("run", tiny_model("qwen2")) == 1
+    one_line(capsys, "standard input is empty")
+
+
+def test_prompt_that_is_not_utf8(tmp_path, tiny_model, capsys):
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"abc\xff\xfe def")
+    assert h2o("run", tiny_model("qwen2"), "-f", path, "-n", 1, "--json") == 0
+    out, err = capsys.readouterr()
+    assert "not UTF-8 (byte 3)" in err
+    assert len(err.splitlines()) == 1
+    assert json.loads(out)["finish"] == "length"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-p", "a", "-f", "b"),
+        ("-p", "a", "--temp", "-1"),
+        ("-p", "a", "--top-p", "2"),
+        ("-p", "a", "-m", "lots"),
+        ("-p", "a", "-m", "0"),
+        ("-p", "a", "-n", "-2"),
+        ("-p", "a", "--ctx", "0"),
+        ("-p", "a", "-t", "0"),
+        ("-p", "a", "--layout", "round"),
+        ("-p", "a", "--kv-type", "q1"),
+        ("surplus", "-p", "a"),
+    ],
+    ids=" ".join,
+)
+def test_impossible_values(flags, tiny_model, capsys):
+    assert h2o("run", tiny_model("qwen2"), *flags) in (1, 2)
+    assert h2o("run", tiny_model("qwen2"), *flags) == (1 if flags[-1] == "round" else 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "next: " in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--no-such-flag"], ["run", "-n", "many"], ["nosuch"], ["plan", "--set"], ["bench", "x"]],
+    ids=str,
+)
+def test_wrong_usage(arguments, capsys):
+    assert h2o(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Error: " in err
+
+
+def test_budget_below_the_floor_names_one_that_works(tiny_model):
+    command = [*H2O, "run", str(tiny_model("qwen2")), "-p", "a", "-n", "2", "-m"]
+    refused = subprocess.run([*command, "1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "1.0 MB is too small for this model" in refused.stderr
+    smallest = refused.stderr.split("the smallest budget that works here is -m ")[1].split()[0]
+    subprocess.run([*command, smallest], cwd=ROOT, capture_output=True, check=True)
+
+
+# --- the funnel -----------------------------------------------------------------------------------------------------
+
+
+def failing(error):
+    def fail(_arguments):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (H2OError("no luck", "try again"), 1, "h2o: no luck\n  next: try again\n"),
+        (Cancelled(15), 143, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            ZeroDivisionError("by\nzero"),
+            1,
+            "h2o: unexpected ZeroDivisionError: by zero\n  next: report this, with the output",
+        ),
+    ],
+    ids=str,
+)
+def test_failures_become_a_line_and_a_code(error, code, said, monkeypatch, capsys):
+    monkeypatch.delenv("H2O_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "_invoke", failing(error))
+    assert h2o() == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv("H2O_DEBUG", "1")
+    monkeypatch.setattr(cli, "_invoke", failing(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        h2o()
+
+
+def test_reader_that_goes_away(tiny_model):
+    command = [*H2O, "run", str(tiny_model("qwen2")), "-p", "a", "-n", "400", "--temp", "0", "--ctx", "512"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.read(3)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(60) == 0
+    assert "Traceback" not in err
+    assert "Broken" not in err
+
+
+# --- help and start-up ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--help"], ["run ", "plan ", "Examples:", "h2o run model.gguf"]),
+        (["run", "--help"], ["--repeat-penalty", "-m, --memory SIZE", "Examples:", "/help lists its commands"]),
+        (["plan", "-h"], ["--set K,W", "--explain", "Examples:"]),
+        (["bench", "make-model", "--help"], ["SHAPE", "Examples:", "h2o bench make-model llama-7b"]),
+    ],
+    ids=str,
+)
+def test_help(arguments, parts, capsys):
+    assert h2o(*arguments) == 0
+    out = capsys.readouterr().out
+    for part in parts:
+        assert part in out
+
+
+def test_version(capsys):
+    assert h2o("--version") == 0
+    assert "llama_cpp_python 0.3.36" in capsys.readouterr().out
+
+
+def imported_by(code):
+    script = f"import sys; {code}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_help_imports_no_model_code():
+    code = "from h2o_cli.main import run_command; run_command(['--help'])"
+    assert not {"llama_cpp", "numpy", "rich", "msgspec"} & imported_by(code)
+
+
+def test_run_imports_no_planner():
+    loaded = imported_by("import h2o_cli.cmd_run")
+    assert not {"rich", "msgspec", "planner.choose", "profiler.model_profile", "platformdirs", "psutil"} & loaded
+
+
+# --- which model ----------------------------------------------------------------------------------------------------
+
+
+def test_which_model_is_meant(tmp_path, monkeypatch):
+    assert models.resolve_model("a.gguf") == Path("a.gguf")
+    monkeypatch.setenv("H2O_MODEL", "b.gguf")
+    assert models.resolve_model(None) == Path("b.gguf")
+    monkeypatch.delenv("H2O_MODEL")
+    monkeypatch.setattr(models, "BUNDLED_MODEL", tmp_path / "bundled.gguf")
+    with pytest.raises(H2OError, match="no model was named"):
+        models.resolve_model(None)
+    (tmp_path / "bundled.gguf").touch()
+    assert models.resolve_model(None) == tmp_path / "bundled.gguf"
+    last = tmp_path / "last \udcff.gguf"
+    last.touch()
+    models.remember_model(last)
+    assert models.resolve_model(None) == last
+    last.unlink()
+    assert models.resolve_model(None) == tmp_path / "bundled.gguf"
+
+
+def test_profiles_are_found_by_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "profiles_folder", lambda: tmp_path)
+    for i, name in enumerate(("old", "new")):
+        path = tmp_path / f"{name}.json"
+        path.write_text('{"schema": 1, "model": {"path": "m", "hash": 77}}')
+        os.utime(path, (i, i))
+    (tmp_path / "other.json").write_text("{}")
+    assert models.find_profile(77) == tmp_path / "new.json"
+    assert models.find_profile(78) is None
+    with pytest.raises(H2OError, match="there is no profile of m"):
+        models.need_profile(78, "m")

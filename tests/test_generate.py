@@ -1,0 +1,294 @@
+import threading
+import time
+
+import pytest
+import reference
+from engines import engine
+
+from runtime.errors import EngineError, PromptError
+from runtime.generate import (
+    CANCELLED,
+    LENGTH,
+    STOP,
+    Meter,
+    PlanFollower,
+    Request,
+    StopFilter,
+    TokenSequence,
+    check_budget,
+    generate,
+)
+from runtime.plan import Layout, Plan
+from runtime.plan_file import write_plan, write_source_plan
+from runtime.plan_watcher import PlanWatcher
+from runtime.sampler import Sampler, Sampling
+from runtime.tokenizer import Tokenizer
+
+PROMPT = tuple(range(3, 15))
+GREEDY = Sampling(temp=0)
+
+
+class Rig:
+    """An engine with a tokenizer and a greedy sampler."""
+
+    def __init__(self, opened):
+        self.engine = opened
+        self.sequence = TokenSequence(opened, opened.notes.append)
+        self.tokenizer = Tokenizer(opened._model, opened.file)
+        self.sampler = Sampler(GREEDY, opened.n_vocab)
+
+    def steps(self, prompt=PROMPT, n_predict=8, stop=(), between_tokens=lambda: None):
+        request = Request(tuple(prompt), n_predict, stop)
+        return generate(self.sequence, self.tokenizer, self.sampler, request, between_tokens)
+
+    def answer(self, *args, **more):
+        steps = list(self.steps(*args, **more))
+        text = "".join(step.text for step in steps)
+        return text, [step.token for step in steps if step.token is not None], steps[-1].finish
+
+
+@pytest.fixture
+def rig(tiny_model):
+    with engine(tiny_model("qwen2"), n_threads=2, n_ctx=256, n_ubatch=64) as opened:
+        made = Rig(opened)
+        yield made
+        made.sampler.close()
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens(tiny_model):
+    options = {"n_ctx": 256, "n_ubatch": 64, "n_threads": 2}
+    return reference.reference_in_subprocess(tiny_model("qwen2"), PROMPT, 24, **options)[1]
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_answer_is_llama_cpps(rig, greedy_tokens):
+    text, tokens, finish = rig.answer(n_predict=24)
+    assert tokens == greedy_tokens
+    assert finish == LENGTH
+    assert text == rig.tokenizer.decode(tokens)
+
+
+def test_no_tokens_asked_for(rig):
+    assert rig.answer(n_predict=0) == ("", [], LENGTH)
+    assert rig.engine.n_past == len(PROMPT)
+
+
+def test_no_limit_ends_with_the_context(rig):
+    _, tokens, finish = rig.answer(prompt=[5] * 240, n_predict=-1)
+    assert (len(tokens), finish) == (256 - 240 + 1, LENGTH)
+
+
+def test_end_of_text_is_not_part_of_the_answer(rig, greedy_tokens, monkeypatch):
+    last = greedy_tokens[5]
+    monkeypatch.setattr(rig.tokenizer, "ends", lambda token: token == last)
+    _, tokens, finish = rig.answer(n_predict=24)
+    assert finish == "eos"
+    assert tokens == greedy_tokens[: greedy_tokens.index(last)]
+
+
+def test_prompts_that_do_not_fit(rig):
+    with pytest.raises(PromptError, match="empty"):
+        rig.answer(prompt=())
+    with pytest.raises(PromptError, match="256 tokens"):
+        rig.answer(prompt=[5] * 256)
+
+
+def test_not_a_number(rig, monkeypatch):
+    monkeypatch.setattr(rig.engine, "logits", lambda: [float("nan")] * 4)
+    with pytest.raises(EngineError, match="NaN"):
+        rig.answer()
+
+
+# --- stop texts -----------------------------------------------------------------------------------------------------
+
+
+def test_answer_ends_before_a_stop_text(rig):
+    whole, tokens, _ = rig.answer(n_predict=16)
+    stop = whole[6:9]
+    at = whole.index(stop)
+    text, cut, finish = rig.answer(n_predict=16, stop=(stop, "never there"))
+    assert (text, finish) == (whole[:at], STOP)
+    assert cut == tokens[: len(cut)]
+
+
+class Letters:
+    """A tokenizer whose token is a character."""
+
+    class _Decoder:
+        def feed(self, token):
+            return chr(token)
+
+        def finish(self):
+            return ""
+
+    def decoder(self):
+        return self._Decoder()
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces"),
+    [
+        ("abc", (), ["a", "b", "c", ""]),
+        ("xENDy", ("END",), ["x", "", "", "", ""]),
+        ("xENxE", ("END",), ["x", "", "", "ENx", "", "E"]),
+        ("EENDz", ("END",), ["", "E", "", "", ""]),
+        ("abab", ("abac",), ["", "", "", "ab", "ab"]),
+        ("ab", ("b", ""), ["a", "", ""]),
+        ("x\n\n", ("\n\n", "x\n"), ["", "", ""]),
+    ],
+)
+def test_possible_stop_texts_are_held_back(text, stop, pieces):
+    stops = StopFilter(Letters(), stop)
+    seen = []
+    for letter in text:
+        seen.append(stops.feed(ord(letter)))
+        if stops.stopped:
+            break
+    seen.append(stops.finish())
+    assert seen == pieces[: len(seen)]
+    assert "".join(seen) == "".join(pieces)
+
+
+# --- sequences ------------------------------------------------------------------------------------------------------
+
+
+def test_common_beginning_is_not_computed_again(rig):
+    _, first, _ = rig.answer(n_predict=6)
+    conversation = [*PROMPT, *first, 7, 8, 9]
+    before = rig.engine.counters.tokens
+    _, second, _ = rig.answer(prompt=conversation, n_predict=1)
+    assert rig.engine.counters.tokens - before == 1 + 3  # the last token of the answer was never fed
+    rig.sequence.feed(PROMPT)
+    assert rig.engine.n_past == len(PROMPT) == len(rig.sequence.tokens)
+    rig.sequence.feed(conversation)
+    assert rig.sampler.sample(rig.engine) == second[0]
+
+
+def test_state_that_cannot_be_shortened_is_read_again(rig, monkeypatch):
+    _, first, _ = rig.answer()
+    truncate = rig.engine.truncate
+
+    def whole_only(n_past):
+        if n_past:
+            raise EngineError("this model's state cannot be shortened")
+        truncate(0)
+
+    monkeypatch.setattr(rig.engine, "truncate", whole_only)
+    assert rig.answer()[1] == first
+    assert len(rig.engine.notes) == 1
+
+
+def test_cancelled_answer_keeps_its_text_and_can_go_on(rig, greedy_tokens):
+    steps, seen = rig.steps(n_predict=24), []
+    for step in steps:
+        seen.append(step)
+        if len(seen) == 5:
+            rig.engine.cancel()
+    assert [step.token for step in seen] == [*greedy_tokens[:5], None]
+    assert seen[-1].finish == CANCELLED
+    rest = rig.answer(prompt=[*PROMPT, *greedy_tokens[:5]], n_predict=4)
+    assert rest[1] == greedy_tokens[5:9]
+
+
+def test_cancel_that_came_too_late_is_forgotten(rig):
+    rig.answer()
+    rig.engine.cancel()
+    rig.engine.forget_cancel()
+    assert rig.answer()[2] == LENGTH
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_new_plans_are_followed_and_change_no_token(rig, greedy_tokens, tmp_path):
+    path = tmp_path / "plan.bin"
+    follow = PlanFollower(rig.engine, PlanWatcher(path, rig.engine.file.hash), 0, rig.engine.notes.append)
+    plans = {4: Plan(2, 1, Layout.EVEN), 9: Plan(0, 2, Layout.BALANCED, model_hash=rig.engine.file.hash)}
+    tokens = []
+    for step in rig.steps(n_predict=24, between_tokens=follow):
+        tokens.append(step.token)
+        if len(tokens) in plans:
+            write_plan(path, plans[len(tokens)])
+            follow._watcher._next_look_s = 0
+    assert tokens == greedy_tokens
+    assert rig.engine.plan_changes == 2
+    assert (rig.engine.plan.w, rig.engine.plan.generation) == (2, 2)
+    assert rig.engine.notes == []
+
+
+def test_plan_outside_the_budget_is_refused_once(rig, tmp_path):
+    budget = rig.engine.ledger.total_bytes
+    path = tmp_path / "plan.bin"
+    follow = PlanFollower(rig.engine, PlanWatcher(path, rig.engine.file.hash), budget, rig.engine.notes.append)
+    for k in (4, 3):
+        write_source_plan(path, k, 4)
+        follow._watcher._next_look_s = 0
+        follow()
+    write_plan(path, Plan(1, 1, budget_bytes=10**6))
+    follow._watcher._next_look_s = 0
+    follow()
+    assert rig.engine.plan_changes == 0
+    assert len(rig.engine.notes) == 3
+    assert all("was not taken" in text for text in rig.engine.notes)
+
+
+def test_damaged_plan_file_is_told_once(rig, tmp_path):
+    path = tmp_path / "plan.bin"
+    path.write_bytes(b"x" * 200)
+    path.chmod(0o600)
+    follow = PlanFollower(rig.engine, PlanWatcher(path, 0), 0, rig.engine.notes.append)
+    rig.answer(between_tokens=follow)
+    assert len(rig.engine.notes) == 1
+
+
+def test_plan_with_its_own_budget_is_the_engines_to_judge(rig):
+    check_budget(rig.engine, Plan(4, 4, budget_bytes=1), 10)
+    check_budget(rig.engine, Plan(4, 4), 0)
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_an_answer(rig):
+    meter = Meter(rig.engine)
+    for step in rig.steps(n_predict=12):
+        meter.see(step)
+    figures = meter.statistics()
+    assert figures.n_tokens == 12
+    assert figures.ttft_s > 0
+    assert figures.decode_ms_per_token == pytest.approx(1000 / figures.tokens_per_s, rel=0.9)
+    assert figures.bytes_read_per_token == pytest.approx(rig.engine.streamed_bytes, rel=0.5)
+    assert figures.limit_ms_per_token > 0
+    assert figures.yield_ == pytest.approx(figures.limit_ms_per_token / figures.decode_ms_per_token)
+
+
+def test_limit_follows_the_profiled_disk(rig):
+    meter = Meter(rig.engine, disk_bytes_per_s=1e3)
+    for step in rig.steps(n_predict=4):
+        meter.see(step)
+    assert meter.statistics().limit_ms_per_token == pytest.approx(rig.engine.streamed_bytes)
+
+
+def test_one_token_has_no_speed(rig):
+    meter = Meter(rig.engine)
+    for step in rig.steps(n_predict=1):
+        meter.see(step)
+    figures = meter.statistics()
+    assert figures.ttft_s > 0
+    assert figures.tokens_per_s is None
+    assert figures.yield_ is None
+
+
+def test_cancel_from_another_thread(rig):
+    timer = threading.Thread(target=lambda: (time.sleep(0.05), rig.engine.cancel()))
+    timer.start()
+    finish = ""
+    for _ in range(200):
+        finish = rig.answer(prompt=[5] * 200, n_predict=50)[2]
+        if finish == CANCELLED:
+            break
+    timer.join()
+    assert finish == CANCELLED

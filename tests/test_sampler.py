@@ -1,0 +1,118 @@
+import llama_cpp
+import numpy as np
+import pytest
+from engines import engine
+
+from runtime.errors import UsageError
+from runtime.sampler import Sampler, Sampling
+
+PROMPT = list(range(3, 15))
+SETTINGS = [
+    Sampling(temp=0.8, seed=1),
+    Sampling(temp=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=77),
+    Sampling(temp=1.0, repeat_penalty=1.3, seed=5),
+    Sampling(temp=0.0, repeat_penalty=1.2),
+]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_model):
+    with engine(tiny_model("qwen2"), n_threads=2) as opened:
+        yield opened
+
+
+def own_chain(sampling, n_vocab):
+    """llama.cpp's chain in the order of its command line tool."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    parts = [llama_cpp.llama_sampler_init_penalties(n_vocab, 64, sampling.repeat_penalty, 0.0, 0.0)]
+    if sampling.temp:
+        parts += [
+            llama_cpp.llama_sampler_init_top_k(sampling.top_k),
+            llama_cpp.llama_sampler_init_top_p(sampling.top_p, 0),
+            llama_cpp.llama_sampler_init_min_p(sampling.min_p, 0),
+            llama_cpp.llama_sampler_init_temp(sampling.temp),
+            llama_cpp.llama_sampler_init_dist(sampling.seed),
+        ]
+    else:
+        parts.append(llama_cpp.llama_sampler_init_greedy())
+    for part in parts:
+        llama_cpp.llama_sampler_chain_add(chain, part)
+    return chain
+
+
+def choose(chain, logits):
+    """Apply a chain to an array of logits."""
+    candidates = (llama_cpp.llama_token_data * len(logits))()
+    for i, logit in enumerate(logits):
+        candidates[i].id, candidates[i].logit = i, float(logit)
+    array = llama_cpp.llama_token_data_array(candidates, len(logits), -1, False)
+    llama_cpp.llama_sampler_apply(chain, array)
+    token = array.data[array.selected].id
+    llama_cpp.llama_sampler_accept(chain, token)
+    return int(token)
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_same_choices_as_llama_cpp(sampling, opened):
+    opened.truncate(0)
+    opened.forward(PROMPT)
+    mine, chain = Sampler(sampling, opened.n_vocab), own_chain(sampling, opened.n_vocab)
+    mine.accept(PROMPT)
+    for token in PROMPT:
+        llama_cpp.llama_sampler_accept(chain, token)
+    for _ in range(12):
+        logits = opened.logits().copy()
+        token = mine.sample(opened)
+        assert token == choose(chain, logits)
+        opened.forward([token])
+    mine.close()
+    llama_cpp.llama_sampler_free(chain)
+
+
+def test_greedy_is_the_largest_logit_and_suppressed_tokens_never_come(opened):
+    opened.truncate(0)
+    opened.forward(PROMPT)
+    order = [int(i) for i in np.argsort(-opened.logits())]
+    sampler = Sampler(Sampling(temp=0), opened.n_vocab)
+    assert sampler.sample(opened) == order[0]
+    sampler.close()
+    suppressing = Sampler(Sampling(temp=0), opened.n_vocab, suppressed=order[:3])
+    assert suppressing.sample(opened) == order[3]
+    suppressing.close()
+
+
+def test_seed_is_random_unless_given(opened):
+    seeds = {Sampler(Sampling(), opened.n_vocab).seed for _ in range(3)}
+    assert len(seeds) == 3
+    assert Sampler(Sampling(seed=9), opened.n_vocab).seed == 9
+
+
+def test_reset_starts_the_random_numbers_again(opened):
+    opened.truncate(0)
+    opened.forward(PROMPT)
+    sampler = Sampler(Sampling(temp=2.0, top_k=0, top_p=1.0, min_p=0.0, seed=3), opened.n_vocab)
+    first = [sampler.sample(opened) for _ in range(8)]
+    sampler.reset()
+    assert [sampler.sample(opened) for _ in range(8)] == first
+    assert len(set(first)) > 1
+    sampler.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temp": -1},
+        {"temp": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repeat_penalty": 0},
+        {"seed": -1},
+        {"seed": 2**32},
+    ],
+    ids=str,
+)
+def test_impossible_settings(wrong):
+    with pytest.raises(UsageError):
+        Sampling(**wrong)
