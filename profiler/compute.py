@@ -17,17 +17,35 @@ from runtime.model_file import ModelFile
 from runtime.trace import LayerTrace
 
 PREFILL_TOKENS = 128
+DISTURBED = 1.25  # a pass that takes this many times the fastest one's time was disturbed
 _SLOW_S = ((0.5, 32), (0.1, 64))  # decode passes slower than this many seconds: fewer prompt tokens per pass
 
 
 @dataclass(frozen=True)
 class ComputeTimes:
-    """Seconds per pass: one Spread per layer, the head's last. overhead_s: the rest of a decode pass."""
+    """Seconds per pass: one Spread per layer, the head's last. overhead_s: the rest of a decode pass.
+
+    steady says whether the passes took about the same time; if not, other programs took the processors.
+    """
 
     decode: list[Spread]
     prefill: list[Spread]
     overhead_s: Spread
     prefill_tokens: int
+    steady: bool
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One timed pass: seconds of each layer and the head, and of everything else but waiting for reads."""
+
+    group_s: list[float]
+    rest_s: float
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of all layers and the head."""
+        return sum(self.group_s)
 
 
 def layer_trace(file: ModelFile, model: HollowModel) -> LayerTrace:
@@ -45,38 +63,56 @@ def measure_compute(
 ) -> ComputeTimes:
     """Time decode passes, then prefill passes, `repeats` of each after one that warms up.
 
-    progress is called after each of the 2 * (repeats + 1) passes.
+    Passes that others disturbed are made again: of up to twice as many the fastest count. progress is called after
+    each pass.
     """
     file, settings = engine.file, engine.settings
     engine.quiet = True
-    decode, rest = _passes(engine, layer_trace(file, model), 1, repeats, progress)
-    pass_s = min(sum(row) for row in decode)
-    most = next((tokens for limit_s, tokens in _SLOW_S if pass_s > limit_s), PREFILL_TOKENS)
+    decode = _passes(engine, layer_trace(file, model), 1, repeats, progress)
+    most = next((tokens for limit_s, tokens in _SLOW_S if decode[0].compute_s > limit_s), PREFILL_TOKENS)
     n_tokens = min(most, settings.n_ubatch, settings.n_ctx)
-    prefill, _ = _passes(engine, layer_trace(file, model), n_tokens, repeats, progress)
+    prefill = _passes(engine, layer_trace(file, model), n_tokens, repeats, progress)
     engine.quiet = False
-    return ComputeTimes(columns(decode), columns(prefill), columns([[s] for s in rest])[0], n_tokens)
+    return ComputeTimes(
+        columns([p.group_s for p in decode]),
+        columns([p.group_s for p in prefill]),
+        columns([[p.rest_s] for p in decode])[0],
+        n_tokens,
+        not (_disturbed(decode, repeats) or _disturbed(prefill, repeats)),
+    )
 
 
 def _passes(
     engine: Engine, trace: LayerTrace, n_tokens: int, repeats: int, progress: Callable[[], None]
-) -> tuple[list[list[float]], list[float]]:
-    """Seconds per layer of each pass but the first, and what each of those passes took besides."""
-    counters = engine.counters
-    rest: list[float] = []
+) -> list[_Pass]:
+    """The passes that count, the fastest first."""
     engine.truncate(0)
     engine.trace = trace
-    for i in range(repeats + 1):
-        if engine.n_past + n_tokens > engine.settings.n_ctx or n_tokens > 1:
-            engine.truncate(0)
-        before_s, waited_s = counters.seconds, counters.wait_s
-        engine.forward(_tokens(engine.n_vocab, i, n_tokens))
-        busy_s = counters.seconds - before_s - (counters.wait_s - waited_s)
-        if i:
-            rest.append(busy_s - sum(trace.seconds[-1]))
+    _timed_pass(engine, n_tokens, 0)
+    progress()
+    passes: list[_Pass] = []
+    while len(passes) < repeats or (len(passes) < 2 * repeats and _disturbed(passes, repeats)):
+        rest_s = _timed_pass(engine, n_tokens, 1 + len(passes))
+        passes.append(_Pass(trace.seconds[-1], max(0.0, rest_s - sum(trace.seconds[-1]))))
+        passes.sort(key=lambda p: p.compute_s)
         progress()
     engine.trace = None
-    return trace.seconds, rest
+    return passes[:repeats]
+
+
+def _disturbed(passes: list[_Pass], repeats: int) -> bool:
+    """Whether the fastest `repeats` passes (sorted) differ by more than a quiet machine's do."""
+    return passes[repeats - 1].compute_s > DISTURBED * passes[0].compute_s
+
+
+def _timed_pass(engine: Engine, n_tokens: int, seed: int) -> float:
+    """Seconds of one pass without its waits for reads."""
+    counters = engine.counters
+    if n_tokens > 1 or engine.n_past + n_tokens > engine.settings.n_ctx:
+        engine.truncate(0)
+    before_s, waited_s = counters.seconds, counters.wait_s
+    engine.forward(_tokens(engine.n_vocab, seed, n_tokens))
+    return counters.seconds - before_s - (counters.wait_s - waited_s)
 
 
 def _tokens(n_vocab: int, seed: int, n_tokens: int) -> list[int]:

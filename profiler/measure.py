@@ -43,6 +43,7 @@ from runtime.sizes import MB
 CTX_TOKENS = 512
 _ROOT = Path(__file__).resolve().parent.parent
 _N_ROWS = 16
+_UNSTEADY = 0.2
 _GUESSED_BYTES_PER_S = 1e9
 _PACKAGES = {"h2o": "h2o-llm", "llama_cpp_python": "llama-cpp-python"}
 
@@ -119,7 +120,8 @@ class Measurement:
             self._resident_release(file)
         finally:
             hollow.free()
-        self._advance(self._total_s)
+        self._total_s = self._done_s
+        self._advance(self._done_s)
         return _profile(file, needs, disk_times, compute, release)
 
     # --- the parts ----------------------------------------------------------------------------------------------
@@ -153,6 +155,8 @@ class Measurement:
         finally:
             files.close()
         rate = Spread.of([streamable_bytes(file) / sum(row) for row in rows])
+        if rate.sd > _UNSTEADY * rate.mean:
+            self.notes.append(f"the disk's speed varied by {rate.sd / rate.mean:.0%}: was it busy with something else?")
         profile = DiskProfile(rate, found.best.mode, found.best.request_bytes, found.best.depth, found.points)
         return DiskTimes(profile, columns(rows), row_s)
 
@@ -169,10 +173,13 @@ class Measurement:
         self._engine = engine
         try:
             self._check()
-            return measure_compute(engine, hollow, self.repeats, lambda: self._advance(self._done_s + self._pass_s))
+            times = measure_compute(engine, hollow, self.repeats, lambda: self._advance(self._done_s + self._pass_s))
         finally:
             self._engine = None
             engine.close()
+        if not times.steady:
+            self.notes.append("other programs kept the processors busy: compute times are too long")
+        return times
 
     def _resident_release(self, file: ModelFile) -> None:
         """Measured only where the memory for a whole layer is there."""
@@ -190,7 +197,7 @@ class Measurement:
 
     def _advance(self, done_s: float) -> None:
         self._done_s = done_s
-        self.share = min(1.0, done_s / self._total_s)
+        self.share = min(1.0 if done_s == self._total_s else 0.99, done_s / self._total_s)
         self._check()
         self._progress(self.share)
 

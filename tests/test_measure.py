@@ -1,0 +1,169 @@
+import math
+import signal
+
+import pytest
+from engines import engine
+
+from profiler import compute, disk, measure
+from profiler.compute import layer_trace, measure_compute
+from profiler.device import device_info
+from profiler.measure import Measurement, default_settings, measure_memory
+from profiler.model_profile import decode_profile, save_profile
+from profiler.release import resident_release, slot_release
+from runtime.errors import BudgetError, Cancelled
+from runtime.hollow import HollowModel
+from runtime.model_file import ModelFile
+from runtime.residency import layer_bytes, smallest_window
+
+
+@pytest.fixture(autouse=True)
+def short_search(monkeypatch):
+    monkeypatch.setattr(disk, "LIMIT_S", 1.0)
+    monkeypatch.setattr(measure.disk, "search", short(disk.search))
+
+
+def short(search):
+    return lambda *args, **kwargs: search(*args, **{**kwargs, "limit_s": 0.5})
+
+
+@pytest.fixture
+def opened(tiny_model):
+    def open_(arch):
+        return ModelFile.open(tiny_model(arch))
+
+    return open_
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "llama"])
+def test_profile_of_a_small_model(tiny_model, tmp_path, arch):
+    path = tiny_model(arch)
+    file = ModelFile.open(path)
+    shares = []
+    profile = measure.measure(path, 3, shares.append, n_threads=1)
+    assert profile.model.hash == file.hash
+    assert profile.model.tied_head == file.tied_head
+    assert [layer.bytes for layer in profile.layers] == [layer_bytes(layer) for layer in file.layers]
+    assert profile.head.bytes == layer_bytes(file.head)
+    for unit in (*profile.layers, profile.head):
+        for spread in (unit.io_s, unit.decode_compute_s, unit.prefill_compute_s, unit.release_s):
+            assert spread.n == 3
+            assert math.isfinite(spread.mean)
+        assert unit.decode_compute_s.mean > 0
+        assert unit.prefill_compute_s.mean > 0
+    layers = profile.layers
+    assert sum(x.prefill_compute_s.minimum for x in layers) > sum(x.decode_compute_s.minimum for x in layers)
+    assert profile.disk.bytes_per_s.n == 3
+    assert profile.memory.min_window_bytes == smallest_window(file)
+    assert shares[-1] == 1.0 and min(shares) >= 0
+    save_profile(profile, tmp_path / "p.json")
+    assert decode_profile((tmp_path / "p.json").read_bytes()) == profile
+
+
+def test_head_is_timed_apart_from_the_layers_when_it_is_the_embedding(opened):
+    file = opened("qwen2")
+    assert file.tied_head
+    with engine(file.path, n_threads=1) as e:
+        trace = e.trace = layer_trace(file, e._model)
+        for token in (1, 2, 3):
+            e.forward([token])
+    assert len(trace.seconds) == 2
+    assert all(seconds > 0 for row in trace.seconds for seconds in row)
+
+
+def test_quiet_passes_compute_the_same(opened):
+    file = opened("qwen2")
+    with engine(file.path, n_threads=1) as e:
+        e.forward([1, 2, 3])
+        plain = e.logits().copy()
+        e.truncate(0)
+        e.quiet = True
+        e.forward([1, 2, 3])
+        assert (e.logits() == plain).all()
+
+
+def test_compute_fits_the_context_and_leaves_the_engine_as_it_was(opened):
+    file = opened("llama")
+    with engine(file.path, n_threads=1, n_ctx=256, n_ubatch=32) as e:
+        steps = []
+        times = measure_compute(e, e._model, 2, lambda: steps.append(1))
+        assert times.prefill_tokens == 32
+        assert len(times.decode) == len(times.prefill) == file.n_layers + 1
+        assert len(steps) == 6
+        assert e.trace is None and not e.quiet
+        e.truncate(0)
+        e.forward([1])
+
+
+def test_memory_figures_agree_with_the_engines_ledger(opened):
+    file = opened("llama")
+    hollow = HollowModel(file)
+    needs = measure_memory(file, hollow, default_settings(file))
+    hollow.free()
+    heads, head_dim, layers = 2, 64, 4
+    assert needs.kv_bytes_per_token == 2 * 2 * heads * head_dim * layers
+    memory = needs.memory
+    assert memory.kv_bytes == needs.kv_bytes_per_token * memory.ctx_tokens
+    parts = memory.process_bytes + memory.kv_bytes + memory.compute_bytes + memory.margin_bytes
+    small = sum(t.n_bytes for layer in file.layers for t in layer.small)
+    assert 0 < needs.floor_bytes - parts - small - memory.min_window_bytes <= 2_000_000
+
+
+def test_a_budget_below_the_floor_is_refused_with_the_floor(tiny_model):
+    with pytest.raises(BudgetError) as caught:
+        measure.measure(tiny_model("llama"), budget_bytes=20_000_000)
+    assert caught.value.floor_bytes > 20_000_000
+    assert f"-m {caught.value.floor_bytes // 10**6}" in caught.value.next_step
+
+
+def test_a_budget_at_the_floor_works(tiny_model):
+    path = tiny_model("llama")
+    with pytest.raises(BudgetError) as caught:
+        measure.measure(path, budget_bytes=1)
+    measure.measure(path, 1, budget_bytes=caught.value.floor_bytes + 3_000_000)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_cancel_ends_the_work_in_every_part(tiny_model, share):
+    def stop(done):
+        if done >= share:
+            run.cancel(signal.SIGINT)
+
+    run = Measurement(tiny_model("llama"), 2, stop, n_threads=1)
+    with pytest.raises(Cancelled) as caught:
+        run.run()
+    assert caught.value.exit_code == 130
+
+
+def test_disturbed_passes_are_made_again_and_left_out(opened, monkeypatch):
+    file = opened("llama")
+    factors = iter((1, 1, 9, 1, 1))
+    with engine(file.path, n_threads=1) as e:
+        trace = layer_trace(file, e._model)
+        steady = type(e).forward
+
+        def forward(tokens, n_logits=1):
+            steady(e, tokens, n_logits)
+            if trace.seconds:
+                trace.seconds[-1] = [0.001 * next(factors)] * (file.n_layers + 1)
+
+        monkeypatch.setattr(e, "forward", forward)
+        passes = compute._passes(e, trace, 1, 3, lambda: None)
+    assert [p.group_s[0] for p in passes] == [0.001] * 3
+    assert list(factors) == [1]
+
+
+def test_release_times(opened):
+    layer = opened("llama").layers[0]
+    assert 0 < slot_release(layer, 3).mean < 0.1
+    assert 0 < resident_release(layer, 3).mean < 0.1
+
+
+def test_device_is_the_same_twice_and_names_nobody(tmp_path):
+    first, second = device_info(tmp_path), device_info(tmp_path)
+    assert first == second
+    assert len(first.id) == 16
+    assert first.n_cores >= 1 and first.memory_bytes > 0
+
+
+def test_path_inside_the_checkout_is_relative(bundled_model):
+    assert measure.model_info(ModelFile.open(bundled_model)).path.startswith("model_configs/bundled/")
