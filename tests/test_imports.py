@@ -1,0 +1,106 @@
+"""Imports go one way, and a command loads only what it needs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BOTTOM_UP = ("runtime", "profiler", "planner", "h2o_cli")
+FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob("*.py"))
+
+# Heavy package -> modules that import it when they are imported themselves, and those that do so inside a function.
+HEAVY = {
+    "llama_cpp": ({"runtime/llama_abi.py", "runtime/chat.py"}, {"profiler/bench/make_model.py"}),
+    "jinja2": ({"runtime/chat.py"}, set()),
+    "gguf": (set(), {"profiler/bench/make_model.py"}),
+    "matplotlib": (set(), {"profiler/bench/plots.py"}),
+    "torch": (set(), set()),
+    "sentencepiece": (set(), set()),
+}
+NEVER_ON_THE_RUN_PATH = ("gguf", "matplotlib", "torch", "sentencepiece", "profiler.bench.make_model", "rich")
+REPORT = "import sys; print(','.join(name for name in {names!r} if name in sys.modules), file=sys.stderr)"
+
+
+def imports_of(path, *, when_imported=False):
+    """Dotted names that a file imports; when_imported: without those inside functions or for type checkers only."""
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+        if not (when_imported and is_put_off(node)):
+            nodes += ast.iter_child_nodes(node)
+
+
+def is_put_off(node):
+    """Whether what is inside a node does not run when its module is imported."""
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_go_down_only(path):
+    allowed = BOTTOM_UP[: BOTTOM_UP.index(path.relative_to(ROOT).parts[0]) + 1]
+    for name in imports_of(path):
+        package = name.split(".")[0]
+        assert package in allowed or package not in BOTTOM_UP, f"{relative(path)} imports {name}"
+        assert package not in ("tests", "model_configs"), f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_heavy_packages_only_where_they_are_needed(path):
+    anywhere = {name.split(".")[0] for name in imports_of(path)}
+    at_import = {name.split(".")[0] for name in imports_of(path, when_imported=True)}
+    for package, (at_module_level, inside_functions) in HEAVY.items():
+        if package in at_import:
+            assert relative(path) in at_module_level, f"{relative(path)} imports {package} at module level"
+        elif package in anywhere:
+            assert relative(path) in inside_functions, f"{relative(path)} imports {package}"
+
+
+def test_packages_have_empty_init_files():
+    for path in FILES:
+        assert path.name != "__init__.py" or not path.read_text().strip(), f"{relative(path)} is not empty"
+
+
+def loaded_after(arguments, names, tmp_path):
+    """Which of these modules a command has imported when it is done."""
+    code = f"from h2o_cli.main import run_command; code = run_command({arguments!r}); "
+    code += REPORT.format(names=names) + "; sys.exit(code)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [name for name in done.stderr.splitlines()[-1].split(",") if name]
+
+
+def test_help_loads_no_library(tmp_path):
+    names = ("llama_cpp", "numpy", "msgspec", *NEVER_ON_THE_RUN_PATH)
+    assert loaded_after(["--help"], names, tmp_path) == []
+
+
+def test_a_run_loads_nothing_it_does_not_need(tmp_path, tiny_model):
+    arguments = ["run", str(tiny_model("llama")), "-p", "a", "-n", "2", "-s", str(tmp_path / "plan")]
+    assert loaded_after(arguments, ("llama_cpp", *NEVER_ON_THE_RUN_PATH), tmp_path) == ["llama_cpp"]
