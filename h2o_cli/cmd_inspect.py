@@ -12,7 +12,7 @@ import typer
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile, resolve_model
 from h2o_cli.output import emit, note, print_json, table
-from runtime.errors import EngineError, ModelError, ProfileError
+from runtime.errors import EngineError, H2OError, ModelError, ProfileError
 from runtime.model_file import Layer, ModelFile, TensorInfo
 from runtime.residency import layer_bytes
 from runtime.sizes import MB, format_size
@@ -30,22 +30,26 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 @dataclass(frozen=True)
 class Budget:
-    """The smallest budget and the KV bytes per token; None where they could not be found. `source` says from where."""
+    """The smallest budget and the KV bytes per token, and where they come from; None where llama.cpp said `error`."""
 
     floor_bytes: int | None
     kv_bytes_per_token: int | None
     ctx_tokens: int | None
     source: str
+    error: H2OError | None = None
 
 
 def inspect(model: Model = None, as_json: Json = False) -> None:
     """Show a model's layers, bytes by part and type, context length and smallest budget."""
     file = ModelFile.open(resolve_model(model))
-    found = facts(file, smallest_budget(file))
+    budget = smallest_budget(file)
+    found = facts(file, budget)
     if as_json:
         print_json(found)
     else:
         emit(describe(file, found) + "\n")
+    if budget.error:
+        raise budget.error
 
 
 def smallest_budget(file: ModelFile) -> Budget:
@@ -63,8 +67,7 @@ def smallest_budget(file: ModelFile) -> Budget:
         with interrupts.held():
             return _opened(file)
     except (ModelError, EngineError) as error:
-        note(str(error))
-        return Budget(None, None, None, "unknown")
+        return Budget(None, None, None, "unknown", error)
 
 
 def _opened(file: ModelFile) -> Budget:
@@ -176,7 +179,7 @@ def _types(types: dict[str, int]) -> str:
 
 def _budget_lines(found: dict[str, Any]) -> list[str]:
     if found["floor_bytes"] is None:
-        return ["smallest budget: unknown, because this llama.cpp cannot open the model"]
+        return ["smallest budget: none, llama.cpp cannot open this model"]
     lines = []
     if found["kv_bytes_per_token"]:
         lines.append(f"KV cache {format_size(found['kv_bytes_per_token'])} per token (f16)")

@@ -3,7 +3,7 @@ import json
 import pytest
 from broken_models import BROKEN
 
-from h2o_cli import cmd_inspect, models
+from h2o_cli import models
 from h2o_cli.main import run_command
 from runtime.errors import ModelError
 from runtime.model_file import ModelFile
@@ -73,15 +73,14 @@ def test_floor_comes_from_the_profile_if_there_is_one(tiny_model, capsys, no_pro
     assert "was not used" in err
 
 
-def test_a_model_that_llama_cpp_cannot_open_is_shown_without_a_budget(tiny_model, capsys, monkeypatch):
-    def fail(_file):
-        raise ModelError("unknown model architecture: 'x'", "convert another model")
-
-    monkeypatch.setattr(cmd_inspect, "_opened", fail)
-    code, out, err = inspect(capsys, tiny_model("llama"))
-    assert code == 0
-    assert "smallest budget: unknown" in out
-    assert "unknown model architecture" in err
+def test_a_model_that_llama_cpp_cannot_open_is_shown_and_refused(tmp_path, capsys):
+    code, out, err = inspect(capsys, BROKEN["unsupported_architecture"](tmp_path))
+    assert code == 1
+    assert "smallest budget: none" in out
+    assert "unknown model architecture: 'notanarch'" in err
+    code, out, _ = inspect(capsys, tmp_path / "unsupported_architecture.gguf", "--json")
+    assert code == 1
+    assert json.loads(out)["floor_bytes"] is None
 
 
 def refused(path):
