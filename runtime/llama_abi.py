@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ PINNED_VERSION = "0.3.36"
 
 # libgomp reads this when it is loaded. Threads must spin for the microseconds between two nodes (passive waiting costs
 # 60 % more per token here), and must not spin through a wait for the disk, where they would take the readers' cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
@@ -156,6 +157,17 @@ class BufferTypeOverride(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("buft", POINTER)]
 
 
+class TypeTraitsCpu(ctypes.Structure):
+    """struct ggml_type_traits_cpu: what the CPU code can do with a type."""
+
+    _fields_ = [
+        ("from_float", POINTER),
+        ("vec_dot", POINTER),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    ]
+
+
 class GgufInitParams(ctypes.Structure):
     """struct gguf_init_params."""
 
@@ -194,6 +206,7 @@ ggml_backend_cpu_buffer_from_ptr = bind(
 )
 ggml_backend_cpu_init = bind(ggml_cpu, "ggml_backend_cpu_init", POINTER)
 ggml_backend_cpu_set_n_threads = bind(ggml_cpu, "ggml_backend_cpu_set_n_threads", None, POINTER, ctypes.c_int)
+_type_traits_cpu = bind(ggml_cpu, "ggml_get_type_traits_cpu", POINTER, ctypes.c_int)
 
 gguf_init_from_file = bind(ggml_base, "gguf_init_from_file", POINTER, ctypes.c_char_p, GgufInitParams)
 gguf_free = bind(ggml_base, "gguf_free", None, POINTER)
@@ -211,6 +224,11 @@ gguf_get_arr_type = bind(ggml_base, "gguf_get_arr_type", ctypes.c_int, POINTER, 
 gguf_get_arr_n = bind(ggml_base, "gguf_get_arr_n", ctypes.c_size_t, POINTER, ctypes.c_int64)
 gguf_get_arr_data = bind(ggml_base, "gguf_get_arr_data", POINTER, POINTER, ctypes.c_int64)
 gguf_get_arr_str = bind(ggml_base, "gguf_get_arr_str", ctypes.c_char_p, POINTER, ctypes.c_int64, ctypes.c_size_t)
+
+
+def has_dot_product(type_id: int) -> bool:
+    """Whether weights of this type can be multiplied on the CPU."""
+    return TypeTraitsCpu.from_address(_type_traits_cpu(type_id)).vec_dot is not None
 
 
 def op_code(name: bytes) -> int:
@@ -260,6 +278,7 @@ _self_check()
 # --- what llama.cpp says, and what it must not do -------------------------------------------------------------------
 
 _log_tail: list[str] = []
+_SOURCE_FOLDER = re.compile(r"^/\S*/(?=[^/\s]+:\d+: )")
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -278,14 +297,12 @@ def take_log() -> list[str]:
 
 
 def _die(reason: str) -> None:
-    """The last word before the C side would abort: one line, then a plain exit (buffered output is flushed first)."""
+    """The last word before the C side would abort: what and what next, then a plain exit (output is flushed first)."""
     try:
         sys.stdout.flush()
-        print(
-            f"h2o: llama.cpp cannot go on: {reason}; check the model file with `h2o inspect`",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = _SOURCE_FOLDER.sub("", " ".join(reason.split()))
+        print(f"h2o: llama.cpp cannot go on: {reason}", file=sys.stderr)
+        print("  next: try another model file: this one is damaged or unusual", file=sys.stderr, flush=True)
     finally:
         os._exit(1)
 
