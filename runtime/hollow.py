@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from runtime import llama_abi as abi
@@ -116,7 +118,7 @@ class HollowModel:
             names = (ctypes.c_char_p * len(paths))(*paths)
             pointer = abi.llama.llama_model_load_from_splits(names, len(paths), parameters)
         if not pointer:
-            raise _load_error(model)
+            raise _load_error(model, dict(zip(paths, model.paths, strict=True)))
         if not self.weights:
             raise EngineError("llama.cpp placed no weight in our buffers", "report this model")
         return pointer
@@ -127,10 +129,13 @@ class HollowModel:
         self._buffers.free()
 
 
-def _load_error(model: ModelFile) -> ModelError:
+def _load_error(model: ModelFile, names: dict[bytes, Path]) -> ModelError:
+    """What llama.cpp said; names: what it was given -> the user's file."""
     lines = abi.take_log()
     reason = next((line for line in lines if "error loading model" in line), lines[0] if lines else "unknown reason")
     reason = reason.split("error loading model: ")[-1].strip()
+    for given, path in names.items():
+        reason = path.name.join(re.split(rf"{given.decode()}\b", reason))
     if "unknown model architecture" in reason:
         return ModelError(f"{model.path}: {reason}", "this llama.cpp does not support it; convert another model")
     return ModelError(f"{model.path} cannot be loaded ({reason})", "download the model again or try another one")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime import llama_abi as abi
+from runtime.checks import check_parts, check_splits, check_type
 from runtime.errors import ModelError
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
@@ -220,10 +221,11 @@ class _Indexer:
 
     def index(self) -> ModelFile:
         paths = _split_paths(self.path)
+        check_parts(paths)
         sizes, data_offsets = [], []
         for number, path in enumerate(paths):
             size = _check_file(path)
-            data_offsets.append(self._read_part(number, path, size))
+            data_offsets.append(self._read_part(number, len(paths), path, size))
             sizes.append(size)
         layers, globals_, tables, head = self._group()
         return ModelFile(
@@ -244,7 +246,7 @@ class _Indexer:
             hash=_model_hash(paths, sizes, data_offsets),
         )
 
-    def _read_part(self, number: int, path: Path, size: int) -> int:
+    def _read_part(self, number: int, n_parts: int, path: Path, size: int) -> int:
         """Take the tensors of one file; returns where its data begins."""
         tensor_context = ctypes.c_void_p()
         abi.take_log()
@@ -256,6 +258,7 @@ class _Indexer:
         try:
             shapes = _shapes(tensor_context)
             if number == 0:
+                check_splits(path, n_parts, _integer(gguf, "split.count") or 0)
                 self._read_metadata(gguf)
             data_offset = int(abi.gguf_get_data_offset(gguf))
             for i in range(abi.gguf_get_n_tensors(gguf)):
@@ -287,6 +290,7 @@ class _Indexer:
         if name in self.tensors or n_bytes == 0:
             raise ModelError(f"{path} is damaged: tensor {name} is there twice or empty", "download the model again")
         shape, type_id = shapes[name], abi.gguf_get_tensor_type(gguf, i)
+        check_type(path, name, type_id)
         self.tensors[name] = TensorInfo(
             name=name,
             file=number,
