@@ -26,14 +26,15 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# Profile, plan and run of the bundled model, 4 MB above its smallest budget: a part of its weights is streamed.
+# Profile, plan and run of the bundled model in the smallest budget for a context of 512: its weights are streamed.
 demo: setup
 	@budget=$$($(BIN)/h2o inspect $(MODEL) --json | $(BIN)/python -c \
-	  'import json, sys; print(json.load(sys.stdin)["floor_bytes"] // 10**6 + 4)') && \
-	show() { echo; echo "$$ h2o $$*"; $(BIN)/h2o "$$@"; } && \
+	  'import json, sys; print(json.load(sys.stdin)["floor_bytes"] // 10**6)') && \
+	show() { printf '\n$$ h2o'; for a; do case $$a in *' '*) a="\"$$a\"";; esac; printf ' %s' "$$a"; done; echo; \
+	  $(BIN)/h2o "$$@"; } && \
 	show profile $(MODEL) && \
 	show plan $(MODEL) -m $$budget && \
-	show run $(MODEL) -m $$budget -p "$(PROMPT)" -n 60 --temp 0
+	show run $(MODEL) -m $$budget -p "$(PROMPT)" -n 60 --ctx 512 --temp 0
 
 test: setup
 	$(BIN)/python -m pytest
