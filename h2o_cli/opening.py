@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CONTEXT_STEP = 256
 WINDOW_PIECES = 4
+UNLIMITED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class OpenModel:
         """The longest context the model was made for."""
         return self.file.hyper_parameter("context_length") or CONVERSATION_CONTEXT
 
+    @property
+    def n_positions(self) -> int:
+        """Rows of the model's table of positions; practically unlimited where it has none."""
+        return next((t.n_rows for t in self.file.tensors if t.name == "position_embd.weight"), UNLIMITED)
+
     def close(self) -> None:
         """Free the model."""
         self.hollow.free()
@@ -131,7 +137,9 @@ class Chosen:
 def context_for(model: OpenModel, ctx: int | None, n_wanted: int, note: Callable[[str], None]) -> int:
     """The context in tokens: --ctx, else n_wanted rounded up, at most what the model was made for."""
     if ctx is None:
-        return min(-(-n_wanted // CONTEXT_STEP) * CONTEXT_STEP, model.context_length)
+        return min(-(-n_wanted // CONTEXT_STEP) * CONTEXT_STEP, model.context_length, model.n_positions)
+    if ctx > model.n_positions:
+        raise UsageError(f"this model knows {model.n_positions} positions, --ctx {ctx} is more", "lower --ctx")
     if ctx > model.context_length:
         note(f"--ctx {ctx} is more than the {model.context_length} tokens this model was made for")
     return ctx

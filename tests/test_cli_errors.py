@@ -86,6 +86,11 @@ def test_prompt_longer_than_the_model(tiny_model, capsys):
     one_line(capsys, "the context takes 512")
 
 
+def test_more_positions_than_the_model_has(tiny_model, capsys):
+    assert h2o("run", tiny_model("gpt2"), "-p", "a", "--ctx", 600) == 2
+    one_line(capsys, "knows 512 positions")
+
+
 def test_prompt_file_that_is_not_there(tmp_path, tiny_model, capsys):
     assert h2o("run", tiny_model("qwen2"), "-f", tmp_path / "no.txt") == 1
     one_line(capsys, "no.txt: No such file")

@@ -1,0 +1,223 @@
+import json
+from dataclasses import replace
+
+import msgspec
+import pytest
+from test_model_profile import make_profile
+
+from h2o_cli import main as cli
+from h2o_cli import models
+from profiler.model_profile import save_profile
+from runtime.model_file import ModelFile
+from runtime.plan import Layout, Plan
+from runtime.plan_file import read_plan, write_plan
+
+KEYS = {
+    "k",
+    "w",
+    "layout",
+    "predicted_ms_per_token",
+    "predicted_ttft_s",
+    "limit_ms_per_token",
+    "budget_bytes",
+    "floor_bytes",
+    "ledger",
+    "model",
+    "plan_file",
+    "generation",
+}
+MB = 10**6
+FIXED = 100 * MB
+
+
+@pytest.fixture(autouse=True)
+def plan_file(tmp_path, monkeypatch):
+    """The default plan file of these tests."""
+    path = tmp_path / "default-plan.bin"
+    for module in ("opening", "cmd_plan"):
+        monkeypatch.setattr(f"h2o_cli.{module}.default_plan_path", lambda: path)
+    return path
+
+
+@pytest.fixture
+def profiles(tmp_path, monkeypatch):
+    """Where the profiles of these tests are kept."""
+    folder = tmp_path / "profiles"
+    folder.mkdir()
+    monkeypatch.setattr(models, "profiles_folder", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def profile(profiles):
+    """A profile of ten layers of 30 MB and a head of 60 MB, model hash 77."""
+    path = profiles / "m.json"
+    made = make_profile(
+        [30 * MB] * 10, [0.001] * 10, disk=1e9, head=60 * MB, head_s=0.002, noise=0.05, fixed=FIXED, min_window=8 * MB
+    )
+    save_profile(made, path)
+    return path
+
+
+@pytest.fixture
+def plan(capsys):
+    """plan(*arguments): exit code, standard output, standard error of `h2o plan`."""
+
+    def call(*arguments):
+        code = cli.run_command(["plan", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def plan_json(plan):
+    """plan_json(*arguments): the object of `h2o plan --json`."""
+
+    def call(*arguments):
+        code, out, err = plan(*arguments, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    return call
+
+
+def test_json_has_every_key_of_the_contract(plan_json, profile, plan_file):
+    found = plan_json("-c", profile, "-m", 300)
+    assert found.keys() >= KEYS
+    assert sum(found["ledger"].values()) == found["budget_bytes"] == 300 * MB
+    assert (found["model"], found["plan_file"], found["generation"]) == ("m.gguf", str(plan_file), 1)
+    assert FIXED < found["floor_bytes"] < 120 * MB
+    assert found["predicted_ms_per_token"] >= found["limit_ms_per_token"] > 0
+
+
+def test_plan_goes_into_the_plan_file(plan, profile, plan_file, tmp_path):
+    code, out, err = plan("-c", profile, "-m", 300)
+    assert code == 0
+    written = read_plan(plan_file)
+    assert (written.budget_bytes, written.model_hash, written.generation) == (300 * MB, 77, 1)
+    assert f"plan: k={written.k} layers resident, window w={written.w}, layout {written.layout.label}" in out
+    for part in ("predicted: ", "limit: ", "memory:", "resident", "what would help:"):
+        assert part in out
+    assert err == f"h2o: plan 1 written to {plan_file}\n"
+    assert plan("-c", profile, "-s", tmp_path / "other.bin", "-m", 300)[0] == 0
+    assert read_plan(tmp_path / "other.bin").k == written.k
+    assert read_plan(plan_file).generation == 1
+
+
+def test_more_memory_keeps_more_layers(plan_json, profile):
+    found = [plan_json("-c", profile, "-m", size) for size in (150, 250, 350, 800)]
+    assert [one["k"] for one in found] == sorted(one["k"] for one in found)
+    assert found[-1]["k"] == 10
+    times = [one["predicted_ms_per_token"] for one in found]
+    assert times == sorted(times, reverse=True)
+
+
+def test_budget_of_the_plan_in_force_is_kept(plan_json, profile, plan_file):
+    write_plan(plan_file, Plan(0, 1, budget_bytes=250 * MB, model_hash=77))
+    assert plan_json("-c", profile)["budget_bytes"] == 250 * MB
+    write_plan(plan_file, Plan(0, 1, budget_bytes=250 * MB, model_hash=78))
+    assert plan_json("-c", profile)["budget_bytes"] > 350 * MB  # 60 % of what is free here
+
+
+@pytest.mark.parametrize("layout", ["prefix", "even", "balanced"])
+def test_layout_asked_for(layout, plan_json, profile):
+    assert plan_json("-c", profile, "-m", 300, "--layout", layout)["layout"] == layout
+
+
+def test_longer_context_leaves_less_for_weights(plan_json, profile):
+    short, long = (plan_json("-c", profile, "-m", 300, "--ctx", n)["ledger"] for n in (1000, 3_000_000))
+    assert long["kv_bytes"] > short["kv_bytes"]
+    assert long["resident_bytes"] < short["resident_bytes"]
+
+
+def test_explain_shows_the_arms(plan, profile):
+    out = plan("-c", profile, "-m", 300, "--explain")[1]
+    assert "compared (" in out
+    header = next(line for line in out.splitlines() if "ms/token" in line)
+    assert header.split() == ["k", "w", "layout", "resident", "window", "ms/token", "+-", "plays"]
+
+
+def test_plan_by_hand(plan_json, profile, plan_file):
+    found = plan_json("-c", profile, "--set", "3,2", "-m", 400, "--layout", "even")
+    assert (found["k"], found["w"], found["layout"], found["budget_bytes"]) == (3, 2, "even", 400 * MB)
+    assert found["ledger"]["resident_bytes"] == 90 * MB
+    assert found["ledger"]["window_bytes"] == 60 * MB
+    assert read_plan(plan_file) == Plan(3, 2, Layout.EVEN, model_hash=77, generation=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--set", "9,2", "-m", "200"), 1, "k=9, w=2 needs"),
+        (("--set", "11,1"), 2, "the model has 10 layers"),
+        (("--set", "2,0"), 2, "W from 1"),
+        (("--set", "2"), 2, "two numbers"),
+        (("--set", "a,b"), 2, "two numbers"),
+        (("-m", "101"), 1, "the smallest budget that works is -m"),
+        (("-m", "much"), 2, "is not a size"),
+        (("--ctx", "0"), 2, "--ctx 0"),
+        (("--show", "-m", "300"), 2, "--show writes no plan"),
+        (("--layout", "round"), 1, "there is no layout"),
+    ],
+    ids=str,
+)
+def test_impossible_plans(flags, code, said, plan, profile, plan_file):
+    found = plan("-c", profile, *flags)
+    assert found[:2] == (code, "")
+    assert said in found[2]
+    assert not plan_file.exists()
+
+
+def test_show(plan, plan_json, profile, plan_file):
+    assert plan("--show", "-c", profile)[0] == 1
+    write_plan(plan_file, Plan(4, 2, Layout.EVEN, budget_bytes=300 * MB, model_hash=77))
+    found = plan_json("--show", "-c", profile)
+    assert (found["k"], found["w"], found["layout"], found["generation"]) == (4, 2, "even", 1)
+    assert found["predicted_ms_per_token"] > 0
+    assert "plan: k=4 layers resident, window w=2, layout even" in plan("--show", "-c", profile)[1]
+    write_plan(plan_file, Plan(4, 2, model_hash=78))
+    code, out, err = plan("--show", "-c", profile)
+    assert code == 0
+    assert "predicted" not in out
+    assert "another model" in err
+
+
+def test_missing_and_broken_profiles(plan, profiles, tmp_path, tiny_model):
+    code, _, err = plan(tiny_model("qwen2"), "-m", 300)
+    assert code == 1
+    assert "run `h2o profile" in err
+    code, _, err = plan("-c", tmp_path / "no.json", "-m", 300)
+    assert code == 1
+    assert "no.json" in err
+    (tmp_path / "bad.json").write_text("{}")
+    code, _, err = plan("-c", tmp_path / "bad.json", "-m", 300)
+    assert code == 1
+    assert "Traceback" not in err
+
+
+def test_profile_of_a_model_is_found_and_used_by_run(plan_json, profiles, profile, tiny_model, capsys, plan_file):
+    model = tiny_model("qwen2")
+    file = ModelFile.open(model)
+    found = make_profile([piece.n_bytes for piece in file.layers], [1e-3] * 4, head=file.head.n_bytes, fixed=80 * MB)
+    info = msgspec.structs.replace(found.model, path=str(model), hash=file.hash)
+    save_profile(msgspec.structs.replace(found, model=info), profiles / "tiny.json")
+    assert plan_json(model, "-m", 400)["model"] == str(model)
+    plan_file.unlink()
+    flags = ["run", str(model), "-p", "x", "-n", "3", "-m", "400", "--json", "-t", "1"]
+    assert cli.run_command(flags) == 0
+    assert json.loads(capsys.readouterr().out)["plan_origin"] == "profile"
+    (profiles / "tiny.json").write_text(f'{{"schema": 9, "model": {{"hash": {file.hash}}}}}')
+    assert cli.run_command(flags) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["plan_origin"] == "default"
+    assert "the profile tiny.json was not used" in err
+
+
+def test_plan_reaches_a_run(plan_json, profiles, tiny_model, capsys, plan_file):
+    model = tiny_model("qwen2")
+    written = write_plan(plan_file, Plan(2, 1, Layout.EVEN, model_hash=ModelFile.open(model).hash))
+    assert cli.run_command(["run", str(model), "-p", "x", "-n", "2", "--json", "-t", "1"]) == 0
+    shown = json.loads(capsys.readouterr().out)["plan"]
+    assert replace(written, k=shown["k"], w=shown["w"], generation=shown["generation"]) == written

@@ -1,0 +1,387 @@
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import reference
+
+from h2o_cli import main as cli
+from runtime.model_file import ModelFile
+from runtime.plan import Layout, Plan
+from runtime.plan_file import write_plan, write_source_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+H2O = [sys.executable, "-m", "h2o_cli.main"]
+KEYS = {
+    "text",
+    "tokens",
+    "prompt_tokens",
+    "finish",
+    "ttft_s",
+    "decode_ms_per_token",
+    "tokens_per_s",
+    "bytes_read_per_token",
+    "disk_wait_ms_per_token",
+    "peak_memory_bytes",
+    "budget_bytes",
+    "limit_ms_per_token",
+    "yield",
+    "plan",
+    "plan_changes",
+    "model",
+    "threads",
+    "versions",
+}
+PROMPT = "the old man and the sea"
+
+
+@pytest.fixture(autouse=True)
+def plan_file(tmp_path, monkeypatch):
+    """The default plan file of these tests."""
+    path = tmp_path / "default-plan.bin"
+    monkeypatch.setattr("h2o_cli.opening.default_plan_path", lambda: path)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments): exit code, standard output, standard error of `h2o run` in this process."""
+
+    def call(*arguments):
+        code = cli.run_command(["run", "-t", "1", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    """run_json(*arguments): the object of `h2o run --json`, and standard error."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        assert out.count("\n") == 1
+        return json.loads(out), err
+
+    return call
+
+
+# --- one prompt -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "file_type"), [("llama", "q8_0"), ("qwen2", "f16"), ("gemma2", "q4_0")])
+def test_greedy_tokens_are_llama_cpps(arch, file_type, tiny_model, run_json):
+    model = tiny_model(arch, file_type)
+    found, _ = run_json(model, "-p", PROMPT, "-n", 16, "--temp", 0, "--ctx", 256)
+    n = len(found["prompt_tokens"])
+    _, tokens = reference.reference_in_subprocess(model, PROMPT, 16, n_ctx=256, n_ubatch=n, n_threads=1)
+    assert found["tokens"] == tokens
+    assert found["finish"] == "length"
+
+
+def test_trained_model_under_a_budget_tells_the_same_story(stories, run_json):
+    model = stories("f32")
+    prompt = "Once upon a time, there was a"
+    _, tokens = reference.reference_in_subprocess(model, prompt, 40, n_ctx=256, n_ubatch=64, n_threads=1)
+    found, _ = run_json(model, "-p", prompt, "-n", 40, "--temp", 0, "--ctx", 256, "--layout", "even")
+    assert found["tokens"] == tokens
+    assert found["text"].startswith(" little girl named Lily")
+
+
+def test_json_has_every_key_of_the_contract(tiny_model, run_json):
+    model = tiny_model("qwen2")
+    found, err = run_json(model, "-p", PROMPT, "-n", 6, "--seed", 1, "-m", "500")
+    assert found.keys() >= KEYS
+    assert err == ""
+    assert found["plan"].keys() == {"k", "w", "layout", "generation"}
+    assert found["budget_bytes"] == 500_000_000
+    assert found["model"] == str(model)
+    assert (len(found["tokens"]), found["finish"]) == (6, "length")
+    assert found["versions"]["llama_cpp_python"] == "0.3.36"
+    assert 0 < found["yield"] <= 1.1
+
+
+def test_text_on_standard_output_figures_on_standard_error(tiny_model, run):
+    model = tiny_model("qwen2")
+    code, out, err = run(model, "-p", PROMPT, "-n", 5, "--temp", 0)
+    same = run(model, "-p", PROMPT, "-n", 5, "--temp", 0, "--json")[1]
+    assert code == 0
+    assert out == json.loads(same)["text"] + "\n"
+    assert err.startswith("h2o: 5 tokens, first after ")
+    assert len(err.splitlines()) == 1
+    assert "\x1b" not in err
+
+
+def test_same_seed_same_answer(tiny_model, run_json):
+    model = tiny_model("qwen2")
+    flags = (model, "-p", PROMPT, "-n", 12, "--temp", 1.5, "--top-k", 0)
+    first, second, other = (run_json(*flags, "--seed", seed)[0]["tokens"] for seed in (5, 5, 6))
+    assert first == second != other
+
+
+def test_stop_text_ends_the_answer(tiny_model, run_json):
+    flags = (tiny_model("qwen2"), "-p", PROMPT, "-n", 16, "--temp", 0)
+    whole = run_json(*flags)[0]["text"]
+    found, _ = run_json(*flags, "--stop", "nowhere", "--stop", whole[4:7])
+    assert (found["text"], found["finish"]) == (whole[: whole.index(whole[4:7])], "stop")
+
+
+def test_prompt_from_file_and_standard_input(tiny_model, tmp_path, run_json):
+    model = tiny_model("qwen2")
+    (tmp_path / "p.txt").write_text(PROMPT + "\n")
+    flags = (model, "-n", "4", "--temp", "0")
+    wanted = run_json(*flags, "-p", PROMPT)[0]
+    assert run_json(*flags, "-f", tmp_path / "p.txt")[0]["tokens"] == wanted["tokens"]
+    for dash in ([], ["-"]):
+        command = [*H2O, "run", *map(str, (flags[0], *dash, *flags[1:])), "--json"]
+        done = subprocess.run(command, cwd=ROOT, input=PROMPT + "\n", capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["tokens"] == wanted["tokens"]
+
+
+def test_no_tokens_and_no_limit(tiny_model, run_json):
+    model = tiny_model("qwen2")
+    found, _ = run_json(model, "-p", PROMPT, "-n", 0)
+    assert (found["text"], found["tokens"], found["finish"]) == ("", [], "length")
+    assert found["decode_ms_per_token"] is None
+    found, _ = run_json(model, "-p", PROMPT, "-n", -1, "--temp", 0, "--ctx", 48)
+    assert len(found["tokens"]) > 20 or found["finish"] == "eos"
+
+
+def test_chat_uses_the_models_template(tiny_model, run_json):
+    found, _ = run_json(tiny_model("qwen2"), "-p", "Hi", "-n", 2, "--chat")
+    plain, _ = run_json(tiny_model("qwen2"), "-p", "Hi", "-n", 2)
+    assert len(found["prompt_tokens"]) > len(plain["prompt_tokens"]) + 5
+
+
+def test_smaller_precision_of_keys_and_values(tiny_model, run_json):
+    found, _ = run_json(tiny_model("qwen2"), "-p", PROMPT, "-n", 4, "--kv-type", "q8_0", "--temp", 0)
+    assert len(found["tokens"]) == 4
+
+
+def test_context_beyond_the_model_is_told(tiny_model, run):
+    code, _, err = run(tiny_model("qwen2"), "-p", "a", "-n", 1, "--ctx", 1024)
+    assert code == 0
+    assert "--ctx 1024 is more than the 512 tokens this model was made for" in err
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_plan_file_decides_when_it_is_for_this_model(tiny_model, run_json, plan_file):
+    model = tiny_model("qwen2")
+    flags = (model, "-p", PROMPT, "-n", 3, "--temp", 0)
+    write_plan(plan_file, Plan(1, 2, Layout.EVEN, model_hash=ModelFile.open(model).hash))
+    found, err = run_json(*flags)
+    assert found["plan"] == {"k": 1, "w": 2, "layout": "even", "generation": 1}
+    assert (found["plan_origin"], found["plan_changes"], err) == ("plan file", 0, "")
+    assert run_json(*flags, "--layout", "prefix")[0]["plan"]["layout"] == "prefix"
+    write_plan(plan_file, Plan(1, 2, budget_bytes=700_000_000))
+    assert run_json(*flags)[0]["budget_bytes"] == 700_000_000
+    assert run_json(*flags, "-m", "600")[0]["plan_origin"] == "default"
+
+
+def test_plan_for_another_model_is_left_alone(tiny_model, run_json, run, plan_file):
+    flags = (tiny_model("qwen2"), "-p", PROMPT, "-n", 3)
+    write_plan(plan_file, Plan(1, 1, model_hash=12345))
+    found, err = run_json(*flags)
+    assert (found["plan_origin"], found["plan_changes"], err) == ("default", 0, "")
+    code, out, err = run(*flags, "-s", plan_file)
+    assert (code, out) == (1, "")
+    assert "is for another model" in err
+
+
+def test_source_systems_plan_file(tiny_model, run_json, tmp_path):
+    path = tmp_path / "kw.bin"
+    write_source_plan(path, 2, 1)
+    found, err = run_json(tiny_model("qwen2"), "-p", PROMPT, "-n", 3, "-s", path, "-m", 500)
+    assert found["plan"] == {"k": 2, "w": 1, "layout": "prefix", "generation": 0}
+    assert (found["plan_changes"], found["budget_bytes"], err) == (0, 500_000_000, "")
+
+
+def test_plan_file_that_is_not_there_yet(tiny_model, run_json, tmp_path):
+    found, err = run_json(tiny_model("qwen2"), "-p", PROMPT, "-n", 2, "-s", tmp_path / "later.bin")
+    assert found["plan_origin"] == "default"
+    assert "there is no plan file" in err
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def endless(model, *more):
+    """The command of an answer that goes on for a long time."""
+    return [*H2O, "run", str(model), "-p", PROMPT, "-n", "-1", "--temp", "0", "--ctx", "30000", "-t", "1", *more]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_in_an_answer_keeps_the_text(number, code, tiny_model):
+    with subprocess.Popen(
+        endless(tiny_model("gemma2")), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        start = process.stdout.read(5)
+        process.send_signal(number)
+        rest, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert len(start) == 5
+    assert rest.endswith("\n")
+    assert "tokens/s" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_signal_with_json_prints_the_object(tiny_model):
+    with subprocess.Popen(
+        endless(tiny_model("gemma2"), "--json"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stderr.readline()  # the context is longer than the model's: said before the model answers
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert json.loads(out)["finish"] == "cancelled"
+
+
+def test_signal_before_the_answer(tmp_path):
+    fifo = tmp_path / "prompt"
+    os.mkfifo(fifo)
+    command = [*H2O, "run", "-f", str(fifo)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process, open(fifo, "w"):  # it waits for the prompt
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+# --- a conversation -------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, command):
+        self.seen = ""
+        self._after = 0  # what was waited for ends here
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ.update(TERM="xterm", NO_COLOR="1")
+            os.execv(command[0], command)
+
+    def wait_for(self, text, seconds=60):
+        """Read until a text appears behind the one waited for before."""
+        end = time.monotonic() + seconds
+        while text not in self.seen[self._after :]:
+            assert time.monotonic() < end, f"{text!r} did not come: {self.seen[-500:]!r}"
+            if not select.select([self._fd], [], [], 0.5)[0]:
+                continue
+            try:
+                self.seen += os.read(self._fd, 65536).decode(errors="replace")
+            except OSError:
+                raise AssertionError(f"{text!r} did not come before the end: {self.seen[-500:]!r}") from None
+        self._after = self.seen.index(text, self._after) + len(text)
+
+    def send(self, text):
+        os.write(self._fd, text.encode())
+
+    def exit_code(self, again=lambda: None):
+        """Read to the end; the exit code. `again` repeats what shall end the process: one may come before it waits."""
+        end = time.monotonic() + 60
+        again()
+        while True:
+            assert time.monotonic() < end, f"no end came: {self.seen[-500:]!r}"
+            if not select.select([self._fd], [], [], 1.0)[0]:
+                again()
+                continue
+            try:
+                data = os.read(self._fd, 65536)
+            except OSError:
+                break
+            if not data:
+                break
+            self.seen += data.decode(errors="replace")
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def conversation(tiny_model):
+    """conversation(*flags): `h2o run` on a terminal, at its first prompt."""
+
+    def open_terminal(*flags):
+        terminal = Terminal([*H2O, "run", str(tiny_model("qwen2")), "--temp", "0", "-t", "1", *map(str, flags)])
+        terminal.wait_for("> ")
+        return terminal
+
+    return open_terminal
+
+
+def test_conversation_with_commands(conversation):
+    terminal = conversation("-n", 4)
+    for line, answer in (
+        ("hello", "tokens/s)"),
+        ("and\\\nthen", "tokens/s)"),
+        ("/stats", "peak memory"),
+        ("/help", "goes on in the next one"),
+        ("/nonsense", "there is no command /nonsense"),
+        ("/clear", "forgotten"),
+    ):
+        terminal.send(f"{line}\n")
+        terminal.wait_for(answer)
+    terminal.send("/exit\n")
+    assert terminal.exit_code() == 0
+    assert "Traceback" not in terminal.seen
+
+
+def test_interrupt_stops_the_answer_and_then_the_conversation(conversation):
+    terminal = conversation("-n", -1, "--ctx", 512)
+    terminal.send("hello\n")
+    terminal.wait_for("hello")
+    time.sleep(0.3)
+    terminal.send("\x03")
+    terminal.wait_for("stopped")
+    terminal.wait_for("> ")
+    terminal.send("half a line")
+    terminal.wait_for("half a line")
+    time.sleep(0.3)
+    terminal.send("\x03")  # the line is thrown away
+    terminal.wait_for("> ")
+    time.sleep(0.3)
+    assert terminal.exit_code(lambda: terminal.send("\x03")) == 130
+    assert "Traceback" not in terminal.seen
+
+
+def test_end_of_input_and_sigterm_end_a_conversation(conversation):
+    terminal = conversation()
+    assert terminal.exit_code(lambda: terminal.send("\x04")) == 0
+    terminal = conversation()
+    assert terminal.exit_code(lambda: os.kill(terminal.pid, signal.SIGTERM)) == 143
+
+
+def test_conversation_longer_than_the_context_forgets_its_beginning(conversation):
+    terminal = conversation("-n", 2, "--ctx", 128)
+    for _ in range(3):
+        terminal.send("one two three four five six seven eight nine ten eleven\n")
+        terminal.wait_for("tokens/s)")
+    assert "oldest turns are left out" in terminal.seen
+    terminal.send("word " * 60 + "\n")
+    terminal.wait_for("do not fit a context")
+    assert terminal.exit_code(lambda: terminal.send("\x04")) == 0
+
+
+def test_text_model_goes_on_at_an_empty_line(stories):
+    terminal = Terminal([*H2O, "run", str(stories()), "--temp", "0", "-n", "6", "-t", "1"])
+    terminal.wait_for("> ")
+    terminal.send("Once upon a time\n")
+    terminal.wait_for(", there was a little")
+    terminal.wait_for("> ")
+    terminal.send("\n")
+    terminal.wait_for("irl named Lily")
+    terminal.send("/exit\n")
+    assert terminal.exit_code() == 0
