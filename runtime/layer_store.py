@@ -93,6 +93,7 @@ class LayerStore:
         self._homes: dict[str, Home] = {}
         self._wanted: frozenset[int] = frozenset()
         self._resident: set[int] = set()
+        self._missing: list[int] = []  # wanted and not read yet, the last one first
         self._ring: Ring | None = None
         self._loads: dict[int, Load] = {}
         self._pending: list[Load] = []
@@ -129,6 +130,7 @@ class LayerStore:
                 self._homes[self._pieces[number].tensor.name].drop(self._pieces[number])
             self._resident &= wanted
             self._wanted = wanted
+            self._missing = [n for n in reversed(self._order) if n in wanted and n not in self._resident]
             self._loads.clear()
             if self._ring is None or self._ring.n_bytes != window_bytes:
                 if self._ring:
@@ -343,18 +345,17 @@ class LayerStore:
         return None
 
     def _start_load(self) -> bool:
-        """Queue the reads of the next piece of the stream; False when there is none or no room for it."""
-        piece = self._next_piece()
-        if piece is None:
-            return False
-        slot = None
-        if piece.number in self._wanted:
-            address = self._homes[piece.tensor.name].span_address(piece)
-        else:
+        """Queue the reads of the next piece: of the stream, or while there is no room for that, of a resident one."""
+        piece, slot = self._next_piece(), None
+        if piece and piece.number not in self._wanted:
             slot = self._ring.take(piece.span_bytes) if self._ring else None
-            if slot is None or self._ring is None:
-                return False
+        if slot and self._ring:
             address = self._ring.address(slot)
+        else:
+            piece = piece if piece and piece.number in self._wanted else self._next_missing()
+            if piece is None:
+                return False
+            address = self._homes[piece.tensor.name].span_address(piece)
         load = self._loads[piece.number] = Load(piece, self._load_pass, address, slot)
         start, end = piece.span
         for offset in range(start, end, self._request_bytes):
@@ -380,6 +381,12 @@ class LayerStore:
             else:
                 return self._pieces[number]
         return None
+
+    def _next_missing(self) -> Piece | None:
+        """The next piece that shall be resident and was not read yet."""
+        while self._missing and (self._missing[-1] in self._resident or self._missing[-1] in self._loads):
+            self._missing.pop()
+        return self._pieces[self._missing[-1]] if self._missing else None
 
     # --- facts and the end --------------------------------------------------------------------------------------
 
