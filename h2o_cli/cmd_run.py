@@ -221,7 +221,7 @@ def first_with_progress(session: Session, steps: Iterator[Step], n_prompt: int) 
         by_pass = (engine.counters.passes - start_passes) / passes
         return max(by_pass, min(0.99, (engine.bytes_read - start_bytes) / expected))
 
-    with Progress(f"reading the prompt ({n_prompt} tokens)", share):
+    with Progress(f"reading the prompt ({n_prompt} {'token' if n_prompt == 1 else 'tokens'})", share):
         first = next(steps, None)
     if first is not None:
         yield first

@@ -6,13 +6,14 @@ import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from h2o_cli.interrupts import interrupts
-from h2o_cli.output import ReaderGone, print_error
+from h2o_cli.output import ReaderGone, print_error, silence_stdout
 from runtime.errors import Cancelled, H2OError
 
 COMMANDS = {
@@ -98,7 +99,7 @@ def run_command(arguments: list[str] | None = None) -> int:
         print_error(error.message, error.next_step)
         return error.exit_code
     except (ReaderGone, BrokenPipeError):
-        _silence_stdout()
+        silence_stdout()
         return 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -120,17 +121,13 @@ def _invoke(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _silence_stdout() -> None:
-    """The reader of our output has gone: nothing more can be written, not even by the interpreter when it ends."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
-    os.close(devnull)
-
-
 def main() -> None:
     """The console script."""
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started us
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     sys.exit(run_command())
 

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from runtime.errors import H2OError
+
 PROGRESS_AFTER_S = 2.0
 _REDRAW_S = 0.5
 _LOG_S = 10.0  # between two lines where progress cannot be redrawn
@@ -57,12 +59,22 @@ class ReaderGone(Exception):
 
 
 def emit(text: str) -> None:
-    """A part of the result, at once. Raises ReaderGone when nobody reads it."""
+    """A part of the result, at once. Raises ReaderGone when nobody reads it, H2OError when it cannot be written."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise ReaderGone from None
+    except OSError as error:
+        silence_stdout()
+        raise H2OError(f"cannot write the answer: {error.strerror}", "send standard output elsewhere") from None
+
+
+def silence_stdout() -> None:
+    """Nothing more can be written to standard output, not even by the interpreter when it ends."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
 
 
 def print_json(value: Any) -> None:

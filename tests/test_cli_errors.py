@@ -208,6 +208,15 @@ def test_reader_that_goes_away(tiny_model):
     assert "Broken" not in err
 
 
+def test_output_that_cannot_be_written(tiny_model):
+    command = [*H2O, "run", str(tiny_model("qwen2")), "-p", "a", "-n", "2"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "h2o: cannot write the answer: No space left on device"
+    assert len(done.stderr.splitlines()) == 2
+
+
 # --- help and start-up ----------------------------------------------------------------------------------------------
 
 
