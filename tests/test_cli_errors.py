@@ -2,13 +2,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import broken_models
 import pytest
 
 from h2o_cli import main as cli
-from h2o_cli import models
+from h2o_cli import models, output
 from runtime.errors import Cancelled, H2OError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -256,6 +257,31 @@ def test_help_imports_no_model_code():
 def test_run_imports_no_planner():
     loaded = imported_by("import h2o_cli.cmd_run")
     assert not {"rich", "msgspec", "planner.choose", "profiler.model_profile", "platformdirs", "psutil"} & loaded
+
+
+# --- progress and notes ---------------------------------------------------------------------------------------------
+
+
+def test_progress_of_long_work_only(monkeypatch, capsys):
+    with output.Progress("quick", lambda: 0.5):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(output, "PROGRESS_AFTER_S", 0.01)
+    with output.Progress("slow", lambda: 0.5):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "h2o: slow: 50% after 0 s, about 0 s left\n"
+
+
+def test_colour_on_terminals_only(monkeypatch):
+    class Screen:
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert output.styled("x", "red", Screen()) == "\x1b[31mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert output.styled("x", "red", Screen()) == "x"
 
 
 # --- which model ----------------------------------------------------------------------------------------------------
