@@ -160,7 +160,7 @@ def _utf8(data: bytes) -> str:
 
 def answer(options: RunOptions, text: str) -> int:
     """Answer one prompt; returns the exit code."""
-    model = OpenModel(options.model)
+    model = OpenModel(options, note)
     try:
         prompt, stop = _encode(model, options, text)
         n_predict = N_PREDICT if options.n_predict is None else options.n_predict

@@ -32,7 +32,7 @@ def converse(options: RunOptions) -> int:
     if options.json:
         raise UsageError("--json needs a prompt", "give one with -p, -f or on standard input")
     readline = _line_editing()
-    model = OpenModel(options.model)
+    model = OpenModel(options, note)
     try:
         chat = Chat(model.tokenizer, note) if options.chat or model.tokenizer.chat_template else None
         n_ctx = context_for(model, options.ctx, CONVERSATION_CONTEXT, note)

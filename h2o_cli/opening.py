@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from h2o_cli.defaults import CONVERSATION_CONTEXT, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile
-from runtime.engine import KV_TYPES, Engine, Settings
+from runtime.engine import KV_TYPES, Engine, Settings, head_start
 from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.hollow import HollowModel
@@ -27,9 +27,11 @@ from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from profiler.model_profile import ModelProfile
+    from runtime.layer_store import LayerStore
 
 CONTEXT_STEP = 256
-WINDOW_PIECES = 4
+CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
+WINDOW_PIECES = 3
 UNLIMITED = 2**31 - 1
 
 
@@ -74,11 +76,24 @@ class RunOptions:
 class OpenModel:
     """A model's index, its llama.cpp side without weights, and its tokenizer."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, options: RunOptions, note: Callable[[str], None]) -> None:
+        """Begin to read the weights, and load llama.cpp's side meanwhile."""
         start = time.perf_counter()
+        self.store: LayerStore | None = None
         with interrupts.held():
-            self.file = ModelFile.open(path)
-            self.hollow = HollowModel(self.file)
+            self.file = ModelFile.open(options.model)
+            self.profile = _profile(self.file, note)
+            self.plan_path = options.plan_file or default_plan_path()
+            must_fit = options.plan_file is not None
+            self.plan_in_file = _plan_in(self.plan_path, self.file.hash, must_fit=must_fit, note=note)
+            settings = _settings(options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
+            plan = _choose(self, options, settings).plan
+            self.store = head_start(self.file, plan, settings)
+            try:
+                self.hollow = HollowModel(self.file)
+            except H2OError:
+                self.store.close()
+                raise
         try:
             self.tokenizer = Tokenizer(self.hollow, self.file)
         except H2OError:
@@ -96,8 +111,15 @@ class OpenModel:
         """Rows of the model's table of positions; practically unlimited where it has none."""
         return next((t.n_rows for t in self.file.tensors if t.name == "position_embd.weight"), UNLIMITED)
 
+    def take_store(self) -> LayerStore | None:
+        """The store that reads already; it is the engine's from now on."""
+        store, self.store = self.store, None
+        return store
+
     def close(self) -> None:
         """Free the model."""
+        if self.store:
+            self.store.close()
         self.hollow.free()
 
 
@@ -150,13 +172,10 @@ def open_session(
 ) -> Session:
     """Choose settings and plan, and open the engine. Raises H2OError."""
     start = time.perf_counter()
-    profile = _profile(model.file, note)
-    settings = _settings(options, n_ctx, n_prompt, profile)
-    path = options.plan_file or default_plan_path()
-    in_file = _plan_in(path, model.file.hash, must_fit=options.plan_file is not None, note=note)
-    chosen = _choose(model.file, options, settings, profile, in_file)
+    settings = _settings(options, n_ctx, n_prompt, model.profile)
+    chosen = _choose(model, options, settings)
     with interrupts.held():
-        engine = Engine(model.file, model.hollow, chosen.plan, settings, note)
+        engine = Engine(model.file, model.hollow, chosen.plan, settings, note, model.take_store())
     cleanup = ExitStack()
     cleanup.callback(engine.close)
     try:
@@ -165,7 +184,8 @@ def open_session(
         cleanup.close()
         raise
     sampler = Sampler(options.sampling, engine.n_vocab, model.tokenizer.suppressed)
-    watcher = PlanWatcher(path, model.file.hash, generation=in_file.generation if in_file else 0)
+    generation = model.plan_in_file.generation if model.plan_in_file else 0
+    watcher = PlanWatcher(model.plan_path, model.file.hash, generation=generation)
     watcher.poll()  # what is in the file now has been looked at
     watcher.take_problem()
     cleanup.callback(sampler.close)
@@ -176,7 +196,7 @@ def open_session(
         sequence=TokenSequence(engine, note),
         sampler=sampler,
         follower=PlanFollower(engine, watcher, chosen.budget_bytes, note),
-        disk_bytes_per_s=profile.disk.bytes_per_s.mean if profile else 0.0,
+        disk_bytes_per_s=model.profile.disk.bytes_per_s.mean if model.profile else 0.0,
         plan_origin=chosen.origin,
         load_s=model.load_s + time.perf_counter() - start,
         cleanup=cleanup,
@@ -234,11 +254,9 @@ def _plan_in(path: Path, model_hash: int, *, must_fit: bool, note: Callable[[str
     return None
 
 
-def _choose(
-    file: ModelFile, options: RunOptions, settings: Settings, profile: ModelProfile | None, in_file: Plan | None
-) -> Chosen:
+def _choose(model: OpenModel, options: RunOptions, settings: Settings) -> Chosen:
     """The plan in the file if it agrees with -m, else the planner's for the profile, else the default one."""
-    layout = options.fixed_layout
+    file, in_file, profile, layout = model.file, model.plan_in_file, model.profile, options.fixed_layout
     if in_file and options.budget_bytes in (0, in_file.budget_bytes or options.budget_bytes):
         budget = in_file.budget_bytes or options.budget_bytes or default_budget()
         return Chosen(replace(in_file, layout=in_file.layout if layout is None else layout), "plan file", budget)

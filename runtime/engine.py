@@ -22,15 +22,17 @@ from runtime.errors import Cancelled, EngineError, PromptError
 from runtime.head import TiledProduct
 from runtime.hollow import ContextBuffers, HollowModel
 from runtime.layer_store import LayerStore
-from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes
-from runtime.memory import Region, resident_bytes, view
+from runtime.ledger import MARGIN_BYTES, SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes
+from runtime.memory import Region, resident_bytes_outside, view
 from runtime.model_file import ModelFile, Piece, TensorInfo
 from runtime.plan import Plan
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
-from runtime.sizes import PAGE, page_down, page_up
+from runtime.sizes import MB, PAGE, page_down, page_up
 from runtime.trace import LayerTrace
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+_GUESSED_PROCESS_BYTES = 80 * MB
+_GUESSED_HEADER_COPIES = 9  # llama.cpp's vocabulary takes about this many times its bytes in the file
 _KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
 
 
@@ -46,6 +48,28 @@ class Settings:
     io_mode: str = DIRECT
     request_bytes: int = 2**21
     depth: int = 4
+
+
+def open_store(file: ModelFile, settings: Settings) -> LayerStore:
+    """The store of a model's weights; nothing is read yet."""
+    files = WeightFiles(file.paths, settings.io_mode)
+    return LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
+
+
+def head_start(file: ModelFile, plan: Plan, settings: Settings) -> LayerStore:
+    """A store that reads already while llama.cpp is still loading vocabulary and header.
+
+    What the process will take is not measured yet, so it reads into what a careful guess leaves of the plan's budget;
+    the engine then extends that to the exact figure.
+    """
+    store = open_store(file, settings)
+    guess = _GUESSED_PROCESS_BYTES + _GUESSED_HEADER_COPIES * sum(file.data_offsets) + MARGIN_BYTES
+    window = page_down(window_bytes(file, plan))
+    limit = plan.budget_bytes - guess - window
+    if limit > 0 and limit < streamable_bytes(file):
+        plan = replace(plan, pinned_bytes=limit)
+        store.apply(resident_pieces(file, plan, limit), window)
+    return store
 
 
 @dataclass
@@ -72,8 +96,15 @@ class Engine:
     """A model ready to compute, inside a budget. `n_past` positions are in the KV cache."""
 
     def __init__(
-        self, file: ModelFile, model: HollowModel, plan: Plan, settings: Settings, note: Callable[[str], None] = print
+        self,
+        file: ModelFile,
+        model: HollowModel,
+        plan: Plan,
+        settings: Settings,
+        note: Callable[[str], None] = print,
+        store: LayerStore | None = None,
     ) -> None:
+        """Take over a store that is reading already (see head_start), or begin to read now."""
         self.file, self.settings, self.plan = file, settings, plan
         self.n_past = self._n_outputs = 0
         self.plan_changes = 0
@@ -87,9 +118,8 @@ class Engine:
         self._tiled: dict[int, Weight] = {}
         self._aliases: list[int] = []
         self._asked_bytes = 0
-        self._files = WeightFiles(file.paths, settings.io_mode)
-        self._small = _SmallTensors(file, model, self._files)
-        self._store = LayerStore(file, self._files, request_bytes=settings.request_bytes, depth=settings.depth)
+        self._store = store or open_store(file, settings)
+        self._small = _SmallTensors(file, model, self._store.files)
         rows = settings.n_ubatch + _KEPT_ROWS
         self._tables = [RowTable(t, embedding_rows_bytes(t.row_bytes, rows)) for t in file.row_tables]
         self._weights = self._index_weights()
@@ -138,7 +168,7 @@ class Engine:
     def _fixed_ledger(self) -> Ledger:
         embedding = sum(min(table.max_bytes, page_up(table.tensor.n_bytes)) for table in self._tables)
         return Ledger(
-            process_bytes=resident_bytes(),
+            process_bytes=resident_bytes_outside(self._store.ranges),
             kv_bytes=self._buffers.kv_bytes,
             compute_bytes=self._buffers.n_bytes - self._buffers.kv_bytes,
             embedding_bytes=embedding,
@@ -163,7 +193,7 @@ class Engine:
                 window = min(window, left)
                 limit = left - window
             plan = replace(plan, pinned_bytes=max(limit, 1))
-        resident = resident_pieces(self.file, plan, limit)
+        resident = resident_pieces(self.file, plan, limit, self._store.wanted)
         streamed = sum(p.span_bytes for p in self.file.pieces if p.number not in resident)
         window = min(page_down(window), streamed)
         pinned = total - streamed
@@ -392,7 +422,6 @@ class Engine:
         self._small.free()
         for table in self._tables:
             table.free()
-        self._files.close()
 
 
 class _SmallTensors:

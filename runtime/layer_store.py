@@ -42,15 +42,23 @@ class Home:
         """Where the piece's span is to be read to."""
         return self._region.address + piece.span[0] - self._start
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """The addresses [start, end)."""
+        return self._region.range
+
     def expect(self, n_bytes: int) -> None:
         """The first n_bytes of the tensor are going to be resident: huge pages there and only there."""
         self._region.use_huge_pages(n_bytes)
 
-    def drop(self, piece: Piece) -> None:
-        """Give the memory of one piece back."""
-        start, end = piece.offset - self._start, piece.offset + piece.n_bytes - self._start
-        whole = piece.n_rows == self._tensor.n_rows
-        self._region.drop(0 if whole else start, self._region.n_bytes if whole else end)
+    def drop(self, piece: Piece, kept: frozenset[int]) -> None:
+        """Give the memory of one piece back, but not the pages it shares with those pieces of the tensor in `kept`."""
+        start, end = piece.span
+        if piece.first_row and piece.number - 1 in kept:
+            start = piece.offset
+        if piece.first_row + piece.n_rows < self._tensor.n_rows and piece.number + 1 in kept:
+            end = piece.offset + piece.n_bytes
+        self._region.drop(start - self._start, end - self._start)
 
     def free(self) -> None:
         """Unmap."""
@@ -82,10 +90,13 @@ class Chunk:
 
 
 class LayerStore:
-    """All streamable pieces of one model. One thread computes (need, computed, end_pass); `depth` threads read."""
+    """All streamable pieces of one model. One thread computes (need, computed, end_pass); `depth` threads read.
+
+    Nothing is read before the first apply().
+    """
 
     def __init__(self, model: ModelFile, files: WeightFiles, *, request_bytes: int = 2**21, depth: int = 4) -> None:
-        self._files = files
+        self.files = files
         self._pieces = tuple(model.pieces)
         self._is_head = [piece.layer == model.n_layers for piece in self._pieces]
         self._request_bytes = max(PAGE, page_down(request_bytes))
@@ -101,6 +112,7 @@ class LayerStore:
         self._passes_without_head: set[int] = set()
         self._pass = 0  # the pass being computed
         self._place = 0  # in _order: where the computation is
+        self._surprised = False  # a piece of this pass was not used where _order has it
         self._load_pass = 0
         self._load_place = 0
         self._in_flight = 0
@@ -125,29 +137,43 @@ class LayerStore:
         arrive with the next pass.
         """
         with self._lock:
-            self._pause()
-            for number in self._resident - wanted:
-                self._homes[self._pieces[number].tensor.name].drop(self._pieces[number])
-            self._resident &= wanted
-            self._wanted = wanted
-            self._missing = [n for n in reversed(self._order) if n in wanted and n not in self._resident]
-            self._loads.clear()
-            if self._ring is None or self._ring.n_bytes != window_bytes:
-                if self._ring:
-                    self._ring.free()
-                self._ring = Ring(window_bytes) if window_bytes else None
-            else:
-                self._ring.clear()
-            self._expect_residents()
-            self._load_pass, self._load_place = self._pass, 0
-            self._paused = False
-            self._readable.notify_all()
+            self._paused = True
+            while self._in_flight:
+                self._arrived.wait(_POLL_S)
+            try:
+                same_ring = self._ring is not None and self._ring.n_bytes == window_bytes
+                self._drop_loads(wanted, same_ring)
+                for number in self._resident - wanted:
+                    self._homes[self._pieces[number].tensor.name].drop(self._pieces[number], wanted)
+                self._resident &= wanted
+                self._wanted = wanted
+                self._missing = [n for n in reversed(self._order) if n in wanted and n not in self._resident]
+                self._expect_residents()
+                self._load_pass, self._load_place = self._pass, 0
+                if not same_ring:
+                    self._new_ring(window_bytes)
+            finally:
+                self._paused = False
+                self._readable.notify_all()
 
-    def _pause(self) -> None:
-        self._paused = True
-        self._queue.clear()
-        while self._in_flight:
-            self._arrived.wait(_POLL_S)
+    def _new_ring(self, n_bytes: int) -> None:
+        if self._ring:
+            self._ring.free()
+        self._ring = None
+        if n_bytes:
+            self._ring = Ring(n_bytes)
+
+    def _drop_loads(self, wanted: frozenset[int], same_ring: bool) -> None:
+        """Forget what was read, or is going to be, for a place that the new plan does not have."""
+        for number, load in list(self._loads.items()):
+            load.pass_number = self._pass
+            if load.slot is None and number not in wanted:
+                self._homes[load.piece.tensor.name].drop(load.piece, wanted)
+                del self._loads[number]
+            elif load.slot and not same_ring:
+                del self._loads[number]
+        left = set(map(id, self._loads.values()))
+        self._queue = deque(chunk for chunk in self._queue if chunk.load is None or id(chunk.load) in left)
 
     def _expect_residents(self) -> None:
         """Tell every home how many of its first bytes will be resident (pieces of one tensor are taken in order)."""
@@ -167,9 +193,7 @@ class LayerStore:
     def expect_passes(self, heads: Iterable[bool]) -> None:
         """The next passes need the output head or not; passes not announced need it."""
         with self._lock:
-            for i, head in enumerate(heads):
-                if not head:
-                    self._passes_without_head.add(self._pass + i)
+            self._passes_without_head = {self._pass + i for i, head in enumerate(heads) if not head}
             self._readable.notify_all()
 
     def need(self, piece: Piece) -> int:
@@ -177,7 +201,7 @@ class LayerStore:
         with self._lock:
             self._follow(piece.number)
             if piece.number not in self._resident:
-                self._wait_for(piece.number)
+                self._wait_for(piece)
             load = self._loads.get(piece.number)
             if load is None:
                 return self._homes[piece.tensor.name].data + piece.first_row * piece.tensor.row_bytes
@@ -194,7 +218,8 @@ class LayerStore:
         if place < len(order) and order[place] == number:
             self._place = place + 1
         elif number in order[: self._place] and (number in self._loads or number in self._resident):
-            pass  # used a second time and still there
+            load = self._loads.get(number)  # used a second time and still there, or there for the next pass
+            self._surprised |= load is not None and not load.asked
         else:
             self._expect_now(number)
 
@@ -205,37 +230,42 @@ class LayerStore:
             self._place -= order.index(number) < self._place
             order.remove(number)
         order.insert(self._place, number)
-        if number not in self._loads and self._load_pass == self._pass:
-            self._load_place = min(self._load_place, self._place)
         self._place += 1
-        self._readable.notify_all()
+        self._surprised = True
 
-    def _wait_for(self, number: int) -> None:
+    def _wait_for(self, piece: Piece) -> None:
         start = time.perf_counter()
-        while number not in self._resident:
+        while piece.number not in self._resident:
             if self._error:
                 raise self._error
-            load = self._loads.get(number)
-            if load and load.chunks_left == 0:
+            load = self._loads.get(piece.number)
+            if load is None:
+                self._load_now(piece)
+            elif load.chunks_left == 0:
                 break
-            idle = not self._queue and not self._in_flight
-            if load is None and idle and not self._start_load():
-                self._make_room()
             self._arrived.wait(_POLL_S)
         self.wait_s += time.perf_counter() - start
 
-    def _make_room(self) -> None:
-        """The ring is full of pieces that are used later than the one asked for (a wrong guess): drop those."""
-        for number in [n for n, load in self._loads.items() if load.slot and not load.asked]:
-            self._give_back(self._loads.pop(number))
+    def _load_now(self, piece: Piece) -> None:
+        """The stream has not come to a piece yet, or is past it (a wrong guess): go on from there.
+
+        When the ring is full of pieces that are used later, those are dropped.
+        """
         self._load_pass, self._load_place = self._pass, self._place - 1
-        if not self._start_load():
+        if self._start(piece):
+            return
+        for load in list(self._loads.values()):
+            if load.slot and not load.asked:
+                self._drop(load)
+        if not self._start(piece) and not self._in_flight:
             raise EngineError("the streaming window is smaller than one tensor", "raise -m")
 
     def next_is_there(self) -> bool:
-        """Whether the piece that is used next has arrived."""
+        """Whether the piece that is used next has arrived; False when this pass has shown that the order is not known."""
         order = self._order
         with self._lock:
+            if self._surprised:
+                return False
             place = self._place
             while place < len(order) and order[place] in self._resident:
                 place += 1
@@ -274,16 +304,25 @@ class LayerStore:
                 self._passes_without_head.clear()
             self._pass += 1
             self._place = 0
-            for number, load in list(self._loads.items()):
-                if load.pass_number >= self._pass:
-                    continue
-                if load.slot and not load.chunks_left:
-                    self._give_back(self._loads.pop(number))
+            self._surprised = False
+            for load in [load for load in self._loads.values() if load.pass_number < self._pass]:
+                if load.slot:
+                    self._drop(load)
                 else:
                     load.pass_number = self._pass
             if self._load_pass < self._pass:
                 self._load_pass, self._load_place = self._pass, 0
             self._readable.notify_all()
+
+    def _drop(self, load: Load) -> None:
+        """Take a load out of the stream. Its slot comes back at once, or when the reads under way have ended."""
+        del self._loads[load.piece.number]
+        n_queued = sum(chunk.load is load for chunk in self._queue)
+        if n_queued:
+            self._queue = deque(chunk for chunk in self._queue if chunk.load is not load)
+            load.chunks_left -= n_queued
+        if load.chunks_left == 0:
+            self._give_back(load)
 
     def _give_back(self, load: Load) -> None:
         if load.slot and self._ring:
@@ -313,7 +352,7 @@ class LayerStore:
                 self._in_flight += 1
             error: BaseException | None = None
             try:
-                self._files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
+                self.files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
             except BaseException as caught:  # noqa: BLE001 - handed to the computing thread, which raises it
                 error = caught
             with self._lock:
@@ -331,9 +370,17 @@ class LayerStore:
         load = chunk.load
         if load:
             load.chunks_left -= 1
-            if load.chunks_left == 0 and load.slot is None and self._loads.get(load.piece.number) is load:
-                del self._loads[load.piece.number]
-                self._resident.add(load.piece.number)
+            if load.chunks_left == 0:
+                self._loaded(load)
+
+    def _loaded(self, load: Load) -> None:
+        """All bytes of a load are there."""
+        number = load.piece.number
+        if self._loads.get(number) is not load:
+            self._give_back(load)  # it was dropped while it was read
+        elif load.slot is None:
+            del self._loads[number]
+            self._resident.add(number)
 
     def _next_chunk(self) -> Chunk | None:
         """The next read, waiting for one; None when the store is closed. Holds the lock."""
@@ -346,16 +393,23 @@ class LayerStore:
 
     def _start_load(self) -> bool:
         """Queue the reads of the next piece: of the stream, or while there is no room for that, of a resident one."""
-        piece, slot = self._next_piece(), None
-        if piece and piece.number not in self._wanted:
-            slot = self._ring.take(piece.span_bytes) if self._ring else None
-        if slot and self._ring:
-            address = self._ring.address(slot)
-        else:
-            piece = piece if piece and piece.number in self._wanted else self._next_missing()
-            if piece is None:
-                return False
+        piece = self._next_piece()
+        if piece and self._start(piece):
+            self._load_place += 1
+            return True
+        piece = self._next_missing()
+        return piece is not None and self._start(piece)
+
+    def _start(self, piece: Piece) -> bool:
+        """Queue the reads of a piece; False when it needs the ring and there is no room."""
+        slot = None
+        if piece.number in self._wanted:
             address = self._homes[piece.tensor.name].span_address(piece)
+        else:
+            slot = self._ring.take(piece.span_bytes) if self._ring else None
+            if slot is None or self._ring is None:
+                return False
+            address = self._ring.address(slot)
         load = self._loads[piece.number] = Load(piece, self._load_pass, address, slot)
         start, end = piece.span
         for offset in range(start, end, self._request_bytes):
@@ -374,7 +428,7 @@ class LayerStore:
             number = self._order[self._load_place]
             load = self._loads.get(number)
             skip_head = self._is_head[number] and self._load_pass in self._passes_without_head
-            if skip_head or number in self._resident or (load and load.pass_number == self._load_pass):
+            if skip_head or number in self._resident or (load and load.pass_number >= self._load_pass):
                 self._load_place += 1
             elif load:
                 return None  # still in use by the pass before
@@ -389,6 +443,17 @@ class LayerStore:
         return self._pieces[self._missing[-1]] if self._missing else None
 
     # --- facts and the end --------------------------------------------------------------------------------------
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        """Numbers of the pieces that are, or are going to be, resident."""
+        return self._wanted
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Address ranges of all weights, present or not."""
+        with self._lock:
+            return [home.range for home in self._homes.values()] + ([self._ring.range] if self._ring else [])
 
     def is_resident(self, piece: Piece) -> bool:
         """Whether the piece is in memory for good."""
@@ -409,7 +474,7 @@ class LayerStore:
         return self._ring.n_bytes if self._ring else 0
 
     def close(self) -> None:
-        """Stop the readers and free all memory."""
+        """Stop the readers, close the files and free all memory."""
         with self._lock:
             self._closing = True
             self._queue.clear()
@@ -420,3 +485,4 @@ class LayerStore:
             self._ring.free()
         for home in self._homes.values():
             home.free()
+        self.files.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from bisect import bisect_right
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,6 +50,11 @@ class Region:
         if before:
             _libc.munmap(start, before)
         _libc.munmap(self.address + self.n_bytes, HUGE_PAGE - before)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The addresses [start, end)."""
+        return self.address, self.address + self.n_bytes
 
     def use_huge_pages(self, n_bytes: int) -> None:
         """Ask for huge pages in the first n_bytes (rounded down to whole ones), small pages behind them."""
@@ -102,6 +109,22 @@ def _status_bytes(key: str) -> int:
 def resident_bytes() -> int:
     """Bytes of this process in memory now, libraries and page tables included."""
     return _status_bytes("VmRSS") + _status_bytes("VmPTE")
+
+
+def resident_bytes_outside(ranges: Iterable[tuple[int, int]]) -> int:
+    """Bytes of this process in memory now that do not lie in the given address ranges [start, end)."""
+    ours = sorted(ranges)
+    starts = [start for start, _ in ours]
+    total, counted = _status_bytes("VmPTE"), True
+    with open("/proc/self/smaps", encoding="ascii", errors="replace") as rows:
+        for row in rows:
+            if row.startswith("Rss:"):
+                total += int(row.split()[1]) * 1024 * counted
+            elif "-" in row[:17]:
+                start, end = (int(text, 16) for text in row.split(" ", 1)[0].split("-"))
+                i = bisect_right(starts, start) - 1
+                counted = not (i >= 0 and end <= ours[i][1])
+    return total
 
 
 def forget_peak() -> None:

@@ -40,15 +40,20 @@ def layers_in(model: ModelFile, pinned_bytes: int) -> int:
     return min(model.n_layers, pinned_bytes * model.n_layers // total) if total else model.n_layers
 
 
-def resident_pieces(model: ModelFile, plan: Plan, limit_bytes: int | None = None) -> frozenset[int]:
-    """The numbers of the pieces that stay in memory under this plan, together at most limit_bytes."""
+def resident_pieces(
+    model: ModelFile, plan: Plan, limit_bytes: int | None = None, keep: frozenset[int] = frozenset()
+) -> frozenset[int]:
+    """The numbers of the pieces that stay in memory under this plan, together at most limit_bytes.
+
+    Among equals the pieces in `keep` (there already) are preferred.
+    """
     target = plan.pinned_bytes or k_layers_worth(model, plan.k, plan.layout)
     if limit_bytes is not None:
         target = min(target, limit_bytes)
     if target >= streamable_bytes(model):
         return frozenset(piece.number for piece in model.pieces)
     if plan.layout is Layout.BALANCED:
-        chosen = _balanced(model, target)
+        chosen = _balanced(model, target, keep)
     else:
         k = plan.k if not plan.pinned_bytes else max(plan.k, layers_in(model, target))
         order = whole_layers(model.n_layers, k, plan.layout)
@@ -74,19 +79,30 @@ def _fill(candidates: Iterable[Piece], target: int, chosen: frozenset[Piece] = f
     return frozenset(taken)
 
 
-def _balanced(model: ModelFile, target: int) -> frozenset[Piece]:
-    """The same share of every layer and of the head: what one layer cannot take exactly, the next ones make up for."""
+def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[Piece]:
+    """The same share of every layer and of the head: what one layer cannot take exactly, the next ones make up for.
+
+    When everything in `keep` fits, it stays and only what is missing is shared out.
+    """
     share = target / streamable_bytes(model)
-    chosen: set[Piece] = set()
+    kept = {piece for piece in model.pieces if piece.number in keep}
+    if sum(piece.span_bytes for piece in kept) > target:
+        kept = set()
+    room = target - sum(piece.span_bytes for piece in kept)
+    chosen = set(kept)
     seen = used = 0
     for group in model.groups:
         seen += layer_bytes(group)
+        used += sum(piece.span_bytes for piece in group.pieces if piece in kept)
         in_order = group is model.head
-        for piece in group.pieces if in_order else sorted(group.pieces, key=lambda p: -p.span_bytes):
-            if used + piece.span_bytes <= share * seen:
+        largest_first = sorted(group.pieces, key=lambda p: (p.number not in keep, -p.span_bytes))
+        for piece in group.pieces if in_order else largest_first:
+            fits = used + piece.span_bytes <= share * seen and piece.span_bytes <= room
+            if piece not in kept and fits:
                 chosen.add(piece)
                 used += piece.span_bytes
-            elif in_order:
+                room -= piece.span_bytes
+            elif piece not in kept and in_order:
                 break
     return frozenset(chosen)
 

@@ -61,6 +61,11 @@ class Ring:
         """Where the slot lies in memory (a multiple of the page size when all slots are)."""
         return self._region.address + slot.start
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """The addresses [start, end)."""
+        return self._region.range
+
     def free(self) -> None:
         """Unmap."""
         self._slots.clear()

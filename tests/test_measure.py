@@ -88,7 +88,7 @@ def test_compute_fits_the_context_and_leaves_the_engine_as_it_was(opened):
         times = measure_compute(e, e._model, 2, lambda: steps.append(1))
         assert times.prefill_tokens == 32
         assert len(times.decode) == len(times.prefill) == file.n_layers + 1
-        assert len(steps) == 6
+        assert len(steps) >= 6  # disturbed passes are made again
         assert e.trace is None and not e.quiet
         e.truncate(0)
         e.forward([1])
