@@ -1,0 +1,312 @@
+"""An emulated small device for one command: a hard memory limit and a slow disk, by control groups (version 1 or 2).
+
+The memory limit counts the page cache and allows no swap; the disk limit holds for page faults of mapped files and
+direct reads alike, so that engines are compared on the same device. Needs root on Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from runtime.errors import H2OError
+
+ROOT = Path("/sys/fs/cgroup")
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+AS_ROOT = "run it as root on a Linux with memory and blkio (v1) or memory and io (v2) control groups"
+_ENTER = 'for f in "$1" "$2"; do echo $$ >"$f" || exit 125; done; shift 2; exec "$@"'
+_COULD_NOT_ENTER = 125
+_POLL_S = 0.2
+_END_S = 10.0
+_MOST_OUTPUT_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Device:
+    """The limits of a device; 0 means none. disk_folder lies on the disk that is slowed down."""
+
+    memory_bytes: int = 0
+    read_bytes_per_s: int = 0
+    disk_folder: Path = Path()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a command. Seconds from its start; output_s: when the last output came.
+
+    peak_bytes is the kernel's own mark for the group, page cache included; rc is negative for a signal.
+    """
+
+    rc: int
+    wall_s: float
+    output_s: float
+    peak_bytes: int
+    bytes_read: int
+    started_s: float  # on the system's monotonic clock
+    oom_killed: bool = False
+    timed_out: bool = False
+    stdout: str = ""
+    stderr: str = ""
+
+
+class Groups(Protocol):
+    """Control groups of one run: limits are set when it is made."""
+
+    procs: tuple[Path, Path]
+
+    def peak_bytes(self) -> int:
+        """The most memory the group ever held."""
+
+    def bytes_read(self) -> int:
+        """Bytes the group read from the disk."""
+
+    def n_oom_kills(self) -> int:
+        """Processes the kernel killed for the limit's sake."""
+
+    def remove(self) -> None:
+        """Kill what is left in the group and remove it."""
+
+
+def run_in_device(
+    command: Sequence[str],
+    device: Device,
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 600.0,
+    cold: Iterable[Path] = (),
+    between: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run a command in the device, its page cache dropped first; `between` is called now and then, and may raise.
+
+    `cold` names the files to evict where the whole cache may not be dropped. Nothing of the group is left afterwards,
+    whatever happens. Raises H2OError where a device cannot be emulated.
+    """
+    groups = make_groups(device)
+    try:
+        drop_page_cache(cold)
+        with tempfile.TemporaryFile() as errors:
+            return _run(command, groups, errors, env, timeout_s, between)
+    finally:
+        groups.remove()
+
+
+def check_rights(device: Device) -> None:
+    """Raise H2OError with what to do where this process cannot emulate the device."""
+    make_groups(device).remove()
+
+
+def _run(
+    command: Sequence[str],
+    groups: Groups,
+    errors: IO[bytes],
+    env: Mapping[str, str] | None,
+    timeout_s: float,
+    between: Callable[[], None],
+) -> Outcome:
+    start_s = time.monotonic()
+    enter = ["/bin/sh", "-c", _ENTER, "sh", *map(str, groups.procs), *command]
+    child = subprocess.Popen(
+        enter, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env, start_new_session=True
+    )
+    try:
+        output, output_s, timed_out = _collect(child, start_s, timeout_s, between)
+        rc = child.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        if child.stdout:
+            child.stdout.close()
+    wall_s = time.monotonic() - start_s
+    errors.seek(0)
+    stderr = errors.read(_MOST_OUTPUT_BYTES).decode(errors="replace")
+    if rc == _COULD_NOT_ENTER:
+        raise H2OError(f"the command could not enter its control group: {stderr.strip()}", AS_ROOT)
+    return Outcome(
+        rc=rc,
+        wall_s=wall_s,
+        output_s=output_s,
+        peak_bytes=groups.peak_bytes(),
+        bytes_read=groups.bytes_read(),
+        started_s=start_s,
+        oom_killed=groups.n_oom_kills() > 0,
+        timed_out=timed_out,
+        stdout=output.decode(errors="replace"),
+        stderr=stderr,
+    )
+
+
+def _collect(
+    child: subprocess.Popen[bytes], start_s: float, timeout_s: float, between: Callable[[], None]
+) -> tuple[bytes, float, bool]:
+    """Output of the child until it ends, when its last part came, and whether it had to be killed for its time."""
+    assert child.stdout
+    parts: list[bytes] = []
+    output_s = 0.0
+    timed_out = False
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while True:
+            if selector.select(_POLL_S):
+                data = os.read(child.stdout.fileno(), 2**16)
+                if not data:
+                    return b"".join(parts), output_s, timed_out
+                output_s = time.monotonic() - start_s
+                parts.append(data)
+            between()
+            if time.monotonic() - start_s > timeout_s and not timed_out:
+                timed_out = True
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+# --- control groups --------------------------------------------------------------------------------------------------
+
+
+def make_groups(device: Device) -> Groups:
+    """Groups with the device's limits, of the version this system has. Raises H2OError."""
+    name = f"h2o-device-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        if (ROOT / "memory" / "memory.limit_in_bytes").exists() and (ROOT / "blkio").is_dir():
+            return _GroupsV1(name, device)
+        if (ROOT / "cgroup.controllers").exists():
+            return _GroupV2(name, device)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise H2OError(f"no device can be emulated here: {error.filename or ROOT}: {reason}", AS_ROOT) from error
+    raise H2OError("no device can be emulated here: there are no control groups", AS_ROOT)
+
+
+class _GroupsV1:
+    """A memory group and a blkio group."""
+
+    def __init__(self, name: str, device: Device) -> None:
+        self._memory, self._disk = ROOT / "memory" / name, ROOT / "blkio" / name
+        self.procs = (self._memory / "cgroup.procs", self._disk / "cgroup.procs")
+        try:
+            self._memory.mkdir()
+            self._disk.mkdir()
+            if device.memory_bytes:
+                (self._memory / "memory.limit_in_bytes").write_text(str(device.memory_bytes))
+            if device.read_bytes_per_s:
+                limit = f"{block_device(device.disk_folder)} {device.read_bytes_per_s}"
+                (self._disk / "blkio.throttle.read_bps_device").write_text(limit)
+        except BaseException:
+            self.remove()
+            raise
+
+    def peak_bytes(self) -> int:
+        return int((self._memory / "memory.max_usage_in_bytes").read_text())
+
+    def bytes_read(self) -> int:
+        rows = (self._disk / "blkio.throttle.io_service_bytes").read_text().splitlines()
+        return sum(int(row.split()[2]) for row in rows if " Read " in row)
+
+    def n_oom_kills(self) -> int:
+        return _value(self._memory / "memory.oom_control", "oom_kill")
+
+    def remove(self) -> None:
+        remove_group(self._memory)
+        remove_group(self._disk)
+
+
+class _GroupV2:
+    """One group with both limits."""
+
+    def __init__(self, name: str, device: Device) -> None:
+        (ROOT / "cgroup.subtree_control").write_text("+memory +io")
+        self._group = ROOT / name
+        self.procs = (self._group / "cgroup.procs", self._group / "cgroup.procs")
+        try:
+            self._group.mkdir()
+            if device.memory_bytes:
+                (self._group / "memory.max").write_text(str(device.memory_bytes))
+                swap = self._group / "memory.swap.max"
+                if swap.exists():
+                    swap.write_text("0")
+            if device.read_bytes_per_s:
+                limit = f"{block_device(device.disk_folder)} rbps={device.read_bytes_per_s}"
+                (self._group / "io.max").write_text(limit)
+        except BaseException:
+            self.remove()
+            raise
+
+    def peak_bytes(self) -> int:
+        return int((self._group / "memory.peak").read_text())
+
+    def bytes_read(self) -> int:
+        words = (self._group / "io.stat").read_text().split()
+        return sum(int(word.removeprefix("rbytes=")) for word in words if word.startswith("rbytes="))
+
+    def n_oom_kills(self) -> int:
+        return _value(self._group / "memory.events", "oom_kill")
+
+    def remove(self) -> None:
+        remove_group(self._group)
+
+
+def _value(path: Path, wanted: str) -> int:
+    """The number behind a key, in a file of "key number" lines; 0 where the key is missing."""
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key == wanted:
+            return int(value)
+    return 0
+
+
+def remove_group(folder: Path) -> None:
+    """Kill the processes left in a control group and remove it; nothing happens where it is not there."""
+    deadline_s = time.monotonic() + _END_S
+    while folder.exists() and time.monotonic() < deadline_s:
+        with suppress(OSError):
+            for pid in (folder / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            folder.rmdir()
+        except OSError:
+            time.sleep(0.02)
+
+
+def block_device(path: Path) -> str:
+    """'major:minor' of the whole disk that holds path. Raises H2OError where it is on no disk that can be slowed."""
+    device = os.stat(path).st_dev
+    folder = Path(os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
+    if (folder / "partition").exists():
+        folder = folder.parent
+    if not (folder / "dev").exists():
+        raise H2OError(
+            f"{path.resolve()} is on no disk whose speed can be limited (a memory or network file system?)",
+            "choose a folder on a disk, or leave the disk as it is with --disk 0",
+        )
+    return (folder / "dev").read_text().strip()
+
+
+# --- the page cache --------------------------------------------------------------------------------------------------
+
+
+def drop_page_cache(files: Iterable[Path] = ()) -> bool:
+    """Make the next reads come from the disk: drop all of the page cache, or where that is forbidden, these files.
+
+    Returns whether the whole cache was dropped.
+    """
+    os.sync()
+    try:
+        DROP_CACHES.write_text("3")
+        return True
+    except OSError:
+        for file in files:
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+        return False

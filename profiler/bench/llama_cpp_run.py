@@ -1,0 +1,149 @@
+"""llama.cpp alone, as its own low-level API runs it: one prompt, greedy, one JSON object with the figures.
+
+A process of its own (`python -m profiler.bench.llama_cpp_run`), so that nothing of this program is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+LOADS = ("default", "mmap", "direct-io")
+"""default: llama.cpp's own choice, repacked weights included. The other two load the weights as they are."""
+
+
+def main() -> None:
+    """Run one prompt and print the figures."""
+    arguments = _arguments()
+    model = _load(arguments)
+    context = _context(model, arguments)
+    print(json.dumps(_answer(model, context, arguments)), flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--load", choices=LOADS, default="default")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--predict", type=int, default=8)
+    parser.add_argument("--ctx", type=int, default=512)
+    parser.add_argument("--ubatch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prefill", action="store_true", help="compute the prompt again at the end, and time that")
+    return parser.parse_args()
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
+    _kept.append(quiet)
+    llama_cpp.llama_backend_init()
+    parameters = llama_cpp.llama_model_default_params()
+    if arguments.load != "default":
+        modes = {"mmap": llama_cpp.LLAMA_LOAD_MODE_MMAP, "direct-io": llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO}
+        parameters.load_mode = modes[arguments.load]
+        parameters.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(arguments.model), parameters)
+    if not model:
+        raise SystemExit(f"llama.cpp did not load {arguments.model}")
+    return model
+
+
+_kept: list[object] = []  # callbacks that C code still has
+
+
+def _context(model: Any, arguments: argparse.Namespace) -> Any:
+    import llama_cpp
+
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = parameters.n_batch = arguments.ctx
+    parameters.n_ubatch = arguments.ubatch
+    parameters.n_threads = parameters.n_threads_batch = arguments.threads
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    if not context:
+        raise SystemExit("llama.cpp made no context")
+    return context
+
+
+def _answer(model: Any, context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generate greedily; the first token is told apart from the others."""
+    import llama_cpp
+
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    prompt = _tokenize(vocabulary, arguments.prompt)
+    n_vocabulary = llama_cpp.llama_vocab_n_tokens(vocabulary)
+    tokens = [_decode(context, prompt, 0, n_vocabulary)]
+    first_s, first_bytes = time.monotonic(), _bytes_read()
+    while len(tokens) < arguments.predict and not llama_cpp.llama_vocab_is_eog(vocabulary, tokens[-1]):
+        tokens.append(_decode(context, tokens[-1:], len(prompt) + len(tokens) - 1, n_vocabulary))
+    last_s, last_bytes = time.monotonic(), _bytes_read()
+    n = len(tokens) - 1
+    figures = {
+        "tokens": tokens,
+        "prompt_tokens": prompt,
+        "first_token_monotonic_s": first_s,
+        "decode_ms_per_token": 1000 * (last_s - first_s) / n if n else None,
+        "bytes_read_per_token": (last_bytes - first_bytes) / n if n else None,
+    }
+    if arguments.prefill:
+        figures["prefill_tokens_per_s"] = _prefill_rate(context, prompt, n_vocabulary)
+    return figures
+
+
+def _prefill_rate(context: Any, prompt: list[int], n_vocabulary: int) -> float:
+    """Prompt tokens per second once the weights are in memory."""
+    import llama_cpp
+
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    start_s = time.monotonic()
+    _decode(context, prompt, 0, n_vocabulary)
+    return len(prompt) / (time.monotonic() - start_s)
+
+
+def _tokenize(vocabulary: Any, text: str) -> list[int]:
+    import llama_cpp
+
+    data = text.encode()
+    tokens = (llama_cpp.llama_token * (len(data) + 8))()
+    n = llama_cpp.llama_tokenize(vocabulary, data, len(data), tokens, len(tokens), True, False)
+    return list(tokens[:n])
+
+
+def _decode(context: Any, tokens: list[int], position: int, n_vocabulary: int) -> int:
+    """Compute tokens; the likeliest next one."""
+    import llama_cpp
+    import numpy as np
+
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i == len(tokens) - 1
+        status = llama_cpp.llama_decode(context, batch)
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    if status != 0:
+        raise SystemExit(f"llama_decode returned {status}")
+    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (n_vocabulary,))
+    return int(logits.argmax())
+
+
+def _bytes_read() -> int:
+    """Bytes this process had the disk read, page faults of mapped files included."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    return 0
+
+
+if __name__ == "__main__":
+    main()
