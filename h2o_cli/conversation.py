@@ -114,7 +114,7 @@ class Conversation:
 
         while True:
             try:
-                with interrupts.ending(stop):
+                with interrupts.ending(stop, patient=True):
                     return self._input(prompt)
             except EOFError:
                 emit("\n")
@@ -149,7 +149,7 @@ class Conversation:
         session = self._session
         meter = Meter(session.engine, session.disk_bytes_per_s)
         parts, tokens, finish = [], [], ""
-        with interrupts.ending(session.engine.cancel):
+        with interrupts.ending(session.engine.cancel, patient=True):
             steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
             for step in first_with_progress(session, steps, len(request.prompt)):
                 meter.see(step)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import EngineError
+from runtime.errors import Cancelled, EngineError
 
 PINNED_VERSION = "0.3.36"
 
@@ -34,6 +34,8 @@ if hasattr(_libc, "mallopt"):
 try:
     import llama_cpp
     from llama_cpp import llama_cpp as _llama
+except Cancelled:
+    raise
 except Exception as error:
     raise EngineError(
         f"llama-cpp-python cannot be loaded: {error}", "reinstall it: pip install llama-cpp-python==0.3.36"
