@@ -278,12 +278,11 @@ def _choose(model: OpenModel, options: RunOptions, settings: Settings) -> Chosen
 
 def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layout: Layout | None) -> Plan | None:
     """The planner's choice; None where the profile's figures say that the budget is too small (the engine decides)."""
-    from planner.choose import choose
+    from planner.choose import choose_exactly
 
     try:
-        choice = choose(
+        return choose_exactly(
             profile, budget_bytes, ctx_tokens=settings.n_ctx, ubatch_tokens=settings.n_ubatch, layout=layout
         )
     except BudgetError:
         return None
-    return choice.plan

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from planner.arms import Arm, h2o_arms
-from planner.bandit import ArmStatistics, BanditResult, Ucb1, noisy_pull
 from planner.exact import Best, best_arm
 from planner.footprint import Footprint, measure_footprint, streamable_bytes
 from planner.simulator import decode_rates, first_token_s, limit_s, token_s
 from profiler.model_profile import ModelProfile, Spread
 from runtime.plan import Layout, Plan
 from runtime.sizes import format_size
+
+if TYPE_CHECKING:
+    from planner.bandit import ArmStatistics, BanditResult
 
 JITTER_ALLOWANCE = 0.01  # a second layer in the window may cost this much of the simulated time
 MOST_PLAYED_ARMS = 32  # in the bandit's run that is shown beside the exact search
@@ -62,7 +65,7 @@ def choose(
     bandit = play(profile, arms, best, seed)
     arm = best.arm
     return Choice(
-        plan=Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget_bytes, profile.model.hash),
+        plan=_plan(profile, arm, budget_bytes),
         predicted_ms_per_token=best.token_ms,
         predicted_ttft_s=first_token_s(profile, arm, prompt_tokens, ubatch_tokens),
         limit_ms_per_token=1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
@@ -72,6 +75,20 @@ def choose(
         statistics=bandit.statistics,
         method=_method(profile, best, bandit),
     )
+
+
+def choose_exactly(
+    profile: ModelProfile, budget_bytes: int, *, ctx_tokens: int, ubatch_tokens: int, layout: Layout | None = None
+) -> Plan:
+    """The plan of choose() without its explanations: what a run that has no plan yet starts with."""
+    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens)
+    layouts = tuple(Layout) if layout is None else (layout,)
+    arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
+    return _plan(profile, prefer_overlap(profile, arms, best_arm(profile, arms)).arm, budget_bytes)
+
+
+def _plan(profile: ModelProfile, arm: Arm, budget_bytes: int) -> Plan:
+    return Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget_bytes, profile.model.hash)
 
 
 def prefer_overlap(profile: ModelProfile, arms: list[Arm], best: Best) -> Best:
@@ -93,6 +110,8 @@ def play(profile: ModelProfile, arms: list[Arm], best: Best, seed: int) -> Bandi
     fewest = sorted(arms, key=lambda arm: -arm.pinned_bytes)[:MOST_PLAYED_ARMS]
     played = [*fewest, best.arm] if best.arm not in fewest else fewest
     episodes = EPISODES if len(played) > 1 else 1
+    from planner.bandit import Ucb1, noisy_pull  # numpy: not on the path of a run
+
     pull = noisy_pull(profile, random.Random(seed))
     return Ucb1(played, pull, episodes=episodes, seed=seed, confirm_arms=CONFIRM_ARMS).run()
 

@@ -8,12 +8,11 @@ kept in several pieces (the output head) is computed piece by piece instead of b
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from runtime import llama_abi as abi
 from runtime.aligned_io import DIRECT, WeightFiles
@@ -29,6 +28,10 @@ from runtime.plan import Plan
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.sizes import MB, PAGE, page_down, page_up
 from runtime.trace import LayerTrace
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 _GUESSED_PROCESS_BYTES = 80 * MB
@@ -398,8 +401,16 @@ class Engine:
             abi.llama.llama_memory_clear(self._memory, True)
         self.n_past = n_past
 
+    def has_numbers(self) -> bool:
+        """Whether the last logits are numbers (a damaged model computes NaN)."""
+        pointer = abi.llama.llama_get_logits_ith(self._context, -1)
+        row = (ctypes.c_float * self.n_vocab).from_address(ctypes.addressof(pointer.contents))
+        return not any(map(math.isnan, row))
+
     def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
         """Logits [n_vocab] of the last forward's i-th output (negative: from the end). Valid until the next forward."""
+        import numpy as np  # 16 MB that a run does not need
+
         pointer = abi.llama.llama_get_logits_ith(self._context, i - self._n_outputs if i >= 0 else i)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 

@@ -12,7 +12,10 @@ import os
 import re
 import struct
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from runtime.errors import Cancelled, EngineError
@@ -31,18 +34,38 @@ if hasattr(_libc, "mallopt"):
     _libc.mallopt(_M_ARENA_MAX, 1)
     _libc.mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
-try:
-    import llama_cpp
-    from llama_cpp import llama_cpp as _llama
-except Cancelled:
-    raise
-except Exception as error:
-    raise EngineError(
-        f"llama-cpp-python cannot be loaded: {error}", "reinstall it: pip install llama-cpp-python==0.3.36"
-    ) from error
 
-llama: Any = _llama
-LIB_DIR = Path(llama_cpp.__file__).parent / "lib"
+def _bindings() -> tuple[Any, Path, str]:
+    """llama-cpp-python's ctypes bindings alone, their folder and version.
+
+    The package's own __init__ would bring numpy, jinja2 and a server's formats: 23 MB that computing does not need.
+    Whoever imports llama_cpp later gets the whole package with these same bindings.
+    """
+    spec = find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise EngineError("llama-cpp-python is not installed", f"pip install llama-cpp-python=={PINNED_VERSION}")
+    folder = Path(spec.submodule_search_locations[0])
+    version = re.search(r'__version__ = "([^"]+)"', (folder / "__init__.py").read_text())
+    stand_in = None
+    if "llama_cpp" not in sys.modules:
+        stand_in = sys.modules["llama_cpp"] = ModuleType("llama_cpp")
+        stand_in.__path__ = [str(folder)]
+    try:
+        bindings = import_module("llama_cpp.llama_cpp")
+    except Cancelled:
+        raise
+    except Exception as error:
+        raise EngineError(
+            f"llama-cpp-python cannot be loaded: {error}",
+            f"reinstall it: pip install --force-reinstall llama-cpp-python=={PINNED_VERSION}",
+        ) from error
+    finally:
+        if stand_in:
+            del sys.modules["llama_cpp"]
+    return bindings, folder / "lib", version.group(1) if version else "of unknown version"
+
+
+llama, LIB_DIR, FOUND_VERSION = _bindings()
 
 
 def _load(name: str) -> ctypes.CDLL:
@@ -73,9 +96,8 @@ def bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
 
 
 def _wrong_version(what: str) -> EngineError:
-    found = getattr(llama_cpp, "__version__", "?")
     return EngineError(
-        f"llama-cpp-python {found} does not fit this program ({what})",
+        f"llama-cpp-python {FOUND_VERSION} does not fit this program ({what})",
         f"pip install llama-cpp-python=={PINNED_VERSION}",
     )
 
@@ -246,7 +268,7 @@ def op_code(name: bytes) -> int:
 
 def _self_check() -> None:
     """Compare the layouts above with what the libraries say of a tensor they made. Raises EngineError."""
-    if getattr(llama_cpp, "__version__", "") != PINNED_VERSION:
+    if FOUND_VERSION != PINNED_VERSION:
         raise _wrong_version(f"this program knows {PINNED_VERSION}")
     object_header = 32
     if ggml_tensor_overhead() != TENSOR_BYTES + object_header:
