@@ -11,8 +11,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runtime.aligned_io import WeightFiles
 from runtime.errors import EngineError
@@ -94,6 +95,8 @@ class LayerStore:
 
     Nothing is read before the first apply().
     """
+
+    read_observer: ClassVar[Callable[[int, int, float, float], None] | None] = None  # offset, bytes, begin, end
 
     def __init__(self, model: ModelFile, files: WeightFiles, *, request_bytes: int = 2**21, depth: int = 4) -> None:
         self.files = files
@@ -352,13 +355,19 @@ class LayerStore:
                 self._in_flight += 1
             error: BaseException | None = None
             try:
-                self.files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
+                self._read(chunk)
             except BaseException as caught:  # noqa: BLE001 - handed to the computing thread, which raises it
                 error = caught
             with self._lock:
                 self._in_flight -= 1
                 self._finish(chunk, error)
                 self._arrived.notify_all()
+
+    def _read(self, chunk: Chunk) -> None:
+        start = time.perf_counter()
+        self.files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
+        if LayerStore.read_observer:
+            LayerStore.read_observer(chunk.offset, chunk.n_bytes, start, time.perf_counter())
 
     def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
         if error:
