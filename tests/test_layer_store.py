@@ -1,0 +1,725 @@
+"""The layer store: what need() returns, what is read, what is in memory, and that nothing waits for ever."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_residency import make_index
+
+from runtime import layer_store
+from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
+from runtime.errors import DiskError, EngineError
+from runtime.layer_store import LayerStore
+from runtime.memory import Region, view
+from runtime.model_file import ModelFile
+from runtime.sizes import PAGE, page_down, page_up
+
+SLOW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEWER = settings(SLOW, max_examples=25)
+PATIENCE_S = 20
+BIG = 2**30
+
+_mincore = ctypes.CDLL(None, use_errno=True).mincore
+_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+
+
+@pytest.fixture(autouse=True)
+def end_when_hanging():
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def pattern(file, offset, n_bytes):
+    """What the fake disk holds: every eight bytes tell where they are from."""
+    places = np.arange(offset // 8, (offset + n_bytes) // 8, dtype=np.uint64) + np.uint64(file << 40)
+    return places * np.uint64(0x9E3779B97F4A7C15)
+
+
+class PatternFiles:
+    """A disk that can be slow, held (the next read at an offset waits until `go` is set), or broken."""
+
+    def __init__(self, slow_s=0.0):
+        self.slow_s = slow_s
+        self.held, self.broken = set(), set()  # offsets of reads
+        self.go, self.holding = threading.Event(), threading.Event()
+        self.reads = []
+        self.closed = False
+
+    def read(self, file, offset, address, n_bytes):
+        assert offset % PAGE == address % PAGE == n_bytes % PAGE == 0
+        self.reads.append((file, offset, n_bytes))
+        if self.slow_s:
+            time.sleep(self.slow_s)
+        if offset in self.held:
+            self.held.discard(offset)
+            self.holding.set()
+            assert self.go.wait(PATIENCE_S)
+        if offset in self.broken:
+            raise DiskError("the disk is gone")
+        view(address, n_bytes)[:] = pattern(file, offset, n_bytes).tobytes()
+
+    def times_read(self, piece):
+        """How often the piece was read, as a whole."""
+        return self.reads.count((piece.tensor.file, piece.span[0], piece.span_bytes))
+
+    def close(self):
+        self.closed = True
+
+
+@lru_cache(maxsize=256)
+def expected(piece):
+    return pattern(piece.tensor.file, piece.offset, piece.n_bytes)
+
+
+def bytes_in_memory(ranges):
+    total = 0
+    for start, end in ranges:
+        pages = ctypes.create_string_buffer((end - start) // PAGE)
+        assert _mincore(start, end - start, pages) == 0
+        total += sum(page & 1 for page in pages.raw) * PAGE
+    return total
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reader-")]
+
+
+def n_bytes(pieces):
+    return sum(piece.span_bytes for piece in pieces)
+
+
+class Computation:
+    """Uses pieces as the engine does: reports when a part of the window is used up or the next piece is not there."""
+
+    def __init__(self, model, store, content=expected):
+        self.model, self.store, self.content = model, store, content
+        self.pieces = list(model.pieces)
+        self.held = []
+        self.asked = 0
+
+    def plan(self, wanted, window):
+        """Keep pieces (numbers) resident; the window is cut to what the engine would make of it."""
+        left = [piece for piece in self.pieces if piece.number not in wanted]
+        largest = max((piece.span_bytes for piece in left), default=0)
+        window = min(max(page_down(window), largest), n_bytes(left))
+        self.limit = window + n_bytes(self.pieces[number] for number in wanted)
+        self.boundary = max(0, min(window // 4, (window - 2 * largest) // 2))
+        self.store.apply(frozenset(wanted), window)
+        self.check_memory()
+
+    def use(self, piece):
+        address = self.store.need(piece)
+        self.check(address, piece)
+        self.held.append((address, piece))
+        self.asked += piece.span_bytes
+        if self.asked > self.boundary or not self.store.next_is_there():
+            self.report()
+
+    def report(self):
+        for address, piece in self.held:
+            self.check(address, piece)
+        self.held.clear()
+        self.asked = 0
+        self.store.computed()
+
+    def check(self, address, piece):
+        assert np.array_equal(np.frombuffer(view(address, piece.n_bytes), np.uint64), self.content(piece))
+
+    def check_memory(self):
+        assert bytes_in_memory(self.store.ranges) <= self.limit
+
+    def one_pass(self, pieces=None, complete=True):
+        for piece in self.pieces if pieces is None else pieces:
+            self.use(piece)
+        self.report()
+        self.check_memory()
+        self.store.end_pass(complete=complete)
+
+
+@contextmanager
+def computing(model, files=None, depth=2, request_bytes=BIG):
+    """(computation, store, files); closed at the end, whatever happened."""
+    files = files or PatternFiles()
+    store = LayerStore(model, files, request_bytes=request_bytes, depth=depth)
+    try:
+        yield Computation(model, store), store, files
+    finally:
+        files.go.set()
+        store.close()
+        assert files.closed
+        assert not readers()
+
+
+def in_background(call):
+    """(thread, list that gets what the call returned or raised)."""
+    results = []
+
+    def run():
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, results
+
+
+def wait_until(condition):
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+# --- any model, any order, any plan -------------------------------------------------------------------------------
+
+rows = st.integers(64, 700)
+models = st.builds(
+    make_index,
+    st.lists(st.lists(rows, min_size=1, max_size=4), min_size=1, max_size=4),
+    st.lists(st.integers(16, 400), max_size=4),
+    n_files=st.integers(1, 2),
+)
+
+
+@st.composite
+def orders(draw, model):
+    """The true order of use: all pieces, or some of them, or some twice; in any order."""
+    pieces = list(model.pieces)
+    kind = draw(st.sampled_from(["guessed", "layers", "any"]))
+    if kind == "any":
+        pieces = draw(st.permutations(pieces))
+    elif kind == "layers":
+        pieces = [p for group in model.groups if group.pieces for p in draw(st.permutations(list(group.pieces)))]
+    unused = draw(st.sets(st.sampled_from(pieces), max_size=2))
+    pieces = [piece for piece in pieces if piece not in unused]
+    for piece in draw(st.lists(st.sampled_from(pieces), max_size=2)) if pieces else ():
+        pieces.insert(draw(st.integers(0, len(pieces))), piece)
+    return pieces
+
+
+@SLOW
+@given(st.data())
+def test_need_always_returns_the_pieces_bytes_and_memory_is_kept(data):
+    model = data.draw(models)
+    files = PatternFiles(data.draw(st.sampled_from([0, 0, 0.0003])))
+    order = data.draw(orders(model))
+    numbers = [piece.number for piece in model.pieces]
+    with computing(model, files, data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 8, 99])) * PAGE) as (
+        c,
+        s,
+        _,
+    ):
+        for _ in range(data.draw(st.integers(1, 3))):
+            share = data.draw(st.sampled_from([0, 0, 0.3, 0.6, 1]))
+            c.plan(data.draw(st.sets(st.sampled_from(numbers))), int(share * n_bytes(c.pieces)))
+            for heads in data.draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=3), max_size=2)):
+                s.expect_passes(heads)
+                for head in heads:
+                    used = [piece for piece in order if head or piece.layer < model.n_layers]
+                    stop = data.draw(st.integers(0, 3 * len(used)))
+                    c.one_pass(used[:stop], complete=stop >= len(used))
+                    if stop < len(used):
+                        break
+                if data.draw(st.booleans()):
+                    s.settle()
+
+
+@FEWER
+@given(st.data())
+def test_each_byte_is_read_once_per_pass_once_the_order_is_known(data):
+    model = data.draw(models)
+    order = data.draw(st.permutations(list(model.pieces)))
+    wanted = data.draw(st.sets(st.sampled_from([piece.number for piece in order])))
+    with computing(model, PatternFiles(), data.draw(st.integers(1, 4))) as (c, s, _):
+        c.plan(wanted, int(data.draw(st.floats(0, 1)) * n_bytes(c.pieces)))
+        for _ in range(2):
+            c.one_pass(order)
+        s.settle()
+        assert s.resident_bytes == n_bytes(p for p in c.pieces if p.number in wanted)
+        before = s.bytes_read
+        for _ in range(4):
+            c.one_pass(order)
+        s.settle()
+        streamed = n_bytes(p for p in c.pieces if p.number not in wanted)
+        assert abs(s.bytes_read - before - 4 * streamed) <= s.window_bytes
+
+
+@FEWER
+@given(st.data())
+def test_a_right_guess_reads_nothing_twice_from_the_first_pass_on(data):
+    model = data.draw(models)
+    wanted = data.draw(st.sets(st.sampled_from([piece.number for piece in model.pieces])))
+    with computing(model, PatternFiles(), data.draw(st.integers(1, 4))) as (c, s, files):
+        c.plan(wanted, int(data.draw(st.floats(0, 1)) * n_bytes(c.pieces)))
+        for n in range(1, 5):
+            c.one_pass()
+            s.settle()
+            streamed = n_bytes(p for p in c.pieces if p.number not in wanted)
+            read_ahead = s.bytes_read - s.resident_bytes - n * streamed
+            assert 0 <= read_ahead <= s.window_bytes
+        read = sum(n for _, _, n in files.reads)
+        assert read == s.bytes_read
+
+
+# --- model files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [DIRECT, BUFFERED])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_bytes_are_those_of_the_file(tiny_model, arch, mode):
+    model = ModelFile.open(tiny_model(arch, "q8_0"))
+    data = np.memmap(model.path, mode="r")
+
+    def content(piece):
+        return data[piece.offset : piece.offset + piece.n_bytes].view(np.uint64)
+
+    store = LayerStore(model, WeightFiles(model.paths, mode), request_bytes=64 * 1024, depth=3)
+    c = Computation(model, store, content)
+    try:
+        largest = max(piece.span_bytes for piece in c.pieces)
+        c.plan(set(), largest)
+        c.one_pass()
+        c.one_pass(c.pieces[::-1])
+        c.plan({piece.number for piece in c.pieces[::2]}, 3 * largest)
+        c.one_pass(c.pieces[1::2] + c.pieces[::2])
+        c.plan({piece.number for piece in c.pieces}, 0)
+        for _ in range(2):
+            c.one_pass()
+        assert store.resident_bytes == n_bytes(c.pieces)
+        before = store.bytes_read
+        c.one_pass()
+        assert store.bytes_read == before
+    finally:
+        store.close()
+    assert not readers()
+
+
+# --- the stream -----------------------------------------------------------------------------------------------------
+
+SMALL = make_index([[64, 64]] * 3, [64, 64])  # eight pieces of two pages, unaligned
+EVERYTHING = n_bytes(SMALL.pieces)
+ONE = next(iter(SMALL.pieces)).span_bytes
+
+
+def numbers_of(pieces):
+    return {piece.number for piece in pieces}
+
+
+def test_the_stream_runs_ahead_across_the_end_of_a_pass_but_one_pass_only():
+    with computing(SMALL) as (c, s, files):
+        c.plan(set(), EVERYTHING)
+        s.settle()
+        assert s.bytes_read == EVERYTHING
+        c.use(c.pieces[0])
+        c.report()
+        s.settle()  # what was computed with is on its way for the next pass, in the middle of this one
+        assert [files.times_read(piece) for piece in c.pieces] == [2] + [1] * 7
+        for piece in c.pieces[1:]:
+            c.use(piece)
+        c.report()
+        s.settle()
+        assert s.bytes_read == 2 * EVERYTHING
+        s.end_pass(complete=True)
+        s.settle()
+        assert s.bytes_read == 2 * EVERYTHING
+        before = s.wait_s
+        c.one_pass()
+        assert s.wait_s == pytest.approx(before, abs=0.05)
+
+
+def test_a_window_of_one_piece_goes_round():
+    with computing(SMALL) as (c, s, _):
+        c.plan(set(), ONE)
+        for _ in range(5):
+            c.one_pass()
+        s.settle()
+        assert s.bytes_read == 5 * EVERYTHING + ONE
+
+
+def test_residents_are_read_once_and_then_nothing_is():
+    with computing(SMALL) as (c, s, files):
+        c.plan(numbers_of(c.pieces), 0)
+        for _ in range(3):
+            c.one_pass()
+        s.settle()
+        assert s.bytes_read == EVERYTHING
+        assert [files.times_read(piece) for piece in c.pieces] == [1] * 8
+        assert s.window_bytes == 0
+        assert all(s.is_resident(piece) for piece in c.pieces)
+        matrix = s.home("output.weight").data
+        assert [s.need(piece) - matrix for piece in SMALL.head.pieces] == [0, SMALL.head.pieces[0].n_bytes]
+
+
+def test_residents_arrive_while_the_window_is_full():
+    with computing(SMALL) as (c, s, _):
+        c.plan(numbers_of(c.pieces[4:]), ONE)
+        s.settle()
+        assert s.resident_bytes == n_bytes(c.pieces[4:])
+
+
+def test_passes_without_head_do_not_read_it():
+    with computing(SMALL) as (c, s, files):
+        c.plan(set(), EVERYTHING)
+        s.expect_passes([False] * 4)
+        body = [piece for piece in c.pieces if piece.layer < SMALL.n_layers]
+        # the stream may have been quicker than the announcement, for the first pass only
+        first = [files.times_read(piece) for piece in SMALL.head.pieces]
+        for _ in range(3):
+            c.one_pass(body)
+        s.settle()
+        assert sum(files.times_read(piece) for piece in SMALL.head.pieces) <= max(2, sum(first))
+        c.one_pass(body)
+        s.settle()
+        before = [files.times_read(piece) for piece in SMALL.head.pieces]
+        c.one_pass()
+        c.one_pass()
+        s.settle()
+        assert [files.times_read(piece) for piece in SMALL.head.pieces] == [n + 2 for n in before]
+
+
+def test_only_the_last_announcement_of_passes_counts():
+    with computing(SMALL) as (c, s, files):
+        s.expect_passes([False] * 3)
+        s.expect_passes([True])
+        c.plan(set(), EVERYTHING)
+        s.settle()
+        assert [files.times_read(piece) for piece in SMALL.head.pieces] == [1, 1]
+        c.one_pass()
+        s.settle()
+        assert [files.times_read(piece) for piece in SMALL.head.pieces] == [2, 2]
+
+
+def test_an_announced_pass_that_needs_the_head_after_all_gets_it():
+    with computing(SMALL) as (c, s, _):
+        c.plan(set(), 2 * ONE)
+        s.expect_passes([False, False])
+        c.one_pass()
+        c.one_pass(c.pieces[:3], complete=False)
+        c.one_pass()
+
+
+def test_pieces_no_node_uses_leave_the_stream_and_can_come_back():
+    with computing(SMALL) as (c, s, files):
+        c.plan(set(), 3 * ONE)
+        unused = c.pieces[1]
+        used = [piece for piece in c.pieces if piece is not unused]
+        for _ in range(2):
+            c.one_pass(used)
+        s.settle()
+        before = files.times_read(unused)
+        for _ in range(3):
+            c.one_pass(used)
+        assert files.times_read(unused) == before
+        for _ in range(2):
+            c.one_pass()
+
+
+def test_an_early_end_leaves_the_order_as_it_is():
+    with computing(SMALL) as (c, s, _):
+        c.plan(set(), 2 * ONE)
+        c.one_pass(c.pieces[:2], complete=False)
+        c.one_pass([], complete=False)
+        s.settle()
+        before = s.bytes_read
+        for _ in range(3):
+            c.one_pass()
+        s.settle()
+        assert abs(s.bytes_read - before - 3 * EVERYTHING) <= s.window_bytes
+
+
+def test_a_piece_used_twice_far_apart_costs_no_long_waits():
+    with computing(SMALL) as (c, s, _):
+        order = [*c.pieces, c.pieces[0]]
+        for window in (ONE, 2 * ONE, 5 * ONE, EVERYTHING):
+            c.plan(set(), window)
+            for _ in range(4):
+                c.one_pass(order)
+        assert s.wait_s < 5
+
+
+def test_a_wrong_guess_does_not_wait_for_the_residents_to_be_read():
+    """Everything queued is held; the piece that is asked for has its slot, and its read, before them."""
+    with computing(SMALL, depth=1) as (c, s, files):
+        files.held = {page_down(c.pieces[0].offset)}
+        c.plan(set(), 2 * ONE)
+        assert files.holding.wait(PATIENCE_S)
+        thread, results = in_background(lambda: s.need(c.pieces[7]))
+        wait_until(lambda: s._loads.get(7))
+        files.go.set()
+        thread.join(PATIENCE_S)
+        c.check(results[0], c.pieces[7])
+        assert [offset for _, offset, _ in files.reads[:3]].index(page_down(c.pieces[7].offset)) <= 2
+
+
+def test_next_is_there():
+    with computing(SMALL) as (c, s, files):
+        files.held = {page_down(c.pieces[1].offset)}
+        c.plan({3}, 4 * ONE)
+        assert files.holding.wait(PATIENCE_S)
+        s.need(c.pieces[0])
+        assert not s.next_is_there()
+        files.go.set()
+        s.settle()
+        assert s.next_is_there()
+        s.need(c.pieces[1])
+        s.need(c.pieces[2])
+        assert s.next_is_there()  # 3 is resident, 4 has arrived
+        s.computed()
+        s.settle()
+        s.need(c.pieces[5])  # 4 was next: nobody knows the order any more
+        assert not s.next_is_there()
+        s.computed()
+        s.end_pass(complete=False)
+        s.settle()
+        assert s.next_is_there()
+
+
+# --- slow and broken disks ------------------------------------------------------------------------------------------
+
+
+def test_need_waits_for_the_disk_and_sleeps_meanwhile():
+    with computing(SMALL) as (c, s, files):
+        files.held = {page_down(c.pieces[0].offset)}
+        c.plan(set(), ONE)
+        assert files.holding.wait(PATIENCE_S)
+        thread, results = in_background(lambda: s.need(c.pieces[0]))
+        before = time.process_time()
+        thread.join(0.5)
+        assert time.process_time() - before < 0.15
+        assert not results
+        files.go.set()
+        thread.join(PATIENCE_S)
+        c.check(results[0], c.pieces[0])
+        assert s.wait_s >= 0.4
+
+
+def test_nobody_computes_when_there_is_nothing_to_do():
+    with computing(SMALL, depth=4) as (c, s, _):
+        c.plan({1, 2}, 2 * ONE)
+        s.settle()
+        before = time.process_time()
+        time.sleep(0.4)
+        assert time.process_time() - before < 0.1
+
+
+def test_a_read_left_behind_by_a_pass_that_was_ended_spoils_nothing():
+    with computing(SMALL) as (c, s, files):
+        files.held = {page_down(c.pieces[1].offset)}
+        c.plan(set(), 4 * ONE)
+        assert files.holding.wait(PATIENCE_S)
+        c.one_pass(c.pieces[:1], complete=False)
+        addresses = [s.need(piece) for piece in (c.pieces[0], c.pieces[2])]
+        files.go.set()
+        s.settle()
+        for address, piece in zip(addresses, (c.pieces[0], c.pieces[2]), strict=True):
+            c.check(address, piece)
+        c.report()
+        s.end_pass(complete=False)
+        for _ in range(2):
+            c.one_pass()
+
+
+def test_a_read_error_reaches_need_and_every_need_after_it():
+    with computing(SMALL) as (c, s, files):
+        files.broken = {page_down(c.pieces[5].offset)}
+        c.plan(set(), ONE)
+        for _ in range(2):
+            with pytest.raises(DiskError, match="the disk is gone"):
+                c.one_pass()
+            s.end_pass(complete=False)
+        with pytest.raises(DiskError):
+            s.read_now([(0, 0, 0, PAGE)])
+        s.settle()
+
+
+def test_an_error_in_a_resident_piece_or_in_rows_read_now():
+    region = Region(PAGE)
+    for broken, act in (
+        (5, lambda c, s: c.one_pass()),
+        (7, lambda c, s: s.read_now([(0, 3 * PAGE, region.address, PAGE)])),
+    ):
+        with computing(SMALL) as (c, s, files):
+            files.broken = {page_down(c.pieces[broken].offset), 3 * PAGE}
+            c.plan({broken}, ONE)
+            with pytest.raises(DiskError):
+                act(c, s)
+    region.free()
+
+
+def test_other_exceptions_of_a_reader_arrive_too(monkeypatch):
+    with computing(SMALL) as (c, s, files):
+        monkeypatch.setattr(files, "read", lambda *_: 1 // 0)
+        c.plan(set(), ONE)
+        with pytest.raises(ZeroDivisionError):
+            s.need(c.pieces[0])
+
+
+def test_a_window_below_one_piece_is_an_error_not_a_wait():
+    with computing(SMALL) as (c, s, _):
+        s.apply(frozenset(), ONE - PAGE)
+        with pytest.raises(EngineError, match="smaller than one tensor"):
+            s.need(c.pieces[0])
+        s.apply(frozenset(), 0)
+        with pytest.raises(EngineError, match="smaller than one tensor"):
+            s.need(c.pieces[0])
+
+
+def test_no_memory_for_a_new_window_leaves_a_store_that_answers(monkeypatch):
+    with computing(SMALL) as (c, s, _):
+        c.plan(set(), ONE)
+        c.one_pass()
+
+        def refuse(_):
+            raise EngineError("the system gave no address space")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(layer_store, "Ring", refuse)
+            with pytest.raises(EngineError, match="address space"):
+                s.apply(frozenset(), 2 * ONE)
+        with pytest.raises(EngineError, match="smaller than one tensor"):
+            s.need(c.pieces[0])
+        c.plan(set(), 2 * ONE)
+        c.one_pass()
+
+
+def test_rows_are_read_before_the_stream():
+    region = Region(4 * PAGE)
+    with computing(SMALL, depth=1, request_bytes=PAGE) as (c, s, files):
+        files.held = {page_down(c.pieces[0].offset)}
+        c.plan(set(), EVERYTHING)
+        assert files.holding.wait(PATIENCE_S)
+        chunks = [(0, n * PAGE, region.address + n * PAGE, PAGE) for n in (0, 2)]
+        thread, results = in_background(lambda: s.read_now(chunks))
+        wait_until(lambda: len(s._queue) > 1)
+        files.go.set()
+        thread.join(PATIENCE_S)
+        assert results == [None]
+        assert sorted(files.reads[1:3]) == [(0, 0, PAGE), (0, 2 * PAGE, PAGE)]
+        got = np.frombuffer(view(region.address, 4 * PAGE), np.uint64).reshape(4, -1)
+        assert np.array_equal(got[0], pattern(0, 0, PAGE))
+        assert np.array_equal(got[2], pattern(0, 2 * PAGE, PAGE))
+        assert not got[1].any()
+        c.one_pass()
+    region.free()
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def homes_in_memory(store):
+    ranges = store.ranges
+    return bytes_in_memory(ranges[:-1] if store.window_bytes else ranges)
+
+
+def test_pieces_that_are_no_longer_wanted_give_all_their_memory_back():
+    model = make_index([[64, 300]], [100] * 6)  # tiles share pages
+    with computing(model) as (c, s, _):
+        everything = numbers_of(c.pieces)
+        tiles = [piece.number for piece in model.head.pieces]
+        for kept in ([], tiles[:1], tiles[:4], tiles, [0], [tiles[1], tiles[3]]):
+            c.plan(everything, 0)
+            c.one_pass()
+            c.plan(set(kept), EVERYTHING)
+            pages = {page for n in kept for page in range(*c.pieces[n].span, PAGE)}
+            assert homes_in_memory(s) == len(pages) * PAGE
+            for number in kept:
+                c.check(s.need(c.pieces[number]), c.pieces[number])
+            s.end_pass(complete=False)
+
+
+def test_a_resident_piece_that_was_read_in_part_gives_its_memory_back():
+    model = make_index([[640, 64]])
+    with computing(model, depth=1, request_bytes=PAGE) as (c, s, files):
+        files.held = {page_down(c.pieces[0].offset) + 4 * PAGE}
+        c.plan({0}, PAGE * 3)
+        assert files.holding.wait(PATIENCE_S)
+        thread, results = in_background(lambda: c.plan(set(), BIG))
+        thread.join(0.05)
+        assert not results  # waits for the read under way
+        files.go.set()
+        thread.join(PATIENCE_S)
+        assert results == [None]
+        s.settle()
+        assert homes_in_memory(s) == 0
+        c.one_pass()
+
+
+def test_what_is_there_is_not_read_again_after_a_change_of_plan():
+    with computing(SMALL) as (c, s, files):
+        c.plan({0, 1}, 3 * ONE)
+        c.one_pass()
+        c.plan({0, 1, 4}, 3 * ONE)
+        c.one_pass()
+        s.settle()
+        assert [files.times_read(c.pieces[n]) for n in (0, 1)] == [1, 1]
+        c.plan({1}, ONE)
+        c.one_pass()
+        assert files.times_read(c.pieces[1]) == 1
+
+
+def test_plans_may_follow_each_other_without_a_pass():
+    with computing(SMALL, PatternFiles(0.001), depth=3, request_bytes=PAGE) as (c, s, _):
+        everything = numbers_of(c.pieces)
+        for wanted in (everything, {0}, set(), everything, {7}, {0, 7}):
+            c.plan(wanted, 2 * ONE)
+        c.one_pass()
+        s.settle()
+        assert s.resident_bytes == 2 * ONE
+        assert s.wanted == {0, 7}
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_close_before_anything_was_planned():
+    with computing(SMALL, depth=4) as (_, s, files):
+        assert len(readers()) == 4
+        assert s.window_bytes == s.resident_bytes == s.bytes_read == 0
+    assert files.reads == []
+
+
+@pytest.mark.parametrize("n_used", [0, 1, 5, 8])
+def test_close_in_the_middle_of_a_pass(n_used):
+    with computing(SMALL, PatternFiles(0.001), depth=3, request_bytes=PAGE) as (c, _, _):
+        c.plan({2}, 3 * ONE)
+        for piece in c.pieces[:n_used]:
+            c.use(piece)
+
+
+def test_close_waits_for_the_read_under_way_and_drops_the_rest():
+    files = PatternFiles()
+    store = LayerStore(SMALL, files, depth=1)
+    files.held = {page_down(next(iter(SMALL.pieces)).offset)}
+    store.apply(frozenset(), EVERYTHING)
+    assert files.holding.wait(PATIENCE_S)
+    thread, results = in_background(store.close)
+    thread.join(0.05)
+    assert not results
+    files.go.set()
+    thread.join(PATIENCE_S)
+    assert results == [None]
+    assert not readers()
+    assert len(files.reads) == 1
+
+
+def test_sizes_of_the_test_model():
+    spans = [piece.span for piece in SMALL.pieces]
+    assert all(end - start == ONE == 2 * PAGE for start, end in spans)
+    assert all(b[0] - a[0] == PAGE for a, b in pairwise(spans))
+    assert mmap.PAGESIZE == PAGE
+    assert page_up(1) == PAGE
