@@ -264,7 +264,7 @@ class LayerStore:
             raise EngineError("the streaming window is smaller than one tensor", "raise -m")
 
     def next_is_there(self) -> bool:
-        """Whether the piece that is used next has arrived; False when this pass has shown that the order is not known."""
+        """Whether the piece that is used next has arrived. False once this pass has shown that nobody knows which."""
         order = self._order
         with self._lock:
             if self._surprised:
