@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
 
-from h2o_cli.defaults import default_threads
+from h2o_cli.defaults import MOST_THREADS, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import profiles_folder, remember_model, resolve_model
 from h2o_cli.output import Progress, emit, note, table
 from profiler.measure import Measurement
-from profiler.model_profile import HeadProfile, LayerProfile, ModelProfile, Spread, decode_profile, save_profile
+from profiler.model_profile import (
+    HeadProfile,
+    LayerProfile,
+    ModelProfile,
+    Spread,
+    decode_profile,
+    read_whole,
+    save_profile,
+)
 from profiler.source_format import (
+    decode_source,
     export_source,
     import_source,
-    load_source,
     parse_log,
     save_source,
 )
-from runtime.errors import Cancelled, ProfileError, UsageError
+from runtime.errors import Cancelled, UsageError
 from runtime.sizes import MB, format_size, parse_size
-
-_MOST_IMPORT_BYTES = 64 * 2**20
 
 EPILOG = """Examples:
 
@@ -44,7 +50,10 @@ Memory = Annotated[
     typer.Option("-m", "--memory", metavar="SIZE", help="Memory to measure in: 400 (MB), 1.5GB. [default: as needed]"),
 ]
 Threads = Annotated[
-    int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="Computing threads. [default: physical cores]")
+    int | None,
+    typer.Option(
+        "-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads. [default: physical cores]"
+    ),
 ]
 Import = Annotated[
     Path | None, typer.Option("--import", metavar="FILE", help="Measure nothing: read a four-key profile or its log.")
@@ -111,25 +120,22 @@ def check_writable(path: Path | None, *, make_folder: bool) -> None:
     try:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
-        usable = path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
-    except OSError:
-        usable = False
-    if not usable:
-        raise UsageError(f"{path} cannot be written", "give another file with -o")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a regular file", "give another file with -o")
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", "give another file with -o") from None
 
 
 def read_foreign(path: Path) -> ModelProfile:
     """A profile from the source system's JSON or log, or one of our own. Raises ProfileError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_IMPORT_BYTES)
-    except OSError as error:
-        raise ProfileError(f"cannot read {path}: {error.strerror}", "give a profile or a log with --import") from None
+    data = read_whole(path)
     if not data.lstrip().startswith(b"{"):
         return parse_log(data.decode(errors="replace")).to_profile(path.stem)
     if b'"schema"' in data:
         return decode_profile(data, str(path))
-    return import_source(load_source(path), path.stem)
+    return import_source(decode_source(data, str(path)), path.stem)
 
 
 # --- the summary ----------------------------------------------------------------------------------------------------

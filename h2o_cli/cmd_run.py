@@ -12,7 +12,7 @@ import typer
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
-from h2o_cli.output import Progress, emit, note, print_json, styled, versions
+from h2o_cli.output import Progress, emit, note, print_json, styled, tell, versions
 from runtime.errors import PromptError, UsageError
 from runtime.generate import Meter, Request, Statistics, Step, check_prompt, generate
 from runtime.memory import peak_bytes
@@ -205,7 +205,7 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
         print_json(facts | figures(session, statistics))
     else:
         emit("\n")
-        print(styled(closing_line(session, statistics), "dim"), file=sys.stderr, flush=True)
+        tell(styled(closing_line(session, statistics), "dim"))
     signal_number = interrupts.take()
     return 128 + signal_number if signal_number else 0
 

@@ -11,7 +11,7 @@ from h2o_cli.cmd_run import closing_line, first_with_progress
 from h2o_cli.defaults import CONVERSATION_CONTEXT
 from h2o_cli.interrupts import interrupts
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
-from h2o_cli.output import emit, is_terminal, note, print_error, styled
+from h2o_cli.output import emit, is_terminal, note, print_error, styled, tell
 from runtime.chat import Chat, Message
 from runtime.errors import Cancelled, PromptError, UsageError
 from runtime.generate import CANCELLED, LENGTH, Meter, Request, Statistics, generate
@@ -129,7 +129,7 @@ class Conversation:
     def _input(prompt: str) -> str:
         if is_terminal(sys.stdout):
             return input(prompt)
-        print(prompt, end="", file=sys.stderr, flush=True)
+        tell(prompt, end="")
         return input()
 
     # --- answering ----------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Conversation:
             note(f"the context of {self._session.engine.settings.n_ctx} tokens is full (--ctx makes it longer)")
         if self._statistics.tokens_per_s and is_terminal(sys.stderr):
             speed = f"{self._statistics.n_tokens} tokens, {self._statistics.tokens_per_s:.1f} tokens/s"
-            print(styled(f"({speed})", "dim"), file=sys.stderr, flush=True)
+            tell(styled(f"({speed})", "dim"))
 
     def _chat_prompt(self, line: str) -> list[int]:
         """The conversation with the new message, its oldest turns left out where the context is too short."""
@@ -204,7 +204,7 @@ class Conversation:
     # --- commands -----------------------------------------------------------------------------------------------
 
     def _help(self) -> None:
-        print(HELP if self._chat else f"{HELP}\n{PLAIN_HELP}", file=sys.stderr, flush=True)
+        tell(HELP if self._chat else f"{HELP}\n{PLAIN_HELP}")
 
     def _clear(self) -> None:
         self._messages, self._text = [], []

@@ -10,6 +10,7 @@ from runtime.memory import available_bytes
 CONVERSATION_CONTEXT = 2048
 UBATCH = 128
 BUDGET_SHARE = 0.6
+MOST_THREADS = 512  # GGML_MAX_N_THREADS
 _CPU = Path("/sys/devices/system/cpu")
 
 

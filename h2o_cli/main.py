@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import ReaderGone, print_error, silence_stdout
-from runtime.errors import Cancelled, H2OError
+from runtime.errors import Cancelled, EngineError, H2OError
 
 COMMANDS = {
     "run": "Run a model inside a memory budget: one prompt, or a conversation.",
@@ -32,6 +32,9 @@ EXAMPLES = """Examples:
   h2o profile model.gguf && h2o plan -m 2GB measure, then plan
 """
 
+ADDRESS_SPACE_BYTES = 400 * 2**20
+ULIMIT = "raise `ulimit -v`: address space is no memory, -m limits that"
+
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -46,6 +49,7 @@ class LazyGroup(TyperGroup):
         """The command of a module h2o_cli/cmd_<name>.py: its `app`, or its function of that name."""
         if cmd_name not in COMMANDS or not find_spec(f"h2o_cli.cmd_{cmd_name}"):
             return None
+        _check_address_space()
         module = import_module(f"h2o_cli.cmd_{cmd_name}")
         group = getattr(module, "app", None)
         if group is None:
@@ -59,6 +63,15 @@ class LazyGroup(TyperGroup):
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+
+
+def _check_address_space() -> None:
+    """Raise EngineError where `ulimit -v` leaves less than the libraries alone take: they would end in many ways."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_BYTES:
+        raise EngineError(f"`ulimit -v {limit // 1024}` leaves too little address space", ULIMIT)
 
 
 app = typer.Typer(
@@ -103,6 +116,9 @@ def run_command(arguments: list[str] | None = None) -> int:
         return 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except MemoryError:
+        print_error("the system gives this process no more memory", ULIMIT)
+        return 1
     except Exception as error:  # the funnel: nothing passes it as a traceback
         if os.environ.get("H2O_DEBUG"):
             raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.defaults import CONVERSATION_CONTEXT, UBATCH, default_budget, default_threads
+from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile
 from runtime.engine import KV_TYPES, Engine, Settings, head_start
@@ -57,6 +57,8 @@ class RunOptions:
         for flag, value in (("--ctx", self.ctx), ("--threads", self.threads), ("--ubatch", self.ubatch)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value} is not possible", "give 1 or more")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UsageError(f"--threads {self.threads} is not possible", f"give 1 to {MOST_THREADS}")
         if self.kv_type not in KV_TYPES:
             raise UsageError(f"there is no KV type {self.kv_type!r}", f"choose one of {', '.join(KV_TYPES)}")
         if self.n_predict is not None and self.n_predict < -1:
@@ -85,7 +87,7 @@ class OpenModel:
             self.profile = _profile(self.file, note)
             self.plan_path = options.plan_file or default_plan_path()
             must_fit = options.plan_file is not None
-            self.plan_in_file = _plan_in(self.plan_path, self.file.hash, must_fit=must_fit, note=note)
+            self.plan_in_file = _plan_in(self.plan_path, self.file, must_fit=must_fit, note=note)
             settings = _settings(options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
             plan = _choose(self, options, settings).plan
             self.store = head_start(self.file, plan, settings)
@@ -230,7 +232,7 @@ def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProf
     return replace(settings, io_mode=disk.mode, request_bytes=disk.request_bytes, depth=max(1, disk.depth))
 
 
-def _plan_in(path: Path, model_hash: int, *, must_fit: bool, note: Callable[[str], None]) -> Plan | None:
+def _plan_in(path: Path, file: ModelFile, *, must_fit: bool, note: Callable[[str], None]) -> Plan | None:
     """The plan for this model in a plan file; must_fit: the user named the file, so an unusable one is an error."""
     try:
         os.lstat(path)
@@ -242,16 +244,17 @@ def _plan_in(path: Path, model_hash: int, *, must_fit: bool, note: Callable[[str
         pass
     try:
         plan = read_plan(path)
+        if plan.model_hash not in (0, file.hash):
+            if must_fit:
+                raise PlanError(f"the plan in {path} is for another model", "make one with `h2o plan -m SIZE -s FILE`")
+            return None
+        plan.check_layers(file.n_layers)
     except PlanError as error:
         if must_fit:
             raise
         note(f"the plan file was not used: {error}")
         return None
-    if plan.model_hash in (0, model_hash):
-        return plan
-    if must_fit:
-        raise PlanError(f"the plan in {path} is for another model", "make one with `h2o plan -m SIZE -s FILE`")
-    return None
+    return plan
 
 
 def _choose(model: OpenModel, options: RunOptions, settings: Settings) -> Chosen:

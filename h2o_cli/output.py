@@ -39,7 +39,7 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
 
 def note(text: str) -> None:
     """One line for the user on standard error."""
-    print(styled(f"h2o: {text}", "dim"), file=sys.stderr, flush=True)
+    tell(styled(f"h2o: {text}", "dim"))
 
 
 def print_error(message: str, next_step: str = "") -> None:
@@ -47,7 +47,16 @@ def print_error(message: str, next_step: str = "") -> None:
     lines = [f"{styled('h2o:', 'red')} {_one_line(message)}"]
     if next_step:
         lines.append(f"  next: {_one_line(next_step)}")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    tell("\n".join(lines))
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Text on standard error as it is. The work goes on where nobody can read it."""
+    try:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except OSError:
+        _silence(sys.stderr)
 
 
 def _one_line(text: str) -> str:
@@ -72,8 +81,12 @@ def emit(text: str) -> None:
 
 def silence_stdout() -> None:
     """Nothing more can be written to standard output, not even by the interpreter when it ends."""
+    _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
     devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
+    os.dup2(devnull, stream.fileno())
     os.close(devnull)
 
 
@@ -116,8 +129,7 @@ class Progress:
         if self._thread:
             self._thread.join()
         if self._drawn and is_terminal(sys.stderr):
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            tell("\r\x1b[K", end="")
 
     def _watch(self) -> None:
         if self._done.wait(PROGRESS_AFTER_S):
@@ -133,8 +145,7 @@ class Progress:
         share = min(max(self._share(), 0.0), 1.0)
         left = f", about {duration(passed_s * (1 - share) / share)} left" if share > 0.02 else ""
         line = f"h2o: {self._what}: {share:.0%} after {duration(passed_s)}{left}"
-        sys.stderr.write(f"\r{line}\x1b[K" if redraw else f"{line}\n")
-        sys.stderr.flush()
+        tell(f"\r{line}\x1b[K" if redraw else f"{line}\n", end="")
         self._drawn = True
 
 

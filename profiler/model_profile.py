@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import stat
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import msgspec
 from runtime.errors import ProfileError
 
 SCHEMA = 1
+_MOST_BYTES = 64 * 2**20
 PROFILE_AGAIN = "measure again with `h2o profile MODEL`"
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -184,11 +186,22 @@ def decode_profile(data: bytes, source: str = "the profile") -> ModelProfile:
 
 def load_profile(path: str | os.PathLike[str]) -> ModelProfile:
     """The profile in a JSON file. Raises ProfileError."""
+    return decode_profile(read_whole(path), str(path))
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """A profile's file, never a pipe or a device that has no end. Raises ProfileError."""
     try:
-        data = Path(path).read_bytes()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ProfileError(f"{path} is not a regular file", "give the JSON file of a profile")
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise ProfileError(f"cannot read the profile {path}: {error.strerror}", "make one with `h2o profile`") from None
-    return decode_profile(data, str(path))
+        raise ProfileError(f"cannot read {path}: {error.strerror}", "make a profile with `h2o profile`") from None
+    if len(data) > _MOST_BYTES:
+        raise ProfileError(f"{path} is too long for a profile", "give the JSON file of a profile")
+    return data
 
 
 def save_profile(profile: ModelProfile, path: str | os.PathLike[str]) -> None:

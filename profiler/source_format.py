@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import msgspec
 
@@ -23,6 +22,7 @@ from profiler.model_profile import (
     ModelInfo,
     ModelProfile,
     Spread,
+    read_whole,
     write_whole,
 )
 from runtime.errors import ProfileError
@@ -91,10 +91,13 @@ class SourceLog(msgspec.Struct, frozen=True):
 
 def load_source(path: str | os.PathLike[str]) -> SourceProfile:
     """The source system's JSON file. Raises ProfileError."""
+    return decode_source(read_whole(path), str(path))
+
+
+def decode_source(data: bytes, path: str) -> SourceProfile:
+    """The source system's JSON; path names it in errors. Raises ProfileError."""
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=SourceProfile)
-    except OSError as error:
-        raise ProfileError(f"cannot read {path}: {error.strerror}", FOUR_KEYS) from None
+        return msgspec.json.decode(data, type=SourceProfile)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path} is not a source profile: {error}", FOUR_KEYS) from None
 

@@ -17,13 +17,17 @@ DIRECT, BUFFERED = "direct", "buffered"
 class WeightFiles:
     """The open files of one model. Offsets, addresses and lengths of reads are multiples of the page size."""
 
-    def __init__(self, paths: Sequence[Path], mode: str = DIRECT) -> None:
+    def __init__(self, paths: Sequence[Path], mode: str = DIRECT, sizes: Sequence[int] = ()) -> None:
+        """Open paths. sizes: what they had when they were indexed; another size is a DiskError."""
         self.paths = tuple(paths)
         self.mode = mode
         self._fds: list[int] = []
         self._sizes: list[int] = []
         for path in self.paths:
             self._open(path)
+        if sizes and tuple(sizes) != tuple(self._sizes):
+            self.close()
+            raise DiskError(f"{self.paths[0]} changed while it was opened", "run again when it is complete")
 
     def _open(self, path: Path) -> None:
         flags = os.O_RDONLY | os.O_CLOEXEC

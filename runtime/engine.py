@@ -55,7 +55,7 @@ class Settings:
 
 def open_store(file: ModelFile, settings: Settings) -> LayerStore:
     """The store of a model's weights; nothing is read yet."""
-    files = WeightFiles(file.paths, settings.io_mode)
+    files = WeightFiles(file.paths, settings.io_mode, file.file_sizes)
     return LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
 
 

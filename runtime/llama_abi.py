@@ -314,7 +314,11 @@ def _keep_log(level: int, text: bytes, _data: int) -> None:
 
 
 def take_log() -> list[str]:
-    """The last warnings and errors of llama.cpp, oldest first; forgets them."""
+    """The last warnings and errors of llama.cpp, oldest first; forgets them.
+
+    Also takes the log back: the whole llama_cpp package, where something imports it, prints what llama.cpp says.
+    """
+    llama.llama_log_set(_keep_log, POINTER(0))
     lines = [line for line in _log_tail if line]
     _log_tail.clear()
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from runtime.errors import PlanError
+from runtime.errors import PlanError, UsageError
 
 
 class Layout(IntEnum):
@@ -17,12 +17,12 @@ class Layout(IntEnum):
 
     @classmethod
     def parse(cls, name: str) -> Layout:
-        """The layout called name. Raises PlanError."""
+        """The layout called name. Raises UsageError."""
         try:
             return cls[name.upper()]
         except KeyError:
             names = ", ".join(layout.label for layout in cls)
-            raise PlanError(f"there is no layout {name!r}", f"choose one of {names}") from None
+            raise UsageError(f"there is no layout {name!r}", f"choose one of {names}") from None
 
     @property
     def label(self) -> str:
@@ -54,3 +54,8 @@ class Plan:
             raise PlanError(f"k={self.k}, w={self.w} is not a plan", "k must be 0 or more and w at least 1")
         if min(self.pinned_bytes, self.window_bytes, self.budget_bytes, self.model_hash, self.generation) < 0:
             raise PlanError("a plan has no negative sizes", "make a new plan with `h2o plan -m SIZE`")
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raise PlanError unless a model of n_layers layers can follow this plan."""
+        if self.k > n_layers or self.w > max(n_layers, 1):
+            raise PlanError(f"k={self.k}, w={self.w} is no plan for {n_layers} layers", "make one with `h2o plan`")

@@ -19,6 +19,7 @@ UNITS = {
 PAGE = 4096
 MB = 10**6
 MIB = 2**20
+MOST_BYTES = 2**60
 
 
 def parse_size(text: str) -> int:
@@ -27,7 +28,10 @@ def parse_size(text: str) -> int:
     unit = UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
         raise UsageError(f"{text!r} is not a size", "write a number of MB such as 400, or 1.5GB, 512MiB")
-    n_bytes = int(float(match.group(1)) * unit)
+    size = float(match.group(1)) * unit
+    if size > MOST_BYTES:
+        raise UsageError(f"{text!r} is more than any computer has", "write a number of MB such as 400")
+    n_bytes = int(size)
     if n_bytes <= 0:
         raise UsageError(f"{text!r} is not a positive size", "write a number of MB such as 400")
     return n_bytes
