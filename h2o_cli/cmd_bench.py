@@ -1,28 +1,196 @@
-"""`h2o bench`: benchmarks, and the models with random weights they use."""
+"""`h2o bench`: speed, memory and first token beside llama.cpp on an emulated device; models with random weights."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from h2o_cli.output import Progress, note
+from h2o_cli.defaults import default_threads
+from h2o_cli.models import profiles_folder
+from h2o_cli.output import Progress, duration, emit, note, print_json, table, versions
+from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from profiler.bench.rows import Row
+    from profiler.bench.runs import Settings
+
+MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-1.5b/q8_0")
+RESIDENT_MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-0.5b/q8_0", "qwen2.5-0.5b/q4_0", "qwen2.5-0.5b/q4_k_m")
+QUICK_BUDGETS = ("floor", "40%", "80%")
+OUTPUT = Path("bench-results")
+DISK_MB_PER_S = 400.0
 
 EPILOG = """Examples:
 
 \b
+  h2o bench --quick                         under 5 minutes
+  h2o bench                                 under 25 minutes, once the models are made
+  h2o bench --model qwen2.5-0.5b/q4_0 --budget 300 --budget 60% --disk 100
   h2o bench make-model qwen2.5-0.5b -o model.gguf
   h2o bench make-model llama-7b -o model.gguf --type q4_0
   h2o bench make-model llama:layers=4,dim=256,ffn=512,heads=4,vocab=512 -o tiny.gguf
 """
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
-@app.callback(epilog=EPILOG)
-def bench() -> None:
-    """Benchmarks, and models with random weights for them."""
+@app.callback(epilog=EPILOG, invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="One small model, few budgets, one repeat.")] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME", help="SHAPE, SHAPE/TYPE or FILE.gguf; repeatable."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", metavar="SIZE", help="floor, 60% (of the file) or a size; repeatable."),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", min=1, help="Runs of everything.")] = None,
+    disk: Annotated[float, typer.Option("--disk", metavar="MB/s", min=0, help="Disk speed; 0: as it is.")] = (
+        DISK_MB_PER_S
+    ),
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="For rows, report and plots.")] = OUTPUT,
+    json: Annotated[bool, typer.Option("--json", help="Print every row as a JSON object instead of a table.")] = False,
+) -> None:
+    """Measure h2o beside llama.cpp on an emulated device: limited memory, a slow disk. Needs root.
+
+    Rows, a report and plots go to a folder; a summary goes to standard output.
+    """
+    if context.invoked_subcommand:
+        return
+    settings = _settings(model, budget, quick=quick)
+    settings = replace(settings, read_bytes_per_s=int(disk * 10**6))
+    if repeats:
+        settings = replace(settings, repeats=repeats, llama_repeats=repeats)
+    rows = _run(settings, output, json=json)
+    if not json:
+        emit(_summary(rows) + "\n")
+    note(f"rows, report and plots are in {output}")
+
+
+def _settings(models: list[str] | None, budgets: list[str] | None, *, quick: bool) -> Settings:
+    """What the flags ask for. Raises UsageError."""
+    import platformdirs
+
+    from profiler.bench.runs import Settings, bench_model, check_budget
+
+    folder = Path(platformdirs.user_cache_path("h2o")) / "models"
+    names = models or (MODELS[:1] if quick else MODELS)
+    resident = names if models or quick else RESIDENT_MODELS
+    settings = Settings(
+        models=tuple(bench_model(name, folder) for name in names),
+        resident_models=tuple(bench_model(name, folder) for name in resident),
+        threads=default_threads(),
+        flags=_plain_flags(),
+        versions=versions(),
+    )
+    if quick:
+        settings = replace(settings, budgets=QUICK_BUDGETS, repeats=1, llama_repeats=1, profile_repeats=1)
+    for text in budgets or ():
+        check_budget(text)
+    return replace(settings, budgets=tuple(budgets)) if budgets else settings
+
+
+def _plain_flags() -> tuple[str, ...]:
+    """Flags that make `h2o run` compute one token per pass."""
+    import inspect
+
+    from h2o_cli.cmd_run import run
+
+    return ("--speculate", "off") if "speculate" in inspect.signature(run).parameters else ()
+
+
+def _run(settings: Settings, output: Path, *, json: bool) -> list[Row]:
+    """Make the models, measure, and write rows, report and plots."""
+    import tempfile
+
+    import msgspec
+
+    from profiler.bench.children import Children
+    from profiler.bench.device import Device, check_rights
+    from profiler.bench.rows import append_row
+    from profiler.bench.runs import Bench
+
+    _make_models(settings)
+    check_rights(Device(0, settings.read_bytes_per_s, settings.models[0].path.parent))
+    rows_file = _open_output(output)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
+        children = Children(Path(work), profiles_folder())
+        measuring = Bench(settings, children)
+        try:
+            with Progress("benchmark", lambda: measuring.share):
+                for row in measuring.run():
+                    rows.append(row)
+                    append_row(rows_file, row)
+                    note(_told(row))
+                    if json:
+                        print_json(msgspec.to_builtins(row))
+            _write_report(rows, output, measuring, Path(work))
+        finally:
+            children.forget()
+    return rows
+
+
+def _make_models(settings: Settings) -> None:
+    """Write the generated models that are not there yet."""
+    from profiler.bench.runs import prepare
+
+    written = [0, 1]
+
+    def count(done: int, total: int) -> None:
+        written[:] = done, total
+
+    for model in dict.fromkeys((*settings.models, *settings.resident_models)):
+        with Progress(f"writing {model.path.name}", lambda: written[0] / max(1, written[1])):
+            prepare(model, count)
+
+
+def _open_output(output: Path) -> Path:
+    """The file for the rows, empty. Raises UsageError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "rows.jsonl").write_bytes(b"")
+    except OSError as error:
+        raise UsageError(
+            f"{output} cannot be written: {error.strerror}", "choose another folder with --output"
+        ) from None
+    return output / "rows.jsonl"
+
+
+def _write_report(rows: list[Row], output: Path, measuring: Any, work: Path) -> None:
+    from profiler.bench.report import report
+
+    (output / "report.md").write_text(report(rows))
+    try:
+        from profiler.bench.plots import draw
+    except UsageError as error:
+        note(str(error))
+        return
+    for path in draw(rows, measuring.timelines, output):
+        note(f"drew {path.name}")
+
+
+def _told(row: Row) -> str:
+    """A finished run in one line."""
+    what = f"{row.model}, {row.budget}, {row.engine}"
+    if row.status != "ok":
+        return f"{what}: {row.status} ({row.note})"
+    parts = [f"{row.ms_per_token:.0f} ms per token"] if row.ms_per_token else []
+    parts += [f"first token after {row.ttft_s:.1f} s"] if row.ttft_s is not None else []
+    parts += [f"{row.yield_:.1%} of the limit"] if row.yield_ else []
+    return f"{what}: {', '.join(parts)} ({duration(row.wall_s)})"
+
+
+def _summary(rows: list[Row]) -> str:
+    """The medians, one line per model, budget and engine."""
+    from profiler.bench.report import summary_rows
+
+    return table(summary_rows(rows), right=(3, 4, 5, 6, 7))
 
 
 @app.command("make-model", epilog=EPILOG)

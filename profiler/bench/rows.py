@@ -20,7 +20,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One run of one engine. Times in s or ms as named; None: not known, or the run gave no such figure.
 
     budget_bytes 0: no memory limit. limit_ms_per_token and the yield are for the bytes this run streamed,
-    predicted_ms_per_token is the planner's, made before the run. tokens_hash is of the tokens all engines were asked for.
+    predicted_ms_per_token is the planner's, made before the run. tokens_hash is of all tokens of the answer.
     """
 
     suite: Suite
@@ -100,3 +100,35 @@ def distinct(values: Iterable[str]) -> list[str]:
 def chosen(rows: Sequence[Row], **wanted: object) -> list[Row]:
     """The rows whose fields have these values."""
     return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
+
+
+# --- one token -------------------------------------------------------------------------------------------------------
+
+
+class Span(msgspec.Struct, frozen=True):
+    """One layer (the head's number is n_layers) of the pass: seconds from its beginning, and the waits within."""
+
+    layer: int
+    begin_s: float
+    end_s: float
+    wait_s: float
+
+
+class Read(msgspec.Struct, frozen=True):
+    """One read request for a layer, in the seconds of the spans; it may have begun before the pass."""
+
+    layer: int
+    n_bytes: int
+    begin_s: float
+    end_s: float
+
+
+class Timeline(msgspec.Struct, frozen=True):
+    """The last decode pass of a short run. pass_s: how long it took."""
+
+    model: str
+    budget_bytes: int
+    n_layers: int
+    pass_s: float
+    spans: tuple[Span, ...]
+    reads: tuple[Read, ...]

@@ -1,0 +1,109 @@
+"""The commands a benchmark starts: profile, plan and answers, each a process of its own, most of them in the device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+from profiler.bench.device import Device, Outcome, run_in_device
+from profiler.bench.engines import H2O, Job, Result, command, h2o_command, read_result
+from profiler.bench.rows import Timeline
+from profiler.model_profile import ModelProfile, load_profile
+from runtime.errors import EngineError
+from runtime.sizes import MB
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PREFIX = "bench-"
+_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan in a file, with its prediction; the default is no plan."""
+
+    plan_file: Path = Path("/nonexistent/plan")
+    predicted_ms_per_token: float | None = None
+    ledger: dict[str, int] = field(default_factory=dict)
+
+
+class Children:
+    """Starts the commands. `work` is a folder for files of this benchmark.
+
+    `profiles` is the folder where `h2o run` looks for profiles: the device's profiles are there while the benchmark
+    runs, and forget() removes them. `between` is called while a command runs, and may raise.
+    """
+
+    def __init__(self, work: Path, profiles: Path, between: Callable[[], None] = lambda: None) -> None:
+        self._work, self._profiles, self._between = work, profiles, between
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        self._env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        self.forget()
+
+    def profile(self, model: Path, device: Device, repeats: int) -> ModelProfile:
+        """Measure a model in the device. Raises H2OError."""
+        path = self._profile_path(model)
+        run = [sys.executable, "-m", "h2o_cli.main", "profile", str(model), "-o", str(path), "--repeats", str(repeats)]
+        outcome = self._run(run, device, {**self._env, "XDG_DATA_HOME": str(self._work)}, model)
+        if outcome.rc != 0:
+            raise _failed("profile", outcome)
+        return load_profile(path)
+
+    def floor_bytes(self, job: Job, device: Device) -> int:
+        """The smallest budget, as the refusal of one byte names it."""
+        outcome = self._run(h2o_command(replace(job, budget_bytes=1)), device, self._env, job.model)
+        found = read_result(H2O, outcome)
+        if not found.floor_bytes:
+            raise _failed("run", outcome)
+        return found.floor_bytes + MB
+
+    def plan(self, model: Path, budget_bytes: int) -> Planned:
+        """The planner's choice for a budget, outside the device; no plan where it has none."""
+        path = self._work / f"plan-{model.stem}-{budget_bytes}.bin"
+        profile = str(self._profile_path(model))
+        run = [sys.executable, "-m", "h2o_cli.main", "plan", "-c", profile, "-m", f"{budget_bytes}B", "-s", str(path)]
+        done = subprocess.run(
+            [*run, "--ctx", "512", "--json"], env=self._env, capture_output=True, stdin=subprocess.DEVNULL, check=False
+        )
+        if done.returncode != 0:
+            return Planned()
+        figures = msgspec.json.decode(done.stdout)
+        return Planned(path, figures["predicted_ms_per_token"], figures["ledger"])
+
+    def answer(self, engine: str, job: Job, device: Device) -> tuple[list[str], Outcome, Result]:
+        """Run a job in the device."""
+        started = command(engine, job)
+        outcome = self._run(started, device, self._env, job.model)
+        return started, outcome, read_result(engine, outcome)
+
+    def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline | None:
+        """One token under the clock; None where that could not be measured."""
+        run = [sys.executable, "-m", "profiler.bench.timeline_run", str(model), "--plan", str(planned.plan_file)]
+        outcome = self._run([*run, "--threads", str(threads)], device, self._env, model)
+        return msgspec.json.decode(outcome.stdout, type=Timeline) if outcome.rc == 0 else None
+
+    def forget(self) -> None:
+        """Remove the profiles of emulated devices, also those of a benchmark that was killed."""
+        for path in self._profiles.glob(f"{PREFIX}*.json"):
+            path.unlink(missing_ok=True)
+
+    def _profile_path(self, model: Path) -> Path:
+        return self._profiles / f"{PREFIX}{model.stem}.json"
+
+    def _run(self, started: Sequence[str], device: Device, env: dict[str, str], model: Path) -> Outcome:
+        return run_in_device(started, device, env=env, timeout_s=_TIMEOUT_S, cold=[model], between=self._between)
+
+
+def _failed(what: str, outcome: Outcome) -> EngineError:
+    reason = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.rc}"])[0]
+    return EngineError(f"`h2o {what}` failed in the emulated device: {reason}", "run it by hand to see more")
+
+
+def shown_command(started: Sequence[str]) -> tuple[str, ...]:
+    """A command without the paths of this machine."""
+    return tuple(Path(word).name if os.sep in word and Path(word).is_absolute() else word for word in started)

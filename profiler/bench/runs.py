@@ -1,0 +1,341 @@
+"""What the benchmark runs, and in which order: models, budgets, engines in turns, one row per run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+
+from profiler.bench.children import Children, Planned, shown_command
+from profiler.bench.device import Device
+from profiler.bench.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash
+from profiler.bench.make_model import make_model, parse_file_type
+from profiler.bench.rows import Row, Suite, Timeline
+from profiler.bench.shapes import parse_shape
+from profiler.device import device_info
+from profiler.model_profile import ModelProfile
+from runtime.errors import UsageError
+from runtime.sizes import MB, format_size, parse_size
+
+SHORT_PROMPT = "Hello there"
+_SENTENCE = "the rain on the hill ran to the sea and the sea sent it to the hill as rain another time "
+LONG_PROMPT = _SENTENCE * 9
+MMAP, DIRECT_IO, DEFAULT = (f"{LLAMA_CPP} {load}" for load in ("mmap", "direct-io", "default"))
+FLOOR = "floor"
+START_S = 2.5  # a process until its first read, cold
+COMPUTE_BYTES_PER_S = 15e9  # for estimates of time only
+PREFILL_BYTES_PER_S = 2e8  # a long prompt's computing, weights per second
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model to measure: a generated one (SHAPE/TYPE) or a GGUF file."""
+
+    name: str
+    path: Path
+    shape: str = ""
+    file_type: str = ""
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run. repeats are of h2o and of everything resident; llama_repeats of llama.cpp in small budgets."""
+
+    models: tuple[BenchModel, ...]
+    resident_models: tuple[BenchModel, ...] = ()
+    budgets: tuple[str, ...] = (FLOOR, "40%", "60%", "80%", "100%")
+    engines: tuple[str, ...] = (H2O, MMAP, DIRECT_IO)
+    repeats: int = 3
+    llama_repeats: int = 2
+    profile_repeats: int = 2
+    n_predict: int = 7
+    n_predict_resident: int = 24
+    read_bytes_per_s: int = 400 * MB
+    threads: int = 2
+    flags: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to make."""
+
+    suite: Suite
+    model: BenchModel
+    budget: str
+    budget_bytes: int
+    engine: str
+    repeat: int
+    prompt: str
+    n_predict: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What repeats have in common."""
+        return self.suite, self.model.name, self.budget, self.engine
+
+
+# --- models and budgets ----------------------------------------------------------------------------------------------
+
+
+def bench_model(name: str, folder: Path) -> BenchModel:
+    """The model called SHAPE, SHAPE/TYPE or FILE.gguf; generated ones live in `folder`. Raises UsageError."""
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UsageError(f"there is no file {name}", "give a GGUF file, or SHAPE/TYPE such as qwen2.5-0.5b/q8_0")
+        return BenchModel(path.stem, path)
+    shape, _, file_type = name.partition("/")
+    parse_shape(shape)
+    kind = parse_file_type(file_type or "f16")
+    stem = "".join(c if c.isalnum() or c in ".-" else "_" for c in shape.lower())
+    return BenchModel(f"{shape}/{kind}", folder / f"{stem}-{kind}.gguf", shape, kind)
+
+
+def prepare(model: BenchModel, progress: Callable[[int, int], None]) -> None:
+    """Write a generated model, unless it is there."""
+    if model.shape and not model.path.is_file():
+        model.path.parent.mkdir(parents=True, exist_ok=True)
+        make_model(model.shape, model.path, file_type=model.file_type, progress=progress)
+
+
+def check_budget(text: str) -> None:
+    """Raise UsageError unless budget_bytes can read it."""
+    budget_bytes(text, 10**9, 1)
+
+
+def budget_bytes(text: str, file_bytes: int, floor_bytes: int) -> int:
+    """Bytes of "floor", "60%" of the file, or a size."""
+    if text == FLOOR:
+        return floor_bytes
+    if text.endswith("%") and text[:-1].isdigit() and int(text[:-1]) > 0:
+        return file_bytes * int(text[:-1]) // 100
+    return parse_size(text)
+
+
+def resident_bytes(file_bytes: int) -> int:
+    """A budget in which every engine can hold everything, repacked weights beside the mapped file included."""
+    return int(2.2 * file_bytes) + 700 * MB
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def cases(settings: Settings, floors: dict[str, int]) -> list[Case]:
+    """All runs, in order: within a repeat every engine has its turn in every budget."""
+    found: list[Case] = []
+    for model in settings.models:
+        budgets = {text: budget_bytes(text, model.file_bytes, floors[model.name]) for text in settings.budgets}
+        usable = {text: size for text, size in budgets.items() if size >= floors[model.name]}
+        for repeat in range(max(settings.repeats, settings.llama_repeats)):
+            found += _budget_cases(settings, model, usable, repeat)
+        middle = "60%" if "60%" in usable else next(reversed(usable), "")
+        if middle:
+            found += [
+                Case("first token", model, middle, usable[middle], engine, repeat, LONG_PROMPT, 2)
+                for repeat in range(settings.llama_repeats)
+                for engine in (H2O, MMAP)
+            ]
+    for model in settings.resident_models:
+        found += [
+            Case(
+                "resident",
+                model,
+                "resident",
+                resident_bytes(model.file_bytes),
+                engine,
+                repeat,
+                LONG_PROMPT,
+                settings.n_predict_resident,
+            )
+            for repeat in range(settings.repeats)
+            for engine in _in_turn((H2O, DEFAULT), repeat)
+        ]
+    return found
+
+
+def _budget_cases(settings: Settings, model: BenchModel, budgets: dict[str, int], repeat: int) -> Iterator[Case]:
+    for text, size in budgets.items():
+        for engine in _in_turn(settings.engines, repeat):
+            if repeat < (settings.repeats if engine == H2O else settings.llama_repeats):
+                yield Case("budgets", model, text, size, engine, repeat, SHORT_PROMPT, settings.n_predict)
+
+
+def _in_turn(engines: tuple[str, ...], repeat: int) -> tuple[str, ...]:
+    """The engines, the other way round in every second repeat."""
+    return engines[::-1] if repeat % 2 else engines
+
+
+def estimate_s(case: Case, read_bytes_per_s: float) -> float:
+    """About how long a run takes."""
+    rate = read_bytes_per_s or 2e9
+    file_bytes = case.model.file_bytes
+    read_s, compute_s = file_bytes / rate, file_bytes / COMPUTE_BYTES_PER_S
+    streamed_s = max(0.0, file_bytes + 100 * MB - case.budget_bytes) / rate
+    prompt_s = file_bytes / PREFILL_BYTES_PER_S if case.prompt is LONG_PROMPT else 0.0
+    if case.engine == H2O:
+        return START_S + max(read_s, prompt_s) + case.n_predict * max(streamed_s, compute_s)
+    if streamed_s == 0:
+        return START_S + read_s + 2 * prompt_s + case.n_predict * compute_s
+    if case.engine == MMAP:
+        return START_S + 2 * read_s + prompt_s + case.n_predict * read_s
+    return START_S + case.budget_bytes / rate
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One benchmark. run() yields rows as they are measured; `share` is how much is done, `doing` what goes on."""
+
+    def __init__(self, settings: Settings, children: Children) -> None:
+        self.settings = settings
+        self.doing = "starting"
+        self.timelines: list[Timeline] = []
+        self._children = children
+        self._disk = Device(0, settings.read_bytes_per_s, settings.models[0].path.parent)
+        self._done_s, self._total_s = 0.0, 1.0
+        self._step_s, self._step_start_s = 0.0, time.monotonic()
+        self._hopeless: set[tuple[str, str, str, str]] = set()
+        self._profiles: dict[str, ModelProfile] = {}
+        self._plans: dict[tuple[str, int], Planned] = {}
+
+    @property
+    def share(self) -> float:
+        """The part of the estimated time that is over."""
+        inside_s = min(time.monotonic() - self._step_start_s, self._step_s)
+        return min(0.99, (self._done_s + inside_s) / self._total_s)
+
+    def run(self) -> Iterator[Row]:
+        """Measure: first profile and floor of every model, then all runs. Raises H2OError."""
+        models = self.settings.models
+        profile_s = [self._profile_s(model) for model in models]
+        guess = cases(self.settings, {model.name: 200 * MB for model in models})
+        self._total_s = sum(profile_s) + sum(self._estimate_s(case) for case in guess)
+        floors = {}
+        for model, seconds in zip(models, profile_s, strict=True):
+            self._begin(f"profile of {model.name}", seconds)
+            self._profiles[model.name] = self._children.profile(model.path, self._disk, self.settings.profile_repeats)
+            floors[model.name] = self._children.floor_bytes(self._job(model, 1, SHORT_PROMPT, 1), self._disk)
+        todo = cases(self.settings, floors)
+        self._total_s = sum(profile_s) + sum(self._estimate_s(case) for case in todo)
+        for case in todo:
+            self._begin(
+                f"{case.model.name}, {case.budget} ({format_size(case.budget_bytes)}), {case.engine}",
+                self._estimate_s(case),
+            )
+            if case.key not in self._hopeless:
+                yield self._measure(case)
+        for model in models:
+            self._timeline(model, floors[model.name])
+
+    def _timeline(self, model: BenchModel, floor_bytes: int) -> None:
+        """The timeline of one token in the middle budget, where a plan can be made for it."""
+        size = max(floor_bytes, model.file_bytes * 6 // 10)
+        self._begin(f"timeline of {model.name}", START_S + 3 * model.file_bytes / (self._disk.read_bytes_per_s or 2e9))
+        planned = self._children.plan(model.path, size)
+        device = replace(self._disk, memory_bytes=size)
+        timeline = self._children.timeline(model.path, planned, device, self.settings.threads)
+        self.timelines += [timeline] if timeline else []
+
+    def _profile_s(self, model: BenchModel) -> float:
+        rate = self.settings.read_bytes_per_s or 2e9
+        repeats = self.settings.profile_repeats
+        return 12 + 2 * START_S + (3 * repeats + 2) * model.file_bytes / rate
+
+    def _estimate_s(self, case: Case) -> float:
+        return estimate_s(case, self.settings.read_bytes_per_s)
+
+    def _begin(self, what: str, seconds: float) -> None:
+        self._done_s += self._step_s
+        self._step_s, self._step_start_s, self.doing = seconds, time.monotonic(), what
+
+    def _job(self, model: BenchModel, size: int, prompt: str, n_predict: int) -> Job:
+        settings = self.settings
+        return Job(model.path, size, prompt, n_predict, threads=settings.threads, flags=settings.flags)
+
+    def _measure(self, case: Case) -> Row:
+        job = replace(
+            self._job(case.model, case.budget_bytes, case.prompt, case.n_predict), prefill=case.suite == "resident"
+        )
+        planned = None
+        if case.engine == H2O:
+            planned = self._planned(case)
+            job = replace(job, plan_file=planned.plan_file)
+        device = replace(self._disk, memory_bytes=case.budget_bytes)
+        command, outcome, result = self._children.answer(case.engine, job, device)
+        if result.status != "ok":
+            self._hopeless.add(case.key)
+        row = Row(
+            suite=case.suite,
+            model=case.model.name,
+            file_bytes=case.model.file_bytes,
+            budget=case.budget,
+            budget_bytes=case.budget_bytes,
+            read_bytes_per_s=self.settings.read_bytes_per_s,
+            engine=case.engine,
+            repeat=case.repeat,
+            status=result.status,
+            note=result.note,
+            n_prompt_tokens=result.n_prompt_tokens,
+            n_tokens=len(result.tokens),
+            ttft_s=result.ttft_s,
+            ms_per_token=result.ms_per_token,
+            prefill_tokens_per_s=result.prefill_tokens_per_s,
+            bytes_per_token=result.bytes_per_token,
+            disk_wait_ms_per_token=result.disk_wait_ms_per_token,
+            peak_bytes=outcome.peak_bytes,
+            bytes_read=outcome.bytes_read,
+            wall_s=outcome.wall_s,
+            tokens_hash=tokens_hash(result.tokens) if result.tokens else "",
+            plan=result.plan,
+            machine=device_info(case.model.path),
+            versions=self.settings.versions,
+            command=shown_command(command),
+            at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        return with_limits(row, result, planned, self._profiles.get(case.model.name))
+
+    def _planned(self, case: Case) -> Planned:
+        """The planner's choice for a budget, made once."""
+        key = (case.model.name, case.budget_bytes)
+        if key not in self._plans:
+            profile = case.model.name in self._profiles
+            self._plans[key] = self._children.plan(case.model.path, case.budget_bytes) if profile else Planned()
+        return self._plans[key]
+
+
+def with_limits(row: Row, result: Result, planned: Planned | None, profile: ModelProfile | None) -> Row:
+    """The row with what theory says: prediction, limit, yield, and the least a cold first token can take.
+
+    limit = max(bytes this run streamed per token / disk rate, its computing time). The disk rate is the device's, or
+    where the disk is not slowed down, the profile's.
+    """
+    more: dict[str, object] = {}
+    if planned:
+        more |= {"predicted_ms_per_token": planned.predicted_ms_per_token, "ledger": planned.ledger}
+    if profile and row.status == "ok":
+        rate = row.read_bytes_per_s or profile.disk.bytes_per_s.mean
+        more["first_token_limit_s"] = max(row.file_bytes / rate, prompt_compute_s(profile, row.n_prompt_tokens))
+        if row.suite == "budgets" and result.pass_ms is not None and result.bytes_per_token is not None:
+            compute_ms = result.pass_ms - (result.disk_wait_ms_per_token or 0.0)
+            limit_ms = max(1000 * result.bytes_per_token / rate, compute_ms)
+            yield_ = limit_ms / row.ms_per_token if row.ms_per_token else None
+            more |= {"limit_ms_per_token": limit_ms, "yield_": yield_}
+    return msgspec.structs.replace(row, **more)
+
+
+def prompt_compute_s(profile: ModelProfile, n_tokens: int) -> float:
+    """Computing time of a prompt, by the profile."""
+    passes = n_tokens / max(1, profile.prefill_tokens)
+    layers_s = sum(layer.prefill_compute_s.mean for layer in profile.layers)
+    return passes * layers_s + profile.head.decode_compute_s.mean + profile.overhead_s.mean
