@@ -11,11 +11,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import stat
 import struct
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +21,7 @@ from pathlib import Path
 
 from runtime.errors import PlanError
 from runtime.plan import Layout, Plan
+from runtime.shared_record import MOVE_AWAY, is_whole, open_shared, with_crc
 
 MAGIC = b"H2OPLAN\0"
 VERSION = 1
@@ -35,7 +34,6 @@ MAX_GENERATION = 2**62
 READ_WAIT_S = 0.05
 LOCK_WAIT_S = 2.0
 NEXT_STEP = "write a plan with `h2o plan -m SIZE`"
-MOVE_AWAY = "remove the file or name another with -s"
 
 
 def default_plan_path() -> Path:
@@ -48,34 +46,6 @@ def default_plan_path() -> Path:
     return Path(folder) / f"h2o-plan-{os.geteuid()}.bin"
 
 
-def open_plan_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """A descriptor of the plan file, its owner and mode checked. Raises PlanError; FileNotFoundError when missing."""
-    try:
-        # O_NONBLOCK: opening a FIFO somebody put there must not wait for its other end.
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        what = "is a symbolic link" if os.path.islink(path) else f"cannot be opened: {error.strerror}"
-        raise PlanError(f"the plan file {path} {what}", MOVE_AWAY) from None
-    try:
-        check_owner(os.fstat(fd), path)
-    except PlanError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def check_owner(status: os.stat_result, path: str | os.PathLike[str]) -> None:
-    """Raise PlanError unless the file is regular, ours, and writable by nobody else."""
-    if not stat.S_ISREG(status.st_mode):
-        raise PlanError(f"the plan file {path} is not a regular file", MOVE_AWAY)
-    if status.st_uid != os.geteuid():
-        raise PlanError(f"the plan file {path} belongs to another user (uid {status.st_uid})", MOVE_AWAY)
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PlanError(f"the plan file {path} can be written by other users", "chmod it to 600, or name another")
-
-
 def encode_record(plan: Plan, sequence: int) -> bytes:
     """The whole record of a plan, written now by this process."""
     fields = (plan.k, plan.w, MAGIC, VERSION, int(plan.layout), sequence, plan.generation, plan.model_hash)
@@ -84,13 +54,12 @@ def encode_record(plan: Plan, sequence: int) -> bytes:
         record = RECORD.pack(*fields, *sizes, time.time(), os.getpid(), 0)
     except struct.error:
         raise PlanError(f"k={plan.k}, w={plan.w} or a size does not fit a plan file", NEXT_STEP) from None
-    return record[:-4] + struct.pack("=I", zlib.crc32(record[:-4]))
+    return with_crc(record)
 
 
 def is_torn(data: bytes) -> bool:
     """Whether a whole record was caught in the middle of a write, or was damaged."""
-    fields = RECORD.unpack(data)
-    return bool(fields[I_SEQUENCE_FIELD] % 2) or zlib.crc32(data[:-4]) != int(fields[-1])
+    return not is_whole(data, RECORD.unpack(data)[I_SEQUENCE_FIELD])
 
 
 def decode_record(data: bytes, path: str | os.PathLike[str]) -> Plan:
@@ -113,7 +82,7 @@ def decode_record(data: bytes, path: str | os.PathLike[str]) -> Plan:
 def read_plan(path: str | os.PathLike[str]) -> Plan:
     """The plan in the file. Waits up to 50 ms for a write in progress to end. Raises PlanError."""
     try:
-        fd = open_plan_file(path)
+        fd = open_shared(path)
     except FileNotFoundError:
         raise PlanError(f"there is no plan file {path}", NEXT_STEP) from None
     try:
@@ -180,7 +149,7 @@ def _next_numbers(old: bytes, path: str | os.PathLike[str]) -> tuple[int, int]:
 def _locked(path: str | os.PathLike[str]) -> Iterator[int]:
     """A descriptor of the file, made if missing, under an exclusive lock. Raises PlanError."""
     try:
-        fd = open_plan_file(path, os.O_RDWR | os.O_CREAT)
+        fd = open_shared(path, os.O_RDWR | os.O_CREAT)
     except FileNotFoundError:
         raise PlanError(f"the folder of the plan file {path} does not exist", "name another with -s") from None
     try:

@@ -7,7 +7,8 @@ import time
 
 from runtime.errors import PlanError
 from runtime.plan import Plan
-from runtime.plan_file import RECORD, check_owner, decode_record, is_torn, open_plan_file
+from runtime.plan_file import RECORD, decode_record, is_torn
+from runtime.shared_record import check_owner, open_shared
 
 LOOK_EVERY_S = 0.2
 
@@ -65,7 +66,7 @@ class PlanWatcher:
                 check_owner(status, self.path)
                 return
             self.close()
-            self._fd = open_plan_file(self.path)
+            self._fd = open_shared(self.path)
         except FileNotFoundError:
             self.close()
             self._inode = (0, 0)
