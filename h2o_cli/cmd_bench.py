@@ -38,7 +38,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 @app.callback(epilog=EPILOG, invoke_without_command=True)
-def bench(
+def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
     context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="One small model, few budgets, one repeat.")] = False,
     model: Annotated[
@@ -48,6 +48,14 @@ def bench(
     budget: Annotated[
         list[str] | None,
         typer.Option("--budget", metavar="SIZE", help="floor, 60% (of the file) or a size; repeatable."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--engine", metavar="NAME", help="h2o, 'llama.cpp mmap' or 'llama.cpp direct-io'; repeatable."),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", metavar="NAME", help="budgets, 'first token' or resident; repeatable."),
     ] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", min=1, help="Runs of everything.")] = None,
     disk: Annotated[float, typer.Option("--disk", metavar="MB/s", min=0, help="Disk speed; 0: as it is.")] = (
@@ -63,7 +71,7 @@ def bench(
     if context.invoked_subcommand:
         return
     settings = _settings(model, budget, quick=quick)
-    settings = replace(settings, read_bytes_per_s=int(disk * 10**6))
+    settings = _only(replace(settings, read_bytes_per_s=int(disk * 10**6)), engine, suite)
     if repeats:
         settings = replace(settings, repeats=repeats, llama_repeats=repeats)
     rows = _run(settings, output, json=json)
@@ -93,6 +101,19 @@ def _settings(models: list[str] | None, budgets: list[str] | None, *, quick: boo
     for text in budgets or ():
         check_budget(text)
     return replace(settings, budgets=tuple(budgets)) if budgets else settings
+
+
+def _only(settings: Settings, engines: list[str] | None, suites: list[str] | None) -> Settings:
+    """The settings with these engines and suites only. Raises UsageError for names that are none."""
+    for names, known in ((engines, settings.engines), (suites, settings.suites)):
+        for name in names or ():
+            if name not in known:
+                raise UsageError(f"{name!r} is not known", f"choose one of {', '.join(known)}")
+    return replace(
+        settings,
+        engines=tuple(name for name in settings.engines if not engines or name in engines),
+        suites=tuple(name for name in settings.suites if not suites or name in suites),
+    )
 
 
 def _plain_flags() -> tuple[str, ...]:

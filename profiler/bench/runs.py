@@ -54,6 +54,7 @@ class Settings:
     resident_models: tuple[BenchModel, ...] = ()
     budgets: tuple[str, ...] = (FLOOR, "40%", "60%", "80%", "100%")
     engines: tuple[str, ...] = (H2O, MMAP, DIRECT_IO)
+    suites: tuple[Suite, ...] = ("budgets", "first token", "resident")
     repeats: int = 3
     llama_repeats: int = 2
     profile_repeats: int = 2
@@ -134,33 +135,32 @@ def cases(settings: Settings, floors: dict[str, int]) -> list[Case]:
     """All runs, in order: within a repeat every engine has its turn in every budget."""
     found: list[Case] = []
     for model in settings.models:
-        budgets = {text: budget_bytes(text, model.file_bytes, floors[model.name]) for text in settings.budgets}
-        usable = {text: size for text, size in budgets.items() if size >= floors[model.name]}
+        floor = floors[model.name]
+        budgets = {text: budget_bytes(text, model.file_bytes, floor) for text in settings.budgets}
+        usable = {text: size for text, size in budgets.items() if size >= floor}
         for repeat in range(max(settings.repeats, settings.llama_repeats)):
             found += _budget_cases(settings, model, usable, repeat)
-        middle = "60%" if "60%" in usable else next(reversed(usable), "")
-        if middle:
-            found += [
-                Case("first token", model, middle, usable[middle], engine, repeat, LONG_PROMPT, 2)
-                for repeat in range(settings.llama_repeats)
-                for engine in (H2O, MMAP)
-            ]
+        found += _first_token_cases(settings, model, usable)
     for model in settings.resident_models:
-        found += [
-            Case(
-                "resident",
-                model,
-                "resident",
-                resident_bytes(model.file_bytes),
-                engine,
-                repeat,
-                LONG_PROMPT,
-                settings.n_predict_resident,
-            )
-            for repeat in range(settings.repeats)
-            for engine in _in_turn((H2O, DEFAULT), repeat)
-        ]
-    return found
+        for repeat in range(settings.repeats):
+            found += _resident_cases(settings, model, repeat)
+    return [case for case in found if case.suite in settings.suites]
+
+
+def _first_token_cases(settings: Settings, model: BenchModel, budgets: dict[str, int]) -> Iterator[Case]:
+    """A long prompt in 60 % of the file, or the largest budget where that is none."""
+    middle = "60%" if "60%" in budgets else next(reversed(budgets), "")
+    if middle:
+        for repeat in range(settings.llama_repeats):
+            for engine in (H2O, MMAP):
+                yield Case("first token", model, middle, budgets[middle], engine, repeat, LONG_PROMPT, 2)
+
+
+def _resident_cases(settings: Settings, model: BenchModel, repeat: int) -> Iterator[Case]:
+    """A budget for everything: h2o and llama.cpp with its own defaults."""
+    size, n = resident_bytes(model.file_bytes), settings.n_predict_resident
+    for engine in _in_turn((H2O, DEFAULT), repeat):
+        yield Case("resident", model, "resident", size, engine, repeat, LONG_PROMPT, n)
 
 
 def _budget_cases(settings: Settings, model: BenchModel, budgets: dict[str, int], repeat: int) -> Iterator[Case]:
