@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile
+from runtime.drafters import LookupDrafter
 from runtime.engine import KV_TYPES, Engine, Settings, head_start
 from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
@@ -23,6 +24,7 @@ from runtime.plan_file import default_plan_path, read_plan
 from runtime.plan_watcher import PlanWatcher
 from runtime.sampler import Sampler, Sampling
 from runtime.sizes import parse_size
+from runtime.speculate import MOST_DRAFTED, Speculation
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 
 CONTEXT_STEP = 256
 CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
-WINDOW_PIECES = 3
+WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
+SPECULATE = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class RunOptions:
     json: bool = False
     layout: str = "auto"
     kv_type: str = "f16"
+    speculate: str = "auto"
 
     def __post_init__(self) -> None:
         for flag, value in (("--ctx", self.ctx), ("--threads", self.threads), ("--ubatch", self.ubatch)):
@@ -61,6 +65,8 @@ class RunOptions:
             raise UsageError(f"--threads {self.threads} is not possible", f"give 1 to {MOST_THREADS}")
         if self.kv_type not in KV_TYPES:
             raise UsageError(f"there is no KV type {self.kv_type!r}", f"choose one of {', '.join(KV_TYPES)}")
+        if self.speculate not in SPECULATE:
+            raise UsageError(f"--speculate {self.speculate} is not possible", f"choose one of {', '.join(SPECULATE)}")
         if self.n_predict is not None and self.n_predict < -1:
             raise UsageError(f"-n {self.n_predict} is not possible", "give 0 or more, or -1 for no limit")
 
@@ -177,7 +183,7 @@ def open_session(
     settings = _settings(options, n_ctx, n_prompt, model.profile)
     chosen = _choose(model, options, settings)
     with interrupts.held():
-        engine = Engine(model.file, model.hollow, chosen.plan, settings, note, model.take_store())
+        engine = _open_engine(model, chosen.plan, settings, note)
     cleanup = ExitStack()
     cleanup.callback(engine.close)
     try:
@@ -195,7 +201,7 @@ def open_session(
     return Session(
         model=model,
         engine=engine,
-        sequence=TokenSequence(engine, note),
+        sequence=TokenSequence(engine, note, _speculation(engine)),
         sampler=sampler,
         follower=PlanFollower(engine, watcher, chosen.budget_bytes, note),
         disk_bytes_per_s=model.profile.disk.bytes_per_s.mean if model.profile else 0.0,
@@ -203,6 +209,22 @@ def open_session(
         load_s=model.load_s + time.perf_counter() - start,
         cleanup=cleanup,
     )
+
+
+def _open_engine(model: OpenModel, plan: Plan, settings: Settings, note: Callable[[str], None]) -> Engine:
+    """The engine; a budget too small for the logits of several positions leaves speculation out."""
+    try:
+        return Engine(model.file, model.hollow, plan, settings, note, model.take_store())
+    except BudgetError:
+        if settings.n_logits == 1:
+            raise
+    return Engine(model.file, model.hollow, plan, replace(settings, n_logits=1), note)
+
+
+def _speculation(engine: Engine) -> Speculation | None:
+    """Prompt look-up, where the engine can verify several tokens in one pass."""
+    most = min(engine.settings.n_logits, engine.settings.n_ubatch) - 1
+    return Speculation(LookupDrafter(engine.settings.n_ctx), most) if most > 0 else None
 
 
 def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | None:
@@ -220,9 +242,11 @@ def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | Non
 
 
 def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProfile | None) -> Settings:
+    n_logits = 1 if options.speculate == "off" else MOST_DRAFTED + 1
     settings = Settings(
         n_ctx=n_ctx,
-        n_ubatch=options.ubatch or max(1, min(UBATCH, n_prompt)),
+        n_ubatch=options.ubatch or max(n_logits, min(UBATCH, n_prompt)),
+        n_logits=n_logits,
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,
     )

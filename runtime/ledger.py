@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from runtime.errors import BudgetError
 from runtime.sizes import MB, PAGE, format_size
 
-MARGIN_BYTES = 12 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
+MARGIN_BYTES = 8 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
 SAMPLER_BYTES_PER_TOKEN = 16  # llama.cpp's candidate list: token id, logit, probability per vocabulary entry
 
 
