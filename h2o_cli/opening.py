@@ -21,6 +21,7 @@ from runtime.hollow import HollowModel
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan
+from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
 from runtime.sampler import Sampler, Sampling
 from runtime.sizes import parse_size
@@ -198,12 +199,14 @@ def open_session(
     watcher.take_problem()
     cleanup.callback(sampler.close)
     cleanup.callback(watcher.close)
+    stats = StatsWriter(stats_path(model.plan_path), model.file.hash, note)
+    cleanup.callback(stats.close)
     return Session(
         model=model,
         engine=engine,
         sequence=TokenSequence(engine, note, _speculation(engine)),
         sampler=sampler,
-        follower=PlanFollower(engine, watcher, chosen.budget_bytes, note),
+        follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats),
         disk_bytes_per_s=model.profile.disk.bytes_per_s.mean if model.profile else 0.0,
         plan_origin=chosen.origin,
         load_s=model.load_s + time.perf_counter() - start,

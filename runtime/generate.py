@@ -12,6 +12,7 @@ import numpy as np
 from runtime.engine import Counters, Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
 from runtime.plan import Plan
+from runtime.plan_stats import StatsWriter
 from runtime.plan_watcher import PlanWatcher
 from runtime.residency import k_layers_worth, streamable_bytes, window_bytes
 from runtime.sampler import PENALTY_TOKENS, Sampler
@@ -204,28 +205,47 @@ def _overlap(text: str, stop: str) -> int:
 class PlanFollower:
     """Adopts new plans from a plan file between two passes, inside the budget; says once what it could not use."""
 
-    def __init__(self, engine: Engine, watcher: PlanWatcher, budget_bytes: int, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        watcher: PlanWatcher,
+        budget_bytes: int,
+        note: Callable[[str], None],
+        stats: StatsWriter | None = None,
+    ) -> None:
         self.engine = engine
         self.budget_bytes = budget_bytes
+        self._stats = stats
+        self._generation, self._refused = engine.plan.generation, 0
         self._watcher = watcher
         self._note = note
         self._asked = replace(engine.plan, generation=0)
         self._told: set[str] = set()
 
     def __call__(self) -> None:
-        """Look for a new plan."""
+        """Look for a new plan, and publish what was measured under the one in force."""
+        self._follow()
+        if self._stats:
+            self._stats.publish(self.engine, self.budget_bytes, self._generation, self._refused)
+
+    def _follow(self) -> None:
         plan = self._watcher.poll()
         problem = self._watcher.take_problem()
         if problem:
             self._tell(problem)
-        if plan is None or replace(plan, generation=0) == self._asked:
+        if plan is None:
+            return
+        if replace(plan, generation=0) == self._asked:
+            self._generation = plan.generation
             return
         try:
             check_budget(self.engine, plan, self.budget_bytes)
             self.engine.apply(plan)
         except (BudgetError, PlanError) as error:
+            self._refused = plan.generation
             self._tell(f"the new plan was not taken: {error}")
             return
+        self._generation = plan.generation
         self._asked = replace(plan, generation=0)
         self.budget_bytes = plan.budget_bytes or self.budget_bytes
 
