@@ -18,6 +18,7 @@ from runtime.generate import Meter, Request, Statistics, Step, check_prompt, gen
 from runtime.memory import peak_bytes
 from runtime.sampler import Sampling
 from runtime.sizes import format_size
+from runtime.speculate import OFF
 
 N_PREDICT = 256
 PROMPT_MOST_BYTES = 16 * 2**20
@@ -74,6 +75,10 @@ LayoutName = Annotated[
 ]
 KvType = Annotated[str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")]
 
+Speculate = Annotated[
+    str, typer.Option("--speculate", help="Guess tokens ahead from the text so far where it pays: auto, off.")
+]
+
 
 def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
@@ -97,6 +102,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     json: Json = False,
     layout: LayoutName = "auto",
     kv_type: KvType = "f16",
+    speculate: Speculate = "auto",
 ) -> None:
     """Run a model inside a memory budget: one prompt, or a conversation when no prompt is given.
 
@@ -118,6 +124,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         json=json,
         layout=layout,
         kv_type=kv_type,
+        speculate=speculate,
     )
     _check(options)
     if text is None:
@@ -248,8 +255,18 @@ def figures(session: Session, statistics: Statistics) -> dict[str, Any]:
         "versions": versions(),
         "load_s": session.load_s,
         "seed": session.sampler.seed,
+        "speculation": speculation(session, statistics),
+        "tokens_per_pass": statistics.tokens_per_pass,
+        "drafted": statistics.drafted,
+        "accepted": statistics.accepted,
         "plan_origin": session.plan_origin,
     }
+
+
+def speculation(session: Session, statistics: Statistics) -> str:
+    """Who drafted the tokens of an answer; "off" when nothing was drafted."""
+    used = session.sequence.speculation if statistics.drafted else None
+    return used.drafter.name if used else OFF
 
 
 def closing_line(session: Session, statistics: Statistics) -> str:
@@ -263,8 +280,14 @@ def closing_line(session: Session, statistics: Statistics) -> str:
             f"then {statistics.tokens_per_s:.1f} tokens/s ({statistics.decode_ms_per_token:.1f} ms each)",
             f"{format_size(statistics.bytes_read_per_token or 0)} read per token",
             f"{statistics.disk_wait_ms_per_token or 0:.1f} ms of it waiting for the disk",
-            f"{statistics.yield_:.0%} of the limit",
+            f"{statistics.yield_:.0%} of the limit{' of one token per pass' if statistics.accepted else ''}",
         ]
+    if statistics.drafted and statistics.tokens_per_pass:
+        name = speculation(session, statistics)
+        parts.append(
+            f"{statistics.tokens_per_pass:.2f} tokens per pass ({statistics.accepted} of {statistics.drafted}"
+            f" drafted tokens accepted, {name})"
+        )
     parts.append(f"peak memory {format_size(peak_bytes())} of {format_size(session.budget_bytes)}")
     parts.append(f"plan k={plan.k} w={plan.w} {plan.layout.label}")
     return f"h2o: {', '.join(parts)}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from runtime import llama_abi as abi
 from runtime.aligned_io import DIRECT, WeightFiles
 from runtime.embedding import RowTable
-from runtime.errors import Cancelled, EngineError, PromptError
+from runtime.errors import Cancelled, EngineError, H2OError, PromptError
 from runtime.head import TiledProduct
 from runtime.hollow import ContextBuffers, HollowModel
 from runtime.layer_store import LayerStore
@@ -25,6 +25,7 @@ from runtime.ledger import MARGIN_BYTES, SAMPLER_BYTES_PER_TOKEN, Ledger, embedd
 from runtime.memory import Region, resident_bytes_outside, view
 from runtime.model_file import ModelFile, Piece, TensorInfo
 from runtime.plan import Plan
+from runtime.repack import Repacker
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.sizes import MB, PAGE, page_down, page_up
 from runtime.trace import LayerTrace
@@ -41,7 +42,10 @@ _KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
 
 @dataclass(frozen=True)
 class Settings:
-    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's."""
+    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's.
+
+    repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
+    """
 
     n_ctx: int = 512
     n_ubatch: int = 128
@@ -132,9 +136,14 @@ class Engine:
         self._context = self._open_context()
         self._memory = abi.llama.llama_get_memory(self._context)
         self._product = TiledProduct(settings.n_threads)
+        self._repacker = Repacker()
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
         self.ledger = self._fixed_ledger()
-        self.apply(plan)
+        try:
+            self.apply(plan)
+        except H2OError:
+            self.close()
+            raise
         self.plan_changes = 0
 
     # --- opening ------------------------------------------------------------------------------------------------
@@ -200,7 +209,11 @@ class Engine:
         streamed = sum(p.span_bytes for p in self.file.pieces if p.number not in resident)
         window = min(page_down(window), streamed)
         pinned = total - streamed
+        for weight in self._weights:
+            if any(piece.number not in resident for piece in weight.pieces):
+                self._repacker.forget(weight.address)
         self._store.apply(resident, window)
+        self._repack = self.settings.repack and streamed == 0
         self._active = {weight.address: weight for weight in self._weights}
         largest = smallest_window(self.file, resident)
         self._boundary_bytes = max(0, min(window // 4, (window - 2 * largest) // 2))
@@ -329,7 +342,7 @@ class Engine:
             self._active[node] = weight
             self._aliases.append(node)
         elif self._store.is_resident(piece) and source == weight.address:
-            del self._active[source]
+            self._settle(weight)
         self._asked_bytes += piece.span_bytes
         return self._asked_bytes > self._boundary_bytes or not self._store.next_is_there()
 
@@ -337,7 +350,7 @@ class Engine:
         """A tensor in pieces: switch its node off and compute it in _after, unless all of it is in one place."""
         if all(self._store.is_resident(piece) for piece in weight.pieces):
             abi.Tensor.from_address(weight.address).data = self._store.home(weight.pieces[0].tensor.name).data
-            self._active.pop(weight.address, None)
+            self._settle(weight)
             return False
         if op != abi.OP_MUL_MAT:
             raise EngineError(
@@ -346,6 +359,12 @@ class Engine:
         self._tiled[node] = weight
         self._skip(node)
         return True
+
+    def _settle(self, weight: Weight) -> None:
+        """The weight is in memory for good: llama.cpp can use it without asking us."""
+        self._active.pop(weight.address, None)
+        if self._repack and weight.table is None:
+            self._repacker.repack(weight.address)
 
     def _after(self, address: int) -> bool:
         """Everything up to this node has been computed."""
@@ -429,6 +448,7 @@ class Engine:
         self._store.close()
         abi.llama.llama_free(self._context)
         self._product.close()
+        self._repacker.close()
         self._buffers.free()
         self._small.free()
         for table in self._tables:

@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from runtime.engine import Counters, Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
 from runtime.plan import Plan
@@ -17,6 +15,7 @@ from runtime.plan_watcher import PlanWatcher
 from runtime.residency import k_layers_worth, streamable_bytes, window_bytes
 from runtime.sampler import PENALTY_TOKENS, Sampler
 from runtime.sizes import format_size
+from runtime.speculate import Speculation
 from runtime.tokenizer import Tokenizer
 
 LENGTH, STOP, EOS, CANCELLED = "length", "stop", "eos", "cancelled"
@@ -41,18 +40,27 @@ class Step:
 
     token None: no new token (the end of text itself, a cancelled answer). Text can lag behind the tokens: incomplete
     characters and possible beginnings of a stop text are held back.
+
+    The first step of a pass says how many tokens had been drafted for it and how long that took; `accepted` says that
+    the token was one of them.
     """
 
     token: int | None
     text: str = ""
     finish: str = ""
+    drafted: int = 0
+    drafting_s: float = 0.0
+    accepted: bool = False
 
 
 class TokenSequence:
-    """The tokens whose keys and values are in an engine's cache."""
+    """The tokens whose keys and values are in an engine's cache, and how more of them are guessed ahead."""
 
-    def __init__(self, engine: Engine, note: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, engine: Engine, note: Callable[[str], None] = print, speculation: Speculation | None = None
+    ) -> None:
         self.engine = engine
+        self.speculation = speculation
         self.tokens: list[int] = []
         self._note = note
 
@@ -65,9 +73,15 @@ class TokenSequence:
             kept = self._shorten(kept)
         self._compute(tokens[kept:])
 
-    def append(self, token: int) -> None:
-        """Compute one more token."""
-        self._compute([token])
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Compute more tokens in one pass; the logits of all of them are there afterwards."""
+        self._compute(tokens, len(tokens))
+
+    def shorten(self, n_tokens: int) -> None:
+        """Keep the first n_tokens only."""
+        wanted = self.tokens[:n_tokens]
+        if n_tokens < len(self.tokens) and self._shorten(n_tokens) < n_tokens:
+            self._compute(wanted)
 
     @property
     def room(self) -> int:
@@ -84,10 +98,10 @@ class TokenSequence:
         del self.tokens[n_tokens:]
         return n_tokens
 
-    def _compute(self, tokens: Sequence[int]) -> None:
+    def _compute(self, tokens: Sequence[int], n_logits: int = 1) -> None:
         start = self.engine.n_past
         try:
-            self.engine.forward(tokens)
+            self.engine.forward(tokens, n_logits)
         finally:
             self.tokens += tokens[: self.engine.n_past - start]
 
@@ -119,49 +133,105 @@ def generate(
     `between_tokens` is called before every pass: the place to adopt a new plan. A cancelled pass ends the answer with
     a step of its own; the text so far stays, and the sequence can go on.
     """
-    check_prompt(len(request.prompt), sequence.engine.settings.n_ctx)
-    text = StopFilter(tokenizer, request.stop)
-    sampler.accept(request.prompt[-PENALTY_TOKENS:])
-    n_left = request.n_predict if request.n_predict >= 0 else sequence.engine.settings.n_ctx
-    pending: Sequence[int] = request.prompt
+    answer = _Answer(sequence, tokenizer, sampler, request)
     try:
+        between_tokens()
+        answer.compute_prompt()
+        if request.n_predict == 0:
+            yield Step(None, "", LENGTH)
+            return
         while True:
+            yield from answer.steps()
+            if answer.finished:
+                return
             between_tokens()
-            if pending is request.prompt:
-                sequence.feed(pending)
-                _check_numbers(sequence.engine)
-            else:
-                sequence.append(pending[0])
-            if n_left <= 0:
-                yield Step(None, "", LENGTH)
-                return
-            token = sampler.sample(sequence.engine)
-            n_left -= 1
-            step = _step(text, tokenizer, token, is_last=n_left == 0 or sequence.room == 0)
-            yield step
-            if step.finish:
-                return
-            pending = (token,)
+            answer.compute_next()
     except Cancelled:
-        yield Step(None, text.finish(), CANCELLED)
+        yield Step(None, answer.text.finish(), CANCELLED)
+
+
+class _Answer:
+    """One answer: a pass for what is known and drafted (compute), then the sampler's choices in order (steps).
+
+    A drafted token counts when the sampler chooses it; the first other choice ends the pass's tokens, and what was
+    computed behind it is forgotten. So the choices are those of one token per pass, with the same random numbers.
+    """
+
+    def __init__(self, sequence: TokenSequence, tokenizer: Tokenizer, sampler: Sampler, request: Request) -> None:
+        self._n_ctx = sequence.engine.settings.n_ctx
+        check_prompt(len(request.prompt), self._n_ctx)
+        sampler.accept(request.prompt[-PENALTY_TOKENS:])
+        self.text = StopFilter(tokenizer, request.stop)
+        self.finished = False
+        self._sequence, self._tokenizer, self._sampler = sequence, tokenizer, sampler
+        self._speculation = sequence.speculation
+        self._tokens = list(request.prompt)
+        self._n_prompt = len(request.prompt)
+        self._n_left = request.n_predict if request.n_predict >= 0 else self._n_ctx
+        self._draft: list[int] = []
+
+    def compute_prompt(self) -> None:
+        """Compute what the cache does not have of the prompt."""
+        engine = self._sequence.engine
+        before = replace(engine.counters)
+        self._sequence.feed(self._tokens)
+        _check_numbers(engine)
+        if self._speculation:
+            self._speculation.begin()
+            self._speculation.saw_prompt(before, engine.counters, engine.streamed_bytes)
+
+    def compute_next(self) -> None:
+        """One pass for the last token and a draft of what follows it."""
+        counters, speculation = self._sequence.engine.counters, self._speculation
+        if not speculation:
+            self._sequence.extend(self._tokens[-1:])
+            return
+        self._draft = speculation.draft(self._tokens, min(self._n_left, self._n_ctx - len(self._tokens) + 1) - 1)
+        before = replace(counters)
+        self._sequence.extend([self._tokens[-1], *self._draft])
+        speculation.saw_pass(before, counters)
+
+    def steps(self) -> Iterator[Step]:
+        """The tokens of the last pass."""
+        draft, n_before = self._draft, len(self._tokens)
+        drafting_s = self._speculation.drafting_s if self._speculation else 0.0
+        for i in range(len(draft) + 1):
+            step, token = self._choose(i)
+            right = i < len(draft) and token == draft[i]
+            self.finished = bool(step.finish)
+            if self.finished:
+                self._sequence.shorten(len(self._tokens))
+            else:
+                self._tokens.append(token)
+            if i == 0:
+                step = replace(step, drafted=len(draft), drafting_s=drafting_s)
+            yield replace(step, accepted=right)
+            if self.finished:
+                return
+            if not right:
+                break
+        self._sequence.shorten(len(self._tokens) - 1)
+        if self._speculation and n_before > self._n_prompt:
+            self._speculation.verified(len(draft), self._tokens[n_before:])
+
+    def _choose(self, i: int) -> tuple[Step, int]:
+        """The step and the token of the last pass's i-th position."""
+        token = self._sampler.sample(self._sequence.engine, i - len(self._draft) - 1)
+        self._n_left -= 1
+        if self._tokenizer.ends(token):
+            return Step(None, self.text.finish(), EOS), token
+        new = self.text.feed(token)
+        if self.text.stopped:
+            return Step(token, new, STOP), token
+        if self._n_left and len(self._tokens) < self._n_ctx:
+            return Step(token, new), token
+        new += self.text.finish()
+        return Step(token, new, STOP if self.text.stopped else LENGTH), token
 
 
 def _check_numbers(engine: Engine) -> None:
-    if np.isnan(engine.logits()).any():
+    if not engine.has_numbers():
         raise EngineError("the model computes no numbers (NaN)", "the file may be damaged: download the model again")
-
-
-def _step(text: StopFilter, tokenizer: Tokenizer, token: int, *, is_last: bool) -> Step:
-    """The step of one chosen token."""
-    if tokenizer.ends(token):
-        return Step(None, text.finish(), EOS)
-    new = text.feed(token)
-    if text.stopped:
-        return Step(token, new, STOP)
-    if not is_last:
-        return Step(token, new)
-    new += text.finish()
-    return Step(token, new, STOP if text.stopped else LENGTH)
 
 
 class StopFilter:
@@ -274,8 +344,9 @@ def check_budget(engine: Engine, plan: Plan, budget_bytes: int) -> None:
 class Statistics:
     """How fast an answer was. None: too few tokens to say.
 
-    limit_ms_per_token is the least a token can take when reading and computing overlap fully: the larger of
-    streamed bytes per pass / disk bytes per second, and the computing time (pass time minus waiting for the disk).
+    limit_ms_per_token is the least a token can take with one token per pass, when reading and computing overlap fully:
+    the larger of streamed bytes per pass / disk bytes per second, and the computing time of a pass (its time minus
+    waiting for the disk; passes without a draft count where there were any). Speculation can be faster than that.
     """
 
     n_tokens: int = 0
@@ -285,6 +356,9 @@ class Statistics:
     bytes_read_per_token: float | None = None
     disk_wait_ms_per_token: float | None = None
     limit_ms_per_token: float | None = None
+    tokens_per_pass: float | None = None
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def yield_(self) -> float | None:
@@ -294,6 +368,16 @@ class Statistics:
         return self.limit_ms_per_token / self.decode_ms_per_token
 
 
+@dataclass
+class _Seen:
+    """What a Meter knew at one step: passes that gave tokens to it, and their parts."""
+
+    at_s: float
+    counters: Counters
+    n_steps: int
+    drafting_s: float
+
+
 class Meter:
     """Watches the steps of one answer. disk_bytes_per_s 0: not known, the best rate seen counts."""
 
@@ -301,22 +385,37 @@ class Meter:
         self._engine = engine
         self._disk_bytes_per_s = disk_bytes_per_s
         self._start_s = time.perf_counter()
-        self._first: tuple[float, Counters] | None = None
-        self._last: tuple[float, Counters] | None = None
+        self._first: _Seen | None = None
+        self._last: _Seen | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS)
         self._best_bytes_per_s = 0.0
-        self.n_tokens = 0
+        self._plain = [0, 0.0]  # passes without a draft, and their computing time
+        self._n_steps, self._drafting_s = 0, 0.0
+        self.n_tokens = self._drafted = self._accepted = 0
 
     def see(self, step: Step) -> None:
         """Take note of a step, when it is there."""
         self.n_tokens += step.token is not None
-        now = (time.perf_counter(), replace(self._engine.counters))
+        self._n_steps += 1
+        self._drafted += step.drafted
+        self._accepted += step.accepted
+        self._drafting_s += step.drafting_s
         if step.finish == CANCELLED:
             return
+        now = _Seen(time.perf_counter(), replace(self._engine.counters), self._n_steps, self._drafting_s)
         if self._first is None:
-            self._first = now
+            self._first = self._last = now
+        if self._last is None or now.counters.passes != self._last.counters.passes or not self._recent:
+            self._see_pass(now, step)
         self._last = now
-        self._recent.append((now[0], now[1].bytes_read))
+
+    def _see_pass(self, now: _Seen, step: Step) -> None:
+        """The first step of a pass."""
+        if self._last and now is not self._last and not step.drafted:
+            before = self._last.counters
+            self._plain[0] += 1
+            self._plain[1] += now.counters.seconds - before.seconds - now.counters.wait_s + before.wait_s
+        self._recent.append((now.at_s, now.counters.bytes_read))
         seconds = self._recent[-1][0] - self._recent[0][0]
         if len(self._recent) == _RATE_STEPS and seconds > 0:
             rate = (self._recent[-1][1] - self._recent[0][1]) / seconds
@@ -324,23 +423,29 @@ class Meter:
 
     def statistics(self) -> Statistics:
         """The figures so far. The first token counts for ttft_s only."""
-        if self._first is None or self._last is None:
+        first, last = self._first, self._last
+        if first is None or last is None:
             return Statistics(self.n_tokens)
-        ttft_s = self._first[0] - self._start_s
-        (first_s, first), (last_s, last) = self._first, self._last
-        n = last.passes - first.passes
-        if n <= 0:
+        ttft_s = first.at_s - self._start_s
+        passes = last.counters.passes - first.counters.passes
+        if passes <= 0:
             return Statistics(self.n_tokens, ttft_s)
-        decode_s, wait_s = (last.seconds - first.seconds) / n, (last.wait_s - first.wait_s) / n
-        seen = (last.bytes_read - first.bytes_read) / (last_s - first_s)
-        rate = self._disk_bytes_per_s or max(self._best_bytes_per_s, seen)
+        n = last.n_steps - first.n_steps
+        pass_s = last.counters.seconds - first.counters.seconds
+        wait_s = last.counters.wait_s - first.counters.wait_s
+        n_bytes = last.counters.bytes_read - first.counters.bytes_read
+        compute_s = self._plain[1] / self._plain[0] if self._plain[0] else (pass_s - wait_s) / passes
+        rate = self._disk_bytes_per_s or max(self._best_bytes_per_s, n_bytes / (last.at_s - first.at_s))
         disk_s = self._engine.streamed_bytes / rate if rate else 0.0
         return Statistics(
             n_tokens=self.n_tokens,
             ttft_s=ttft_s,
-            decode_ms_per_token=1000 * decode_s,
-            tokens_per_s=n / (last_s - first_s),
-            bytes_read_per_token=(last.bytes_read - first.bytes_read) / n,
-            disk_wait_ms_per_token=1000 * wait_s,
-            limit_ms_per_token=1000 * max(disk_s, decode_s - wait_s),
+            decode_ms_per_token=1000 * (pass_s + last.drafting_s - first.drafting_s) / n,
+            tokens_per_s=n / (last.at_s - first.at_s),
+            bytes_read_per_token=n_bytes / n,
+            disk_wait_ms_per_token=1000 * wait_s / n,
+            limit_ms_per_token=1000 * max(disk_s, compute_s),
+            tokens_per_pass=n / passes,
+            drafted=self._drafted,
+            accepted=self._accepted,
         )

@@ -76,9 +76,9 @@ class Sampler:
         yield llama.llama_sampler_init_temp(sampling.temp)
         yield llama.llama_sampler_init_dist(self.seed)
 
-    def sample(self, engine: Engine) -> int:
-        """Choose from the logits of the last forward, and remember the choice."""
-        return int(abi.llama.llama_sampler_sample(self._chain, engine.context, -1))
+    def sample(self, engine: Engine, i: int = -1) -> int:
+        """Choose from an output of the last forward (counted from the end: negative), and remember the choice."""
+        return int(abi.llama.llama_sampler_sample(self._chain, engine.context, i))
 
     def accept(self, tokens: Iterable[int]) -> None:
         """Remember tokens that were not chosen here (the prompt), for the repeat penalty."""

@@ -97,7 +97,7 @@ def test_prompts_that_do_not_fit(rig):
 
 
 def test_not_a_number(rig, monkeypatch):
-    monkeypatch.setattr(rig.engine, "logits", lambda: [float("nan")] * 4)
+    monkeypatch.setattr(rig.engine, "has_numbers", lambda: False)
     with pytest.raises(EngineError, match="NaN"):
         rig.answer()
 
