@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CONTEXT_STEP = 256
 CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
-WINDOW_PIECES = 3
+WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
 SPECULATE = ("auto", "off")
 
