@@ -34,7 +34,7 @@ class Job:
     prompt: str
     n_predict: int
     ctx: int = 512
-    ubatch: int = 128
+    ubatch: int = 128  # llama.cpp's; h2o chooses its own
     threads: int = 2
     prefill: bool = False
     plan_file: Path = Path("/nonexistent")
@@ -61,7 +61,7 @@ class Result:
 
 def h2o_command(job: Job) -> list[str]:
     """`h2o run` with greedy tokens, as a user would call it."""
-    sizes = ["--ctx", str(job.ctx), "--ubatch", str(job.ubatch), "-t", str(job.threads), "-n", str(job.n_predict)]
+    sizes = ["--ctx", str(job.ctx), "-t", str(job.threads), "-n", str(job.n_predict)]
     budget = ["-m", f"{job.budget_bytes}B"] if job.budget_bytes else []
     run = [sys.executable, "-m", "h2o_cli.main", "run", str(job.model), "-p", job.prompt, "--temp", "0", "--json"]
     return [*run, *budget, *sizes, "-s", str(job.plan_file), *job.flags]
@@ -115,20 +115,23 @@ def _failure(outcome: Outcome) -> Result:
 
 
 def _h2o_result(figures: dict[str, Any], outcome: Outcome) -> Result:
+    """Its prefill speed counts the wait for weights that were still on their way."""
     n_more = len(figures["tokens"]) - 1
     rate = figures["tokens_per_s"]
     decode_s = n_more / rate if rate else 0.0
     own_ttft_s = figures.get("ttft_process_s")
+    n_prompt = len(figures["prompt_tokens"])
+    prefill = n_prompt / figures["ttft_s"] if figures["ttft_s"] else None
     return Result(
         status="ok",
         tokens=tuple(figures["tokens"]),
-        n_prompt_tokens=len(figures["prompt_tokens"]),
+        n_prompt_tokens=n_prompt,
         ttft_s=outcome.output_s - decode_s if own_ttft_s is None else own_ttft_s,
         ms_per_token=1000 / rate if rate else None,
         pass_ms=figures["decode_ms_per_token"],
         disk_wait_ms_per_token=figures["disk_wait_ms_per_token"],
         bytes_per_token=figures["bytes_read_per_token"],
-        prefill_tokens_per_s=figures.get("prefill_tokens_per_s"),
+        prefill_tokens_per_s=figures.get("prefill_tokens_per_s", prefill),
         plan=figures["plan"],
     )
 

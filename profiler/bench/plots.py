@@ -70,6 +70,8 @@ def draw_speed(axes: Axes, rows: Sequence[Row]) -> None:
     limit = _points(rows, lambda row: row.limit_ms_per_token)
     axes.plot([x for x, _ in limit], [1000 / ms for _, ms in limit], "k--", linewidth=1, label="limit")
     row = rows[0]
+    if row.read_bytes_per_s:
+        _draw_ideal(axes, rows)
     axes.axvline(row.file_bytes / 1e6, color=_OTHER, linewidth=0.8, linestyle=":")
     axes.annotate("file", (row.file_bytes / 1e6, 1), xycoords=("data", "axes fraction"), ha="right", va="top")
     disk = f", disk {row.read_bytes_per_s / 1e6:.0f} MB/s" if row.read_bytes_per_s else ""
@@ -78,6 +80,16 @@ def draw_speed(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _draw_ideal(axes: Axes, rows: Sequence[Row]) -> None:
+    """The limit of a process that takes no memory for anything but weights, up to the fastest token that was seen."""
+    row = rows[0]
+    most = max((1000 / r.ms_per_token for r in rows if r.ms_per_token), default=0.0)
+    least_bytes = row.read_bytes_per_s / most if most else 0.0
+    sizes = [row.file_bytes * i / 100 for i in range(101) if row.file_bytes * (100 - i) / 100 > least_bytes / 2]
+    speeds = [row.read_bytes_per_s / (row.file_bytes - size) for size in sizes]
+    axes.plot([size / 1e6 for size in sizes], speeds, ":", color=_OTHER, label="limit if all memory held weights")
 
 
 def _points(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> list[tuple[float, float]]:

@@ -25,6 +25,7 @@ SHORT_PROMPT = "Hello there"
 _SENTENCE = "the rain on the hill ran to the sea and the sea sent it to the hill as rain another time "
 LONG_PROMPT = _SENTENCE * 9
 MMAP, DIRECT_IO, DEFAULT = (f"{LLAMA_CPP} {load}" for load in ("mmap", "direct-io", "default"))
+SHORT_UBATCH, LLAMA_UBATCH = 128, 512  # small buffers are a favour to mmap; 512 is llama.cpp's default
 FLOOR = "floor"
 START_S = 2.5  # a process until its first read, cold
 COMPUTE_BYTES_PER_S = 15e9  # for estimates of time only
@@ -264,9 +265,9 @@ class Bench:
         return Job(model.path, size, prompt, n_predict, threads=settings.threads, flags=settings.flags)
 
     def _measure(self, case: Case) -> Row:
-        job = replace(
-            self._job(case.model, case.budget_bytes, case.prompt, case.n_predict), prefill=case.suite == "resident"
-        )
+        job = self._job(case.model, case.budget_bytes, case.prompt, case.n_predict)
+        ubatch = SHORT_UBATCH if case.prompt == SHORT_PROMPT else LLAMA_UBATCH
+        job = replace(job, prefill=case.suite == "resident", ubatch=ubatch)
         planned = None
         if case.engine == H2O:
             planned = self._planned(case)
