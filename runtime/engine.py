@@ -25,6 +25,7 @@ from runtime.ledger import MARGIN_BYTES, SAMPLER_BYTES_PER_TOKEN, Ledger, embedd
 from runtime.memory import Region, resident_bytes_outside, view
 from runtime.model_file import ModelFile, Piece, TensorInfo
 from runtime.plan import Plan
+from runtime.repack import Repacker
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.sizes import MB, PAGE, page_down, page_up
 from runtime.trace import LayerTrace
@@ -41,7 +42,10 @@ _KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
 
 @dataclass(frozen=True)
 class Settings:
-    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's."""
+    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's.
+
+    repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
+    """
 
     n_ctx: int = 512
     n_ubatch: int = 128
@@ -51,6 +55,7 @@ class Settings:
     io_mode: str = DIRECT
     request_bytes: int = 2**21
     depth: int = 4
+    repack: bool = True
 
 
 def open_store(file: ModelFile, settings: Settings) -> LayerStore:
@@ -132,6 +137,7 @@ class Engine:
         self._context = self._open_context()
         self._memory = abi.llama.llama_get_memory(self._context)
         self._product = TiledProduct(settings.n_threads)
+        self._repacker = Repacker()
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
         self.ledger = self._fixed_ledger()
         try:
@@ -204,7 +210,11 @@ class Engine:
         streamed = sum(p.span_bytes for p in self.file.pieces if p.number not in resident)
         window = min(page_down(window), streamed)
         pinned = total - streamed
+        for weight in self._weights:
+            if any(piece.number not in resident for piece in weight.pieces):
+                self._repacker.forget(weight.address)
         self._store.apply(resident, window)
+        self._repack = self.settings.repack and streamed == 0
         self._active = {weight.address: weight for weight in self._weights}
         largest = smallest_window(self.file, resident)
         self._boundary_bytes = max(0, min(window // 4, (window - 2 * largest) // 2))
@@ -333,7 +343,7 @@ class Engine:
             self._active[node] = weight
             self._aliases.append(node)
         elif self._store.is_resident(piece) and source == weight.address:
-            del self._active[source]
+            self._settle(weight)
         self._asked_bytes += piece.span_bytes
         return self._asked_bytes > self._boundary_bytes or not self._store.next_is_there()
 
@@ -341,7 +351,7 @@ class Engine:
         """A tensor in pieces: switch its node off and compute it in _after, unless all of it is in one place."""
         if all(self._store.is_resident(piece) for piece in weight.pieces):
             abi.Tensor.from_address(weight.address).data = self._store.home(weight.pieces[0].tensor.name).data
-            self._active.pop(weight.address, None)
+            self._settle(weight)
             return False
         if op != abi.OP_MUL_MAT:
             raise EngineError(
@@ -350,6 +360,12 @@ class Engine:
         self._tiled[node] = weight
         self._skip(node)
         return True
+
+    def _settle(self, weight: Weight) -> None:
+        """The weight is in memory for good: llama.cpp can use it without asking us."""
+        self._active.pop(weight.address, None)
+        if self._repack and weight.table is None:
+            self._repacker.repack(weight.address)
 
     def _after(self, address: int) -> bool:
         """Everything up to this node has been computed."""
@@ -433,6 +449,7 @@ class Engine:
         self._store.close()
         abi.llama.llama_free(self._context)
         self._product.close()
+        self._repacker.close()
         self._buffers.free()
         self._small.free()
         for table in self._tables:

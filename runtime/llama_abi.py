@@ -228,6 +228,9 @@ ggml_backend_cpu_buffer_type = bind(ggml_base, "ggml_backend_cpu_buffer_type", P
 ggml_backend_cpu_buffer_from_ptr = bind(
     ggml_base, "ggml_backend_cpu_buffer_from_ptr", POINTER, POINTER, ctypes.c_size_t
 )
+ggml_backend_cpu_repack_buffer_type = bind(ggml_cpu, "_Z35ggml_backend_cpu_repack_buffer_typev", POINTER)
+ggml_backend_buft_alloc_buffer = bind(ggml_base, "ggml_backend_buft_alloc_buffer", POINTER, POINTER, ctypes.c_size_t)
+ggml_backend_buffer_free = bind(ggml_base, "ggml_backend_buffer_free", None, POINTER)
 ggml_backend_cpu_init = bind(ggml_cpu, "ggml_backend_cpu_init", POINTER)
 ggml_backend_cpu_set_n_threads = bind(ggml_cpu, "ggml_backend_cpu_set_n_threads", None, POINTER, ctypes.c_int)
 _type_traits_cpu = bind(ggml_cpu, "ggml_get_type_traits_cpu", POINTER, ctypes.c_int)

@@ -21,13 +21,13 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
 
 
 @contextmanager
-def loaded_model(path, *, vocab_only=False):
-    """The llama_model pointer of a file loaded with llama.cpp's defaults, without repacked weights."""
+def loaded_model(path, *, vocab_only=False, repack=False):
+    """The llama_model pointer of a file loaded with llama.cpp's defaults, with or without repacked weights."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
-    params.use_extra_bufts = False
+    params.use_extra_bufts = repack
     params.vocab_only = vocab_only
     with quiet():
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
@@ -119,7 +119,17 @@ def detokenize(model, ids, *, remove_special=True):
 
 
 def reference_logits_and_tokens(
-    path, prompt_tokens, n_predict, *, n_ctx, n_ubatch, n_threads, kv_type="f16", flash_attn=None, per_ubatch=False
+    path,
+    prompt_tokens,
+    n_predict,
+    *,
+    n_ctx,
+    n_ubatch,
+    n_threads,
+    kv_type="f16",
+    flash_attn=None,
+    per_ubatch=False,
+    repack=False,
 ):
     """Greedy decoding by llama.cpp alone: (one float32 array of logits per step, the token chosen at each).
 
@@ -128,7 +138,7 @@ def reference_logits_and_tokens(
     """
     import llama_cpp
 
-    with loaded_model(path) as model:
+    with loaded_model(path, repack=repack) as model:
         prompt = tokenize(model, prompt_tokens) if isinstance(prompt_tokens, str) else list(prompt_tokens)
         n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         options = {"n_threads": n_threads, "kv_type": kv_type, "flash_attn": flash_attn}

@@ -95,6 +95,25 @@ def test_everything_resident_reads_each_byte_once(tiny_model):
         assert opened.counters.bytes_read - before <= 8192 * 2  # nothing but an embedding row
 
 
+@pytest.mark.parametrize("file_type", ["q4_0", "q4_K", "q8_0"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3moe"])
+def test_everything_resident_computes_as_llama_cpp_does_by_default(tiny_model, arch, file_type):
+    """Weights that all fit are repacked like llama.cpp's own; once some are streamed again they are plain again."""
+    path, prompt = tiny_model(arch, file_type), prompt_of(70)
+    options = {"n_ctx": 512, "n_ubatch": 64, "n_threads": THREADS}
+    by_default = reference_logits_and_tokens(path, prompt, 6, repack=True, **options)
+    plain = reference_logits_and_tokens(path, prompt, 6, **options)
+    everything = Plan(4, 1, Layout.BALANCED, pinned_bytes=10**9)
+    with engine(path, everything, n_ubatch=64, n_threads=THREADS) as opened:
+        assert_same(greedy(opened, prompt, 6), by_default)
+        opened.truncate(0)
+        opened.apply(Plan(0, 1))
+        assert_same(greedy(opened, prompt, 6), plain)
+        opened.truncate(0)
+        opened.apply(everything)
+        assert_same(greedy(opened, prompt, 6), by_default)
+
+
 def test_streamed_bytes_are_read_once_per_token(tiny_model):
     with engine(tiny_model("llama"), Plan(1, 1)) as opened:
         greedy(opened, prompt_of(3), 8)
