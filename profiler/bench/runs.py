@@ -136,7 +136,7 @@ def cases(settings: Settings, floors: dict[str, int]) -> list[Case]:
     """All runs, in order: within a repeat every engine has its turn in every budget."""
     found: list[Case] = []
     for model in settings.models:
-        floor = floors[model.name]
+        floor = floors.get(model.name, 0)
         budgets = {text: budget_bytes(text, model.file_bytes, floor) for text in settings.budgets}
         usable = {text: size for text, size in budgets.items() if size >= floor}
         for repeat in range(max(settings.repeats, settings.llama_repeats)):
@@ -218,7 +218,8 @@ class Bench:
 
     def run(self) -> Iterator[Row]:
         """Measure: first profile and floor of every model, then all runs. Raises H2OError."""
-        models = self.settings.models
+        streaming = set(self.settings.suites) & {"budgets", "first token"}
+        models = self.settings.models if streaming else ()
         profile_s = [self._profile_s(model) for model in models]
         guess = cases(self.settings, {model.name: 200 * MB for model in models})
         self._total_s = sum(profile_s) + sum(self._estimate_s(case) for case in guess)
