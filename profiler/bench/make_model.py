@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -19,32 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.bench.shapes import Shape, TensorSpec, hyper_parameters, parse_shape, tensor_specs
-from runtime.errors import EngineError, H2OError, UsageError
+from runtime.errors import H2OError, UsageError
+from runtime.quantize import FILE_TYPES, parse_file_type, quantize
 from runtime.sizes import format_size
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+__all__ = ["FILE_TYPES", "make_model", "parse_file_type", "quantize"]
+
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""
-
-FILE_TYPES: dict[str, int] = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q8_0": 7,
-    "q5_0": 8,
-    "q5_1": 9,
-    "q2_k": 10,
-    "q4_k_s": 14,
-    "q4_k_m": 15,
-    "q4_k": 15,
-    "q5_k_m": 17,
-    "q6_k": 18,
-    "iq4_nl": 25,
-    "iq4_xs": 30,
-}
-"""File types by name and llama.cpp's number for each."""
 
 ALIGNMENT = 32
 CHUNK = 1 << 20
@@ -87,14 +71,6 @@ def make_model(
                 leftover.unlink(missing_ok=True)
 
 
-def parse_file_type(name: str) -> str:
-    """The file type in the spelling of FILE_TYPES; UsageError if there is none of that name."""
-    kind = name.strip().lower()
-    if kind not in FILE_TYPES:
-        raise UsageError(f"unknown file type {name!r}", f"choose one of {', '.join(FILE_TYPES)}")
-    return kind
-
-
 def _check_output(output: Path) -> None:
     if not output.name or (output.exists() and not output.is_file()):
         raise UsageError(f"{output} is not a file that can be replaced", "give the path of a .gguf file")
@@ -107,49 +83,6 @@ def _file_error(error: OSError, output: Path) -> H2OError:
         return UsageError(f"the disk of {output} is full", "free space or choose another disk")
     reason = error.strerror or str(error)
     return UsageError(f"{output} cannot be written: {reason}", "choose a folder you may write to")
-
-
-# --- the quantiser ---------------------------------------------------------------------------------------------------
-
-
-def quantize(source: Path, target: Path, file_type: str, *, requantize: bool = False, threads: int = 0) -> None:
-    """Write `source` to `target` in another file type with llama.cpp's own quantiser.
-
-    `requantize` allows a source that is itself quantised.
-    """
-    import llama_cpp
-
-    lines: list[str] = []
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = FILE_TYPES[parse_file_type(file_type)]
-    params.nthread = threads or len(os.sched_getaffinity(0))
-    params.allow_requantize = requantize
-    with _captured_log(lines):
-        status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
-    if status != 0:
-        target.unlink(missing_ok=True)
-        reason = next((line for line in reversed(lines) if "fail" in line or "error" in line), "no reason given")
-        raise EngineError(
-            f"llama.cpp could not quantise to {file_type}: {reason}", "check the free disk space, or use --type f16"
-        )
-
-
-@contextlib.contextmanager
-def _captured_log(lines: list[str]) -> Iterator[None]:
-    """Keep llama.cpp's messages in `lines` instead of on standard error."""
-    import llama_cpp
-
-    def keep(_level: int, text: bytes, _data: object) -> None:
-        lines.append(text.decode(errors="replace").strip())
-
-    callback = llama_cpp.llama_log_callback(keep)
-    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p())
-    try:
-        yield
-    finally:
-        llama_cpp.llama_log_set(before, data)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
