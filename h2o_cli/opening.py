@@ -14,9 +14,10 @@ from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile
 from runtime.drafters import LookupDrafter
-from runtime.engine import KV_TYPES, Engine, Settings, head_start
+from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
+from runtime.head_start import head_start
 from runtime.hollow import HollowModel
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
@@ -24,6 +25,7 @@ from runtime.plan_file import default_plan_path, read_plan
 from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
 from runtime.sampler import Sampler, Sampling
+from runtime.settings import KV_TYPES, Settings
 from runtime.sizes import parse_size
 from runtime.speculate import MOST_DRAFTED, Speculation
 from runtime.tokenizer import Tokenizer

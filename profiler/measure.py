@@ -30,7 +30,7 @@ from profiler.model_profile import (
 from profiler.release import resident_release, slot_release
 from profiler.timing import columns
 from runtime.aligned_io import WeightFiles
-from runtime.engine import Engine, Settings
+from runtime.engine import Engine
 from runtime.errors import Cancelled
 from runtime.hollow import HollowModel
 from runtime.ledger import Ledger, below_floor
@@ -38,6 +38,7 @@ from runtime.memory import available_bytes
 from runtime.model_file import Layer, ModelFile
 from runtime.plan import Plan
 from runtime.residency import layer_bytes, smallest_window, streamable_bytes
+from runtime.settings import Settings
 from runtime.sizes import MB
 
 CTX_TOKENS = 512

@@ -45,7 +45,7 @@ def resident_release(layer: Layer, repeats: int) -> Spread:
 
         def drop(homes: list[tuple[Home, Piece]] = homes) -> None:
             for home, piece in homes:
-                home.drop(piece, frozenset())
+                home.drop(piece, set())
 
         samples.append(seconds_of(drop))
         for home, _ in homes:

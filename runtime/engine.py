@@ -15,69 +15,28 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from runtime import llama_abi as abi
-from runtime.aligned_io import DIRECT, WeightFiles
 from runtime.embedding import RowTable
 from runtime.errors import Cancelled, EngineError, H2OError, PromptError
 from runtime.head import TiledProduct
+from runtime.head_start import open_store
 from runtime.hollow import ContextBuffers, HollowModel
 from runtime.layer_store import LayerStore
-from runtime.ledger import MARGIN_BYTES, SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes
-from runtime.memory import Region, resident_bytes_outside, view
-from runtime.model_file import ModelFile, Piece, TensorInfo
+from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes
+from runtime.memory import resident_bytes_outside
+from runtime.model_file import ModelFile, Piece
 from runtime.plan import Plan
 from runtime.repack import Repacker
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
-from runtime.sizes import MB, PAGE, page_down, page_up
+from runtime.settings import KV_TYPES, Settings
+from runtime.sizes import page_down, page_up
+from runtime.small_tensors import SmallTensors
 from runtime.trace import LayerTrace
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
-_GUESSED_PROCESS_BYTES = 80 * MB
-_GUESSED_HEADER_COPIES = 9  # llama.cpp's vocabulary takes about this many times its bytes in the file
 _KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's.
-
-    repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
-    """
-
-    n_ctx: int = 512
-    n_ubatch: int = 128
-    n_threads: int = 2
-    kv_type: str = "f16"
-    n_logits: int = 1
-    io_mode: str = DIRECT
-    request_bytes: int = 2**21
-    depth: int = 4
-    repack: bool = True
-
-
-def open_store(file: ModelFile, settings: Settings) -> LayerStore:
-    """The store of a model's weights; nothing is read yet."""
-    files = WeightFiles(file.paths, settings.io_mode, file.file_sizes)
-    return LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
-
-
-def head_start(file: ModelFile, plan: Plan, settings: Settings) -> LayerStore:
-    """A store that reads already while llama.cpp is still loading vocabulary and header.
-
-    What the process will take is not measured yet, so it reads into what a careful guess leaves of the plan's budget;
-    the engine then extends that to the exact figure.
-    """
-    store = open_store(file, settings)
-    guess = _GUESSED_PROCESS_BYTES + _GUESSED_HEADER_COPIES * sum(file.data_offsets) + MARGIN_BYTES
-    window = page_down(window_bytes(file, plan))
-    limit = plan.budget_bytes - guess - window
-    if limit > 0 and limit < streamable_bytes(file):
-        plan = replace(plan, pinned_bytes=limit)
-        store.apply(resident_pieces(file, plan, limit), window)
-    return store
 
 
 @dataclass
@@ -127,7 +86,7 @@ class Engine:
         self._aliases: list[int] = []
         self._asked_bytes = 0
         self._store = store or open_store(file, settings)
-        self._small = _SmallTensors(file, model, self._store.files)
+        self._small = SmallTensors(file, model, self._store.files)
         rows = settings.n_ubatch + _KEPT_ROWS
         self._tables = [RowTable(t, embedding_rows_bytes(t.row_bytes, rows)) for t in file.row_tables]
         self._weights = self._index_weights()
@@ -454,42 +413,3 @@ class Engine:
         self._small.free()
         for table in self._tables:
             table.free()
-
-
-class _SmallTensors:
-    """Norms, biases and tables outside the layers: read once, always there."""
-
-    def __init__(self, file: ModelFile, model: HollowModel, files: WeightFiles) -> None:
-        tensors = [t for t in file.small_tensors if t.name in model.weights]
-        offsets, end = [], 0
-        for info in tensors:
-            offsets.append(end)
-            end += -(-info.n_bytes // 64) * 64
-        self._region = Region(end or PAGE)
-        self._region.use_huge_pages(0)
-        self._read(tensors, offsets, files)
-        for info, offset in zip(tensors, offsets, strict=True):
-            for address in model.weights[info.name]:
-                abi.Tensor.from_address(address).data = self._region.address + offset
-
-    def _read(self, tensors: list[TensorInfo], offsets: list[int], files: WeightFiles) -> None:
-        """Through a bounce buffer, neighbours in the file together."""
-        bounce = Region(2 * 2**20)
-        have = (-1, 0, 0)  # file and range now in the bounce buffer
-        for info, offset in sorted(zip(tensors, offsets, strict=True), key=lambda t: (t[0].file, t[0].offset)):
-            done = 0
-            while done < info.n_bytes:
-                place = info.offset + done
-                if info.file != have[0] or not have[1] <= place < have[2]:
-                    start = page_down(place)
-                    n_bytes = min(bounce.n_bytes, page_up(info.offset + info.n_bytes) - start)
-                    files.read(info.file, start, bounce.address, n_bytes)
-                    have = (info.file, start, start + n_bytes)
-                part = min(info.n_bytes - done, have[2] - place)
-                target = view(self._region.address + offset + done, part)
-                target[:] = view(bounce.address + place - have[1], part)
-                done += part
-        bounce.free()
-
-    def free(self) -> None:
-        self._region.free()

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from runtime.engine import Engine, Settings
+from runtime.engine import Engine
 from runtime.hollow import HollowModel
 from runtime.model_file import ModelFile
 from runtime.plan import Plan
+from runtime.settings import Settings
 
 
 @contextmanager

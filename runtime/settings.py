@@ -1,0 +1,27 @@
+"""How an engine runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.aligned_io import DIRECT
+
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's.
+
+    repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
+    """
+
+    n_ctx: int = 512
+    n_ubatch: int = 128
+    n_threads: int = 2
+    kv_type: str = "f16"
+    n_logits: int = 1
+    io_mode: str = DIRECT
+    request_bytes: int = 2**21
+    depth: int = 4
+    repack: bool = True
