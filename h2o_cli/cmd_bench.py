@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ from runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from profiler.bench.rows import Row
-    from profiler.bench.runs import Settings
+    from profiler.bench.runs import Bench, Settings
 
 MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-1.5b/q8_0")
 RESIDENT_MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-0.5b/q8_0", "qwen2.5-0.5b/q4_0", "qwen2.5-0.5b/q4_k_m")
@@ -151,7 +151,7 @@ def _run(settings: Settings, output: Path, *, json: bool) -> list[Row]:
                     note(_told(row))
                     if json:
                         print_json(msgspec.to_builtins(row))
-            _write_report(rows, output, measuring, Path(work))
+            _write_report(rows, output, measuring)
         finally:
             children.forget()
     return rows
@@ -183,9 +183,11 @@ def _open_output(output: Path) -> Path:
     return output / "rows.jsonl"
 
 
-def _write_report(rows: list[Row], output: Path, measuring: Any, work: Path) -> None:
+def _write_report(rows: list[Row], output: Path, measuring: Bench) -> None:
     from profiler.bench.report import report
 
+    for line in measuring.notes:
+        note(line)
     (output / "report.md").write_text(report(rows))
     try:
         from profiler.bench.plots import draw

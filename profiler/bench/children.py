@@ -51,7 +51,7 @@ class Children:
         run = [sys.executable, "-m", "h2o_cli.main", "profile", str(model), "-o", str(path), "--repeats", str(repeats)]
         outcome = self._run(run, device, {**self._env, "XDG_DATA_HOME": str(self._work)}, model)
         if outcome.rc != 0:
-            raise _failed("profile", outcome)
+            raise _failed("`h2o profile`", outcome)
         return load_profile(path)
 
     def floor_bytes(self, job: Job, device: Device) -> int:
@@ -59,7 +59,7 @@ class Children:
         outcome = self._run(h2o_command(replace(job, budget_bytes=1)), device, self._env, job.model)
         found = read_result(H2O, outcome)
         if not found.floor_bytes:
-            raise _failed("run", outcome)
+            raise _failed("`h2o run`", outcome)
         return found.floor_bytes + MB
 
     def plan(self, model: Path, budget_bytes: int) -> Planned:
@@ -81,11 +81,13 @@ class Children:
         outcome = self._run(started, device, self._env, job.model)
         return started, outcome, read_result(engine, outcome)
 
-    def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline | None:
-        """One token under the clock; None where that could not be measured."""
+    def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline:
+        """One token under the clock. Raises EngineError where that could not be measured."""
         run = [sys.executable, "-m", "profiler.bench.timeline_run", str(model), "--plan", str(planned.plan_file)]
         outcome = self._run([*run, "--threads", str(threads)], device, self._env, model)
-        return msgspec.json.decode(outcome.stdout, type=Timeline) if outcome.rc == 0 else None
+        if outcome.rc != 0:
+            raise _failed("the timeline", outcome)
+        return msgspec.json.decode(outcome.stdout, type=Timeline)
 
     def forget(self) -> None:
         """Remove the profiles of emulated devices, also those of a benchmark that was killed."""
@@ -100,8 +102,9 @@ class Children:
 
 
 def _failed(what: str, outcome: Outcome) -> EngineError:
-    reason = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.rc}"])[0]
-    return EngineError(f"`h2o {what}` failed in the emulated device: {reason}", "run it by hand to see more")
+    lines = [line for line in outcome.stderr.strip().splitlines() if not line.startswith("  next:")]
+    reason = (lines or [f"exit code {outcome.rc}"])[-1].removeprefix("h2o: ")
+    return EngineError(f"{what} failed in the emulated device: {reason}", "run it by hand to see more")
 
 
 def shown_command(started: Sequence[str]) -> tuple[str, ...]:

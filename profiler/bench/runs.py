@@ -18,7 +18,7 @@ from profiler.bench.rows import Row, Suite, Timeline
 from profiler.bench.shapes import parse_shape
 from profiler.device import device_info
 from profiler.model_profile import ModelProfile
-from runtime.errors import UsageError
+from runtime.errors import EngineError, UsageError
 from runtime.sizes import MB, format_size, parse_size
 
 SHORT_PROMPT = "Hello there"
@@ -202,6 +202,7 @@ class Bench:
         self.settings = settings
         self.doing = "starting"
         self.timelines: list[Timeline] = []
+        self.notes: list[str] = []  # what could not be measured
         self._children = children
         self._disk = Device(0, settings.read_bytes_per_s, settings.models[0].path.parent)
         self._done_s, self._total_s = 0.0, 1.0
@@ -246,8 +247,10 @@ class Bench:
         self._begin(f"timeline of {model.name}", START_S + 3 * model.file_bytes / (self._disk.read_bytes_per_s or 2e9))
         planned = self._children.plan(model.path, size)
         device = replace(self._disk, memory_bytes=size)
-        timeline = self._children.timeline(model.path, planned, device, self.settings.threads)
-        self.timelines += [timeline] if timeline else []
+        try:
+            self.timelines.append(self._children.timeline(model.path, planned, device, self.settings.threads))
+        except EngineError as error:
+            self.notes.append(f"no timeline of {model.name}: {error.message}")
 
     def _profile_s(self, model: BenchModel) -> float:
         rate = self.settings.read_bytes_per_s or 2e9

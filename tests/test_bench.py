@@ -1,0 +1,435 @@
+"""The benchmark: the emulated device, rows, report, plots, and all of it on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from profiler.bench import device as device_module
+from profiler.bench.device import ROOT, Device, Outcome, check_rights, run_in_device
+from profiler.bench.engines import H2O, Job, command, read_result, tokens_hash
+from profiler.bench.report import report, summary_rows
+from profiler.bench.rows import Read, Row, Span, Timeline, append_row, read_rows
+from profiler.bench.runs import (
+    MMAP,
+    BenchModel,
+    Settings,
+    bench_model,
+    budget_bytes,
+    cases,
+    check_budget,
+    estimate_s,
+)
+from profiler.model_profile import DeviceInfo
+from runtime.errors import Cancelled, H2OError, UsageError
+from runtime.sizes import MB
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHAPE = "llama:layers=6,dim=512,ffn=2048,heads=8,kv_heads=4,vocab=4096,ctx=1024,tied=0"  # 56 MB of f16
+
+
+def can_emulate():
+    try:
+        check_rights(Device(64 * MB, 20 * MB, Path(__file__).parent))
+    except (H2OError, OSError):
+        return False
+    return True
+
+
+needs_device = [pytest.mark.cgroup, pytest.mark.skipif(not can_emulate(), reason="no device can be emulated here")]
+
+
+def groups_left():
+    return [path for path in ROOT.rglob(f"h2o-device-{os.getpid()}-*") if path.is_dir()]
+
+
+# --- the device ------------------------------------------------------------------------------------------------------
+
+
+class TestDevice:
+    pytestmark = needs_device
+
+    def test_a_command_inside_its_limit_runs(self, tmp_path):
+        done = run_in_device(["sh", "-c", "echo out; echo err >&2; exit 3"], Device(64 * MB, 0, tmp_path))
+        assert (done.rc, done.stdout, done.stderr) == (3, "out\n", "err\n")
+        assert 0 < done.peak_bytes <= 64 * MB
+        assert 0 < done.output_s <= done.wall_s
+        assert not done.oom_killed and not done.timed_out
+        assert groups_left() == []
+
+    def test_the_limit_kills_a_hog(self, tmp_path):
+        hog = [sys.executable, "-c", "x = bytearray(200_000_000); print(len(x))"]
+        done = run_in_device(hog, Device(50 * MB, 0, tmp_path))
+        assert done.rc == -9
+        assert done.oom_killed
+        assert done.peak_bytes <= 50 * MB
+        assert groups_left() == []
+
+    @pytest.mark.parametrize("flags", [[], ["iflag=direct"]])
+    def test_the_disk_is_slowed_down(self, tmp_path, flags):
+        file = tmp_path / "data"
+        file.write_bytes(os.urandom(1 << 20) * 40)
+        read = ["dd", f"if={file}", "of=/dev/null", "bs=1M", *flags]
+        done = run_in_device(read, Device(0, 20 * MB, tmp_path), cold=[file])
+        assert done.rc == 0
+        assert 1.7 < done.wall_s < 6
+        assert done.bytes_read >= 40 << 20
+
+    def test_a_command_that_takes_too_long_is_ended(self, tmp_path):
+        done = run_in_device(["sh", "-c", "echo begun; sleep 60"], Device(64 * MB, 0, tmp_path), timeout_s=0.5)
+        assert done.timed_out
+        assert done.rc == -9
+        assert done.stdout == "begun\n"
+        assert done.wall_s < 10
+
+    def test_nothing_is_left_after_an_interrupt(self, tmp_path):
+        begin_s = time.monotonic()
+
+        def stop():
+            if time.monotonic() - begin_s > 0.4:
+                raise Cancelled(2)
+
+        script = f"sleep 61 & echo $! > {tmp_path}/pid; wait"
+        with pytest.raises(Cancelled):
+            run_in_device(["sh", "-c", script], Device(64 * MB, 0, tmp_path), between=stop)
+        assert groups_left() == []
+        pid = int((tmp_path / "pid").read_text())
+        assert not Path(f"/proc/{pid}").exists() or "sleep" not in Path(f"/proc/{pid}/cmdline").read_text()
+
+    def test_a_command_that_is_not_there(self, tmp_path):
+        done = run_in_device(["/nonexistent/command"], Device(64 * MB, 0, tmp_path))
+        assert done.rc == 127
+        assert groups_left() == []
+
+
+def test_without_control_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_module, "ROOT", tmp_path)
+    with pytest.raises(H2OError, match="no control groups") as caught:
+        check_rights(Device())
+    assert "root" in caught.value.next_step
+
+
+def test_without_the_rights(tmp_path, monkeypatch):
+    (tmp_path / "cgroup.controllers").write_text("memory io")
+    (tmp_path / "cgroup.subtree_control").mkdir()  # cannot be written, for root either
+    monkeypatch.setattr(device_module, "ROOT", tmp_path)
+    with pytest.raises(H2OError, match="no device can be emulated") as caught:
+        check_rights(Device())
+    assert "root" in caught.value.next_step
+
+
+def test_version_2_limits_are_written(tmp_path, monkeypatch):
+    """The files of a version 2 group, in an ordinary folder."""
+    (tmp_path / "cgroup.controllers").write_text("memory io")
+    (tmp_path / "cgroup.subtree_control").write_text("")
+    monkeypatch.setattr(device_module, "ROOT", tmp_path)
+    monkeypatch.setattr(device_module, "block_device", lambda _path: "8:0")
+    monkeypatch.setattr(device_module, "remove_group", lambda _path: None)
+    groups = device_module.make_groups(Device(50 * MB, 20 * MB, tmp_path))
+    folder = groups.procs[0].parent
+    assert (folder / "memory.max").read_text() == "50000000"
+    assert (folder / "io.max").read_text() == "8:0 rbps=20000000"
+    (folder / "memory.peak").write_text("123\n")
+    (folder / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
+    (folder / "io.stat").write_text("8:0 rbytes=70 wbytes=1 rios=1\n8:16 rbytes=5 wbytes=0\n")
+    assert (groups.peak_bytes(), groups.n_oom_kills(), groups.bytes_read()) == (123, 1, 75)
+
+
+def test_a_file_system_in_memory_cannot_be_slowed():
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no memory file system here")
+    with pytest.raises(H2OError, match="on no disk") as caught:
+        device_module.block_device(Path("/dev/shm"))
+    assert "--disk 0" in caught.value.next_step
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+def outcome(**values):
+    base = {"rc": 0, "wall_s": 9.0, "output_s": 8.0, "peak_bytes": 10, "bytes_read": 10, "started_s": 100.0}
+    return Outcome(**{**base, **values})
+
+
+H2O_FIGURES = {
+    "tokens": [1, 2, 3],
+    "prompt_tokens": [7, 8],
+    "ttft_s": 2.0,
+    "tokens_per_s": 0.5,
+    "decode_ms_per_token": 1990.0,
+    "disk_wait_ms_per_token": 1900.0,
+    "bytes_read_per_token": 5.0,
+    "plan": {"k": 1, "w": 2, "layout": "balanced"},
+}
+
+
+def test_the_first_token_of_h2o_is_counted_from_the_start_of_the_process():
+    result = read_result(H2O, outcome(stdout=json.dumps(H2O_FIGURES)))
+    assert result.status == "ok"
+    assert result.ms_per_token == pytest.approx(2000)
+    assert result.ttft_s == pytest.approx(8.0 - 2 * 2.0)
+
+
+def test_llama_cpp_tells_its_first_token_by_the_clock():
+    figures = {"tokens": [1, 2], "prompt_tokens": [7], "first_token_monotonic_s": 103.5, "decode_ms_per_token": 5.0}
+    figures["bytes_read_per_token"] = 9.0
+    result = read_result(MMAP, outcome(stdout=json.dumps(figures)))
+    assert (result.status, result.ttft_s, result.ms_per_token) == ("ok", 3.5, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [
+        ({"rc": -9, "oom_killed": True}, "oom"),
+        ({"rc": 1, "oom_killed": True, "stderr": "a child was killed"}, "oom"),
+        ({"rc": -9, "timed_out": True}, "timeout"),
+        (
+            {"rc": 1, "stderr": "h2o: 1 B is too small\n next: the smallest budget that works here is -m 147 (a"},
+            "too small",
+        ),
+        ({"rc": 1, "stderr": "something else"}, "failed"),
+        ({"rc": -11}, "failed"),
+        ({"stdout": "no json"}, "failed"),
+        ({"stdout": "{}"}, "failed"),
+        ({"stdout": "[1]"}, "failed"),
+    ],
+)
+def test_how_a_run_can_end(values, status):
+    result = read_result(H2O, outcome(**values))
+    assert result.status == status
+    assert result.note
+    assert result.floor_bytes == (147 * MB if status == "too small" else 0)
+
+
+def test_every_engine_is_asked_for_the_same(tmp_path):
+    job = Job(tmp_path / "m.gguf", 5 * MB, "hi", 3, ctx=256, threads=1)
+    for engine in (H2O, MMAP):
+        words = command(engine, job)
+        assert {str(tmp_path / "m.gguf"), "hi", "3", "256", "1"} <= set(words)
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty_model(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(bytes(1000))
+    return BenchModel("m", path)
+
+
+def test_budgets():
+    assert budget_bytes("floor", 1000, 123) == 123
+    assert budget_bytes("60%", 1000, 123) == 600
+    assert budget_bytes("1.5MB", 1000, 123) == 1_500_000
+    for wrong in ("", "%", "0%", "some", "-5"):
+        with pytest.raises(UsageError):
+            check_budget(wrong)
+
+
+def test_engines_have_turns_and_small_budgets_are_left_out(empty_model):
+    settings = Settings((empty_model,), (), budgets=("floor", "40%", "80%"), repeats=3, llama_repeats=2)
+    found = cases(settings, {"m": 500})
+    assert {case.budget for case in found} == {"floor", "80%"}
+    first, second = ([c.engine for c in found if (c.budget, c.repeat) == ("80%", i)][:3] for i in (0, 1))
+    assert first == second[::-1]
+    assert sum(case.engine == H2O and case.suite == "budgets" for case in found) == 6
+    assert sum(case.engine == MMAP and case.suite == "budgets" for case in found) == 4
+    assert all(estimate_s(case, 4e8) > 0 for case in found)
+
+
+def test_model_names(tmp_path):
+    model = bench_model("qwen2.5-0.5b/Q8_0", tmp_path)
+    assert (model.name, model.path) == ("qwen2.5-0.5b/q8_0", tmp_path / "qwen2.5-0.5b-q8_0.gguf")
+    assert bench_model("llama:layers=2,dim=64", tmp_path).path.parent == tmp_path
+    for wrong in ("nothing-like-this", "qwen2.5-0.5b/q99", "missing.gguf"):
+        with pytest.raises(UsageError):
+            bench_model(wrong, tmp_path)
+
+
+# --- rows and report -------------------------------------------------------------------------------------------------
+
+MACHINE = DeviceInfo("0", "A processor", 2, 8 * 10**9, "Linux 6")
+
+
+def row(engine=H2O, budget="60%", repeat=0, ms=1000.0, status="ok", **values):
+    base = {
+        "suite": "budgets",
+        "model": "half/f16",
+        "file_bytes": 10**9,
+        "budget_bytes": 600 * MB,
+        "read_bytes_per_s": 400 * MB,
+        "machine": MACHINE,
+        "versions": {"h2o": "1.0"},
+        "peak_bytes": 600 * MB,
+    }
+    if status == "ok":
+        base |= {"ms_per_token": ms, "ttft_s": 2.5, "tokens_hash": tokens_hash([1, 2]), "bytes_per_token": 4e8}
+    if engine == H2O and status == "ok":
+        base |= {"limit_ms_per_token": 980.0, "yield_": 980 / ms, "predicted_ms_per_token": 990.0}
+        base |= {"disk_wait_ms_per_token": 900.0, "plan": {"k": 9, "w": 1, "layout": "balanced"}}
+        base |= {"ledger": {"process_bytes": 80 * MB, "window_bytes": 20 * MB, "resident_bytes": 500 * MB}}
+    return Row(**{**base, "engine": engine, "budget": budget, "repeat": repeat, "status": status, **values})
+
+
+def fixed_rows():
+    small = {"budget": "floor", "budget_bytes": 150 * MB}
+    return [
+        row(ms=1000),
+        row(MMAP, ms=2300),
+        row("llama.cpp direct-io", status="oom"),
+        row(ms=1200, repeat=1),
+        row(MMAP, ms=2310, repeat=1),
+        row(**small, ms=2400),
+        row(MMAP, **small, status="timeout"),
+        row(suite="first token", n_prompt_tokens=300, ms=1000, first_token_limit_s=2.4),
+        row(suite="resident", budget="resident", ms=50, prefill_tokens_per_s=200),
+        row("llama.cpp default", suite="resident", budget="resident", ms=49, prefill_tokens_per_s=210),
+    ]
+
+
+GOLDEN = """\
+# Benchmark
+
+Device: disk at 400 MB/s, memory limited to the budget (page cache included), cold. A processor, 2 cores, Linux 6. h2o 1.0.
+
+Medians; least to most in brackets where they are more than 5 % apart. Budgets in percent of the file.
+
+## half/f16, 1.00 GB
+
+| budget | h2o, ms/token | llama.cpp mmap, ms/token | llama.cpp direct-io, ms/token | h2o faster by |
+| --- | ---: | ---: | ---: | ---: |
+| 60% (600 MB) | 1100 [1000-1200] | 2305 | OOM | 2.10 x |
+| floor (150 MB) | 2400 | timeout | - | - |
+
+| h2o in | ms/token | limit | yield | predicted | read, MB/token | disk wait, ms | first token, s | peak, MB | plan k, w | tokens |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| 60% (600 MB) | 1100 [1000-1200] | 980 | 0.898 [0.817-0.980] | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
+| floor (150 MB) | 2400 | 980 | 0.408 | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
+
+## First token of a long prompt
+
+| model, budget | engine | prompt tokens | first token, s | limit, s |
+| --- | ---: | ---: | ---: | ---: |
+| half/f16, 60% (600 MB) | h2o | 300 | 2.50 | 2.40 |
+
+## Everything resident
+
+| model | engine | decode, tokens/s | prefill, tokens/s | first token, s | peak, MB | h2o / llama.cpp |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| half/f16 | h2o | 20.00 | 200.0 | 2.50 | 600 | decode 0.980, prefill 0.952 |
+| half/f16 | llama.cpp default | 20.41 | 210.0 | 2.50 | 600 |  |
+"""  # noqa: E501
+
+
+def test_the_report_of_fixed_rows():
+    assert report(fixed_rows()) == GOLDEN
+
+
+def test_a_report_of_nothing():
+    assert "No runs." in report([])
+
+
+def test_the_summary_has_a_line_per_engine():
+    lines = summary_rows(fixed_rows())
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 1 + 8
+    assert "OOM" in {line[3] for line in lines}
+
+
+def test_tokens_that_differ_are_seen():
+    rows = [row(), row(MMAP, tokens_hash=tokens_hash([1, 3]))]
+    assert "differ" in report(rows)
+
+
+def test_rows_go_to_a_file_and_come_back(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for one in fixed_rows():
+        append_row(path, one)
+    assert read_rows(path) == fixed_rows()
+    assert '"yield":0.98' in path.read_text()
+    path.write_text("{}\n")
+    with pytest.raises(UsageError, match="something else"):
+        read_rows(path)
+    with pytest.raises(UsageError, match="cannot read"):
+        read_rows(tmp_path / "missing")
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    from profiler.bench.plots import draw
+
+    spans = (Span(0, 0.0, 0.1, 0.05), Span(1, 0.1, 0.2, 0.0))
+    timeline = Timeline("half.gguf", 600 * MB, 1, 0.2, spans, (Read(0, 10, -0.01, 0.05), Read(1, 10, 0.05, 0.1)))
+    paths = draw(fixed_rows(), [timeline], tmp_path)
+    assert [path.name for path in paths] == ["speed-half-f16.png", "memory-half-f16.png", "timeline-half.png"]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    from profiler.bench.plots import draw
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(UsageError, match=r"h2o-llm\[bench\]"):
+        draw(fixed_rows(), [], tmp_path)
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+class TestCommand:
+    def h2o(self, *arguments, **options):
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        words = [sys.executable, "-m", "h2o_cli.main", "bench", *map(str, arguments)]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, **options)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--model", "nothing-like-this"],
+            ["--budget", "much"],
+            ["--engine", "nothing"],
+            ["--suite", "nothing"],
+            ["--disk", "-1"],
+            ["--repeats", "0"],
+        ],
+    )
+    def test_wrong_flags(self, arguments, tmp_path):
+        done = self.h2o(*arguments, "--output", tmp_path / "out", cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.cgroup
+    @pytest.mark.skipif(not can_emulate(), reason="no device can be emulated here")
+    def test_a_benchmark_of_a_tiny_model(self, tmp_path, tiny_model):
+        model = tiny_model(SHAPE)
+        flags = ["--quick", "--model", model, "--budget", "90", "--suite", "budgets", "--disk", 200]
+        done = self.h2o(*flags, "--output", tmp_path / "out", "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows = read_rows(tmp_path / "out" / "rows.jsonl")
+        assert [msgspec.json.decode(line, type=Row) for line in done.stdout.splitlines()] == rows
+        by_engine = {one.engine: one for one in rows}
+        own, plain = by_engine[H2O], by_engine[MMAP]
+        assert own.status == plain.status == "ok", done.stderr
+        assert own.tokens_hash == plain.tokens_hash
+        assert own.peak_bytes <= 90 * MB
+        assert own.limit_ms_per_token and own.predicted_ms_per_token and own.machine
+        assert str(tmp_path) not in (tmp_path / "out" / "report.md").read_text()
+        assert not list((PROJECT / "model_configs").glob("bench-*.json"))
+        assert groups_left() == []
+        if find_spec("matplotlib"):
+            assert list((tmp_path / "out").glob("timeline-*.png"))
