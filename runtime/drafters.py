@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from runtime import llama_abi as abi
+from runtime.aligned_io import WeightFiles
+from runtime.engine import Engine
+from runtime.errors import H2OError, ModelError
+from runtime.hollow import HollowModel
+from runtime.layer_store import LayerStore
+from runtime.model_file import ModelFile
+from runtime.plan import Plan
+from runtime.residency import streamable_bytes
+from runtime.sampler import Sampler, Sampling
+from runtime.settings import Settings
 
 LONGEST, SHORTEST = 3, 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SHIFT = 40
+_MUCH = 16  # more new tokens than this are a text to read, not part of drafting
+_MOST_UNUSED = 128  # tokens a vocabulary may be longer by, as llama.cpp allows
 
 
 class LookupDrafter:
@@ -19,6 +35,8 @@ class LookupDrafter:
 
     name = "lookup"
     relative_cost = 0.0
+    reading_s = 0.0
+    is_ready = True
 
     def __init__(self, n_ctx: int, longest: int = LONGEST, shortest: int = SHORTEST) -> None:
         self._lengths = range(shortest, longest + 1)
@@ -59,3 +77,151 @@ class LookupDrafter:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+class _LateStore(LayerStore):
+    """A store that reads nothing before start()."""
+
+    _plan: tuple[frozenset[int], int] | None = None
+    _started = False
+
+    def apply(self, wanted: frozenset[int], window_bytes: int) -> None:
+        """Keep the plan for later, or adopt it."""
+        self._plan = (wanted, window_bytes)
+        if self._started:
+            super().apply(wanted, window_bytes)
+
+    def start(self) -> None:
+        """Begin to read."""
+        if not self._started and self._plan:
+            self._started = True
+            super().apply(*self._plan)
+
+
+class DraftModel:
+    """A small model that is in memory as a whole, beside the model it drafts for. Its weights are read at start()."""
+
+    def __init__(self, file: ModelFile, settings: Settings, note: Callable[[str], None]) -> None:
+        """Load everything but the weights. Raises H2OError."""
+        self.file = file
+        self.hollow = HollowModel(file)
+        whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
+        try:
+            self._store = _LateStore(file, WeightFiles(file.paths, settings.io_mode), depth=settings.depth)
+            self.engine = Engine(file, self.hollow, whole, replace(settings, n_logits=1), note, self._store)
+        except H2OError:
+            self.hollow.free()
+            raise
+
+    @property
+    def n_bytes(self) -> int:
+        """The most it will take of what is not in memory yet: weights, keys and values, buffers."""
+        ledger = self.engine.ledger
+        return ledger.total_bytes - ledger.process_bytes - ledger.margin_bytes
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all weights are there."""
+        return self._store.resident_bytes >= streamable_bytes(self.file)
+
+    def start(self) -> None:
+        """Begin to read the weights."""
+        self._store.start()
+
+    def close(self) -> None:
+        """Free it."""
+        self.engine.close()
+        self.hollow.free()
+
+
+class ModelDrafter:
+    """Proposes the likeliest tokens of a draft model, one after the other. Its keys and values follow the text."""
+
+    name = "draft"
+    grade = 0
+
+    def __init__(self, model: DraftModel, relative_cost: float, n_vocab: int) -> None:
+        """n_vocab: of the model that verifies; the vocabularies agree as far as both go."""
+        self._model, self._engine = model, model.engine
+        self.relative_cost = relative_cost
+        self._n_vocab = min(n_vocab, model.engine.n_vocab)
+        self._sampler = Sampler(Sampling(temp=0), model.engine.n_vocab)
+        self._tokens: list[int] = []  # in the draft model's cache
+        self._agreed = 0  # so many of them are known to be the text's
+        self.reading_s = 0.0
+
+    def begin(self) -> None:
+        """Compare with the next text from its beginning; read the weights if that was not done yet."""
+        self._agreed = 0
+        self._model.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether proposals can be made without waiting for the disk."""
+        return self._model.is_ready
+
+    def propose(self, tokens: Sequence[int], n: int) -> list[int]:
+        """The n likeliest tokens, each after the ones before; fewer where the vocabularies differ."""
+        new = self._new(tokens)
+        if n < 1 or any(token >= self._n_vocab for token in new):
+            return []
+        if len(new) > _MUCH:
+            start = time.perf_counter()
+            self._feed(new[:-1])
+            self.reading_s += time.perf_counter() - start
+            new = new[-1:]
+        self._feed(new)
+        self._agreed = len(tokens)
+        draft = [self._sampler.sample(self._engine)]
+        while len(draft) < n and draft[-1] < self._n_vocab:
+            self._feed(draft[-1:])
+            draft.append(self._sampler.sample(self._engine))
+        return draft if draft[-1] < self._n_vocab else draft[:-1]
+
+    def _new(self, tokens: Sequence[int]) -> Sequence[int]:
+        """What the draft model has to compute of the text, its last token always. Forgets what is not the text."""
+        agreed, limit = self._agreed, min(len(self._tokens), len(tokens) - 1)
+        while agreed < limit and self._tokens[agreed] == tokens[agreed]:
+            agreed += 1
+        agreed = self._agreed = min(agreed, limit)
+        if agreed < len(self._tokens):
+            self._engine.truncate(agreed)
+            del self._tokens[agreed:]
+        return tokens[agreed:]
+
+    def _feed(self, tokens: Sequence[int]) -> None:
+        start = self._engine.n_past
+        try:
+            self._engine.forward(tokens)
+        finally:
+            self._tokens += tokens[: self._engine.n_past - start]
+
+    def close(self) -> None:
+        """Free the draft model too."""
+        self._sampler.close()
+        self._model.close()
+
+
+def check_vocabulary(model: HollowModel, draft: HollowModel, names: tuple[str, str]) -> None:
+    """Raise ModelError unless the tokens of both models mean the same; a few unused ones at the end may differ."""
+    llama = abi.llama
+    vocabularies = [llama.llama_model_get_vocab(m.pointer) for m in (model, draft)]
+    sizes = [int(llama.llama_vocab_n_tokens(v)) for v in vocabularies]
+    get, (first, second) = llama.llama_vocab_get_text, vocabularies
+    same = (
+        abs(sizes[0] - sizes[1]) <= _MOST_UNUSED
+        and llama.llama_vocab_type(first) == llama.llama_vocab_type(second)
+        and llama.llama_vocab_bos(first) == llama.llama_vocab_bos(second)
+        and llama.llama_vocab_eos(first) == llama.llama_vocab_eos(second)
+        and all(get(first, i) == get(second, i) for i in range(min(sizes)))
+    )
+    if not same:
+        raise ModelError(
+            f"{names[1]} cannot draft for {names[0]}: its vocabulary is another one",
+            "give a smaller model of the same family, or --draft auto",
+        )
+
+
+def can_take_back(model: HollowModel) -> bool:
+    """Whether computed positions can be forgotten: not in recurrent models, whose state has no positions."""
+    return not (abi.llama.llama_model_is_recurrent(model.pointer) or abi.llama.llama_model_is_hybrid(model.pointer))

@@ -13,13 +13,18 @@ SAMPLER_BYTES_PER_TOKEN = 16  # llama.cpp's candidate list: token id, logit, pro
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by part. process: measured after everything but weights was loaded, vocabulary included."""
+    """Bytes by part.
+
+    process: measured after everything but weights was loaded, vocabulary included. draft: a draft model's weights, keys
+    and values, and buffers.
+    """
 
     process_bytes: int
     kv_bytes: int
     compute_bytes: int
     embedding_bytes: int
     sampler_bytes: int
+    draft_bytes: int = 0
     window_bytes: int = 0
     resident_bytes: int = 0
     margin_bytes: int = MARGIN_BYTES
@@ -33,6 +38,7 @@ class Ledger:
             + self.compute_bytes
             + self.embedding_bytes
             + self.sampler_bytes
+            + self.draft_bytes
             + self.margin_bytes
         )
 
@@ -52,7 +58,7 @@ class Ledger:
             "margin_bytes": self.margin_bytes,
             "window_bytes": self.window_bytes,
             "resident_bytes": self.resident_bytes,
-        }
+        } | ({"draft_bytes": self.draft_bytes} if self.draft_bytes else {})
 
     def weights_bytes(self, budget_bytes: int, smallest_window: int) -> int:
         """What the budget leaves for window and resident pieces. Raises BudgetError below the floor."""

@@ -34,10 +34,15 @@ class Drafter(Protocol):
 
     name: str
     relative_cost: float  # time of one proposal as a share of a pass's computing time; 0: nothing worth counting
+    reading_s: float  # time spent so far on reading long texts that were new to it
 
     @property
     def grade(self) -> int:
         """How sure the last proposal was: grades are counted apart."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be asked."""
 
     def begin(self) -> None:
         """A new answer begins: the next text may have nothing in common with the last one."""
@@ -197,7 +202,8 @@ class Speculation:
         self._proposed: list[int] = []
         self._grade = 0
         self._took = PassTime(0.0, 0.0)
-        self.drafting_s = 0.0  # of the last draft
+        self.drafting_s = 0.0  # for the last pass
+        self._reading_s = 0.0
 
     def begin(self) -> None:
         """A new answer begins."""
@@ -215,26 +221,34 @@ class Speculation:
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         """What may follow tokens, at most `most`; nothing while it does not pay."""
-        start = self._clock()
-        most = min(most, self.most)
-        if self.drafter.relative_cost:
-            n = self._gauge.best(self.drafter.grade, most)
-            self._proposed = draft = self.drafter.propose(tokens, n) if n else []
-        else:  # proposals cost nothing: those not used tell how good they would have been
-            self._proposed = self.drafter.propose(tokens, most) if most > 0 else []
-            draft = self._proposed[: self._gauge.best(self.drafter.grade, len(self._proposed))]
+        start, read_s = self._clock(), self.drafter.reading_s
+        draft = self._propose(tokens, min(most, self.most)) if self.drafter.is_ready else []
         self._grade = self.drafter.grade
         self.drafting_s = self._clock() - start
+        self._reading_s = self.drafter.reading_s - read_s
         return draft
+
+    def _propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        self._proposed = []
+        if self.drafter.relative_cost:
+            n = self._gauge.best(self.drafter.grade, most)
+            self._proposed = self.drafter.propose(tokens, n) if n else []
+            return self._proposed
+        if most > 0:  # proposals cost nothing: those that are not used tell how good they would have been
+            self._proposed = self.drafter.propose(tokens, most)
+        return self._proposed[: self._gauge.best(self.drafter.grade, len(self._proposed))]
 
     def saw_pass(self, before: Counters, after: Counters) -> None:
         """The pass that verifies the last draft was computed."""
         seconds = after.seconds - before.seconds
         compute_s = seconds - after.wait_s + before.wait_s
-        self._took = PassTime(seconds + self.drafting_s, compute_s, self.drafting_s)
+        drafting_s = self.drafting_s - self._reading_s
+        self._took = PassTime(seconds + drafting_s, compute_s, drafting_s)
 
     def verified(self, n_drafted: int, tokens: Sequence[int]) -> None:
         """The tokens that the pass gave in the end: the accepted ones and one more."""
+        if not self.drafter.is_ready:
+            return  # the disk is busy with the drafter: no pass is like those that will follow
         if n_drafted:
             self._gauge.see_drafted(self._took, n_drafted, len(tokens))
             self._gauge.see_right(self._grade, len(tokens) - 1, n_drafted)
