@@ -9,6 +9,8 @@ from runtime.memory import Region
 from runtime.model_file import TensorInfo
 from runtime.sizes import PAGE, page_down, page_up
 
+_MOST_BYTES = 2**20
+
 
 class RowTable:
     """Address space of a whole table [n_rows of row_bytes]; pages are read for the rows asked for."""
@@ -49,10 +51,10 @@ class RowTable:
 
 
 def _runs(pages: set[int]) -> list[tuple[int, int]]:
-    """Page numbers as (first byte, bytes) of unbroken runs."""
+    """Page numbers as (first byte, bytes) of unbroken runs of at most 1 MiB."""
     runs: list[tuple[int, int]] = []
     for page in sorted(pages):
-        if runs and runs[-1][0] + runs[-1][1] == page * PAGE:
+        if runs and runs[-1][0] + runs[-1][1] == page * PAGE and runs[-1][1] < _MOST_BYTES:
             runs[-1] = (runs[-1][0], runs[-1][1] + PAGE)
         else:
             runs.append((page * PAGE, PAGE))

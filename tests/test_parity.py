@@ -139,6 +139,21 @@ def test_plans_change_between_any_two_tokens(tiny_model):
         assert opened.plan_changes == 39
 
 
+def test_prefetched_input_embedding_is_read_once(tiny_model):
+    path = tiny_model("llama")
+    check(path, Plan(1, 1), 70, prefetch_input=True, reference=llama_reference(path))
+    with engine(path, Plan(4, 1, Layout.BALANCED, pinned_bytes=10**9), prefetch_input=True) as opened:
+        greedy(opened, prompt_of(3), 2)
+        before = opened.bytes_read
+        opened.forward([100, 300, 500])
+        assert opened.bytes_read == before
+        assert opened.ledger.embedding_bytes >= opened.file.row_tables[0].n_bytes
+
+
+def llama_reference(path):
+    return reference_logits_and_tokens(path, prompt_of(70), 8, n_ctx=512, n_ubatch=64, n_threads=THREADS)
+
+
 def test_truncated_sequence_goes_on_as_if_never_longer(tiny_model):
     path = tiny_model("llama")
     with engine(path, Plan(1, 1)) as opened:
