@@ -23,12 +23,12 @@ from runtime.hollow import ContextBuffers, HollowModel
 from runtime.layer_store import LayerStore
 from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes
 from runtime.memory import resident_bytes_outside
-from runtime.model_file import ModelFile, Piece
+from runtime.model_file import ModelFile, Piece, TensorInfo
 from runtime.plan import Plan
 from runtime.repack import Repacker
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.settings import KV_TYPES, Settings
-from runtime.sizes import page_down, page_up
+from runtime.sizes import PAGE, page_down, page_up
 from runtime.small_tensors import SmallTensors
 from runtime.trace import LayerTrace
 
@@ -87,8 +87,7 @@ class Engine:
         self._asked_bytes = 0
         self._store = store or open_store(file, settings)
         self._small = SmallTensors(file, model, self._store.files)
-        rows = settings.n_ubatch + _KEPT_ROWS
-        self._tables = [RowTable(t, embedding_rows_bytes(t.row_bytes, rows)) for t in file.row_tables]
+        self._tables = [RowTable(t, _table_bytes(t, settings)) for t in file.row_tables]
         self._weights = self._index_weights()
         self._active = {weight.address: weight for weight in self._weights}
         self._callback = abi.EvalCallback(self._on_node)
@@ -101,6 +100,9 @@ class Engine:
         self.ledger = self._fixed_ledger()
         try:
             self.apply(plan)
+            if settings.prefetch_input:
+                for table in self._tables:
+                    table.fetch(range(table.tensor.n_rows), self._store)
         except H2OError:
             self.close()
             raise
@@ -418,3 +420,10 @@ class Engine:
         self._small.free()
         for table in self._tables:
             table.free()
+
+
+def _table_bytes(table: TensorInfo, settings: Settings) -> int:
+    """Memory for an input embedding: all of it, or the rows of one pass and some of the passes before."""
+    if settings.prefetch_input:
+        return page_up(table.n_bytes) + PAGE
+    return embedding_rows_bytes(table.row_bytes, settings.n_ubatch + _KEPT_ROWS)

@@ -13,6 +13,7 @@ KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 class Settings:
     """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's.
 
+    prefetch_input: keep the whole input embedding in memory instead of reading the rows of the tokens at hand.
     repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
     draft_bytes: what a draft model in the same process will take.
     """
@@ -25,5 +26,6 @@ class Settings:
     io_mode: str = DIRECT
     request_bytes: int = 2**21
     depth: int = 4
+    prefetch_input: bool = False
     repack: bool = True
     draft_bytes: int = 0
