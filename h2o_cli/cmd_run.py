@@ -73,6 +73,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 LayoutName = Annotated[
     str, typer.Option("--layout", help="What stays in memory: auto, prefix, even (whole layers), balanced.")
 ]
+PrefetchInput = Annotated[
+    bool, typer.Option("--prefetch-input", help="Keep the input embedding in memory instead of reading rows of it.")
+]
+Repack = Annotated[
+    str,
+    typer.Option(
+        "--repack", help="auto: a model that fits computes with llama.cpp's rearranged weights; off: with plain ones."
+    ),
+]
 KvType = Annotated[str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")]
 
 Speculate = Annotated[
@@ -103,6 +112,8 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     layout: LayoutName = "auto",
     kv_type: KvType = "f16",
     speculate: Speculate = "auto",
+    prefetch_input: PrefetchInput = False,
+    repack: Repack = "auto",
 ) -> None:
     """Run a model inside a memory budget: one prompt, or a conversation when no prompt is given.
 
@@ -125,6 +136,8 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         layout=layout,
         kv_type=kv_type,
         speculate=speculate,
+        prefetch_input=prefetch_input,
+        repack=repack,
     )
     _check(options)
     if text is None:

@@ -39,6 +39,7 @@ CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
 WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
 SPECULATE = ("auto", "off")
+REPACK = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class RunOptions:
     layout: str = "auto"
     kv_type: str = "f16"
     speculate: str = "auto"
+    prefetch_input: bool = False
+    repack: str = "auto"
 
     def __post_init__(self) -> None:
         for flag, value in (("--ctx", self.ctx), ("--threads", self.threads), ("--ubatch", self.ubatch)):
@@ -68,6 +71,8 @@ class RunOptions:
             raise UsageError(f"--threads {self.threads} is not possible", f"give 1 to {MOST_THREADS}")
         if self.kv_type not in KV_TYPES:
             raise UsageError(f"there is no KV type {self.kv_type!r}", f"choose one of {', '.join(KV_TYPES)}")
+        if self.repack not in REPACK:
+            raise UsageError(f"--repack {self.repack} is not possible", f"choose one of {', '.join(REPACK)}")
         if self.speculate not in SPECULATE:
             raise UsageError(f"--speculate {self.speculate} is not possible", f"choose one of {', '.join(SPECULATE)}")
         if self.n_predict is not None and self.n_predict < -1:
@@ -254,6 +259,8 @@ def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProf
         n_logits=n_logits,
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,
+        prefetch_input=options.prefetch_input,
+        repack=options.repack == "auto",
     )
     if profile is None:
         return settings
