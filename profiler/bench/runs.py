@@ -243,7 +243,7 @@ class Bench:
 
     def _timeline(self, model: BenchModel, floor_bytes: int) -> None:
         """The timeline of one token in the middle budget, where a plan can be made for it."""
-        size = max(floor_bytes, model.file_bytes * 6 // 10)
+        size = max(floor_bytes * 6 // 5, model.file_bytes * 6 // 10)
         self._begin(f"timeline of {model.name}", START_S + 3 * model.file_bytes / (self._disk.read_bytes_per_s or 2e9))
         planned = self._children.plan(model.path, size)
         device = replace(self._disk, memory_bytes=size)
