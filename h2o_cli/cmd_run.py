@@ -88,6 +88,16 @@ Speculate = Annotated[
     str, typer.Option("--speculate", help="Guess tokens ahead from the text so far where it pays: auto, off.")
 ]
 
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="MODEL|auto",
+        show_default=False,
+        help="A small model that guesses tokens ahead; auto: a copy of the model with 4 bits per weight, made once.",
+    ),
+]
+
 
 def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
@@ -112,6 +122,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     layout: LayoutName = "auto",
     kv_type: KvType = "f16",
     speculate: Speculate = "auto",
+    draft: Draft = None,
     prefetch_input: PrefetchInput = False,
     repack: Repack = "auto",
 ) -> None:
@@ -136,6 +147,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         layout=layout,
         kv_type=kv_type,
         speculate=speculate,
+        draft=draft,
         prefetch_input=prefetch_input,
         repack=repack,
     )
@@ -272,6 +284,7 @@ def figures(session: Session, statistics: Statistics) -> dict[str, Any]:
         "tokens_per_pass": statistics.tokens_per_pass,
         "drafted": statistics.drafted,
         "accepted": statistics.accepted,
+        "ledger": session.engine.ledger.as_dict(),
         "plan_origin": session.plan_origin,
     }
 

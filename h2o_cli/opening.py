@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile
-from runtime.drafters import LookupDrafter
+from h2o_cli.output import Progress
+from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
@@ -24,9 +25,10 @@ from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan
 from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
+from runtime.quantize import copy_bytes, low_bit_copy
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, Settings
-from runtime.sizes import parse_size
+from runtime.sizes import MB, parse_size
 from runtime.speculate import MOST_DRAFTED, Speculation
 from runtime.tokenizer import Tokenizer
 
@@ -39,6 +41,8 @@ CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
 WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
 SPECULATE = ("auto", "off")
+AUTO = "auto"
+GUESSED_DRAFT_BYTES = 32 * MB  # of a draft model beside its weights, until it is open
 REPACK = ("auto", "off")
 
 
@@ -60,6 +64,7 @@ class RunOptions:
     layout: str = "auto"
     kv_type: str = "f16"
     speculate: str = "auto"
+    draft: str | None = None
     prefetch_input: bool = False
     repack: str = "auto"
 
@@ -75,6 +80,8 @@ class RunOptions:
             raise UsageError(f"--repack {self.repack} is not possible", f"choose one of {', '.join(REPACK)}")
         if self.speculate not in SPECULATE:
             raise UsageError(f"--speculate {self.speculate} is not possible", f"choose one of {', '.join(SPECULATE)}")
+        if self.speculate == "off" and self.draft is not None:
+            raise UsageError("--draft does nothing with --speculate off", "give one of them")
         if self.n_predict is not None and self.n_predict < -1:
             raise UsageError(f"-n {self.n_predict} is not possible", "give 0 or more, or -1 for no limit")
 
@@ -103,7 +110,9 @@ class OpenModel:
             must_fit = options.plan_file is not None
             self.plan_in_file = _plan_in(self.plan_path, self.file, must_fit=must_fit, note=note)
             settings = _settings(options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
+            settings = replace(settings, draft_bytes=_expected_draft_bytes(self.file, options))
             plan = _choose(self, options, settings).plan
+            plan = replace(plan, budget_bytes=max(0, plan.budget_bytes - settings.draft_bytes))
             self.store = head_start(self.file, plan, settings)
             try:
                 self.hollow = HollowModel(self.file)
@@ -112,6 +121,7 @@ class OpenModel:
                 raise
         try:
             self.tokenizer = Tokenizer(self.hollow, self.file)
+            self.draft_file = _draft_file(self, options, note)
         except H2OError:
             self.close()
             raise
@@ -125,7 +135,7 @@ class OpenModel:
     @property
     def n_positions(self) -> int:
         """Rows of the model's table of positions; practically unlimited where it has none."""
-        return next((t.n_rows for t in self.file.tensors if t.name == "position_embd.weight"), UNLIMITED)
+        return _n_positions(self.file)
 
     def take_store(self) -> LayerStore | None:
         """The store that reads already; it is the engine's from now on."""
@@ -189,29 +199,29 @@ def open_session(
     """Choose settings and plan, and open the engine. Raises H2OError."""
     start = time.perf_counter()
     settings = _settings(options, n_ctx, n_prompt, model.profile)
-    chosen = _choose(model, options, settings)
-    with interrupts.held():
+    with ExitStack() as opened, interrupts.held():
+        draft = _open_draft(model, settings, note)
+        if draft:
+            opened.callback(draft.close)
+            settings = replace(settings, draft_bytes=draft.n_bytes)
+        chosen = _choose(model, options, settings)
         engine = _open_engine(model, chosen.plan, settings, note)
-    cleanup = ExitStack()
-    cleanup.callback(engine.close)
-    try:
+        opened.callback(engine.close)
         check_budget(engine, chosen.plan, chosen.budget_bytes)
-    except BudgetError:
-        cleanup.close()
-        raise
+        cleanup = opened.pop_all()
     sampler = Sampler(options.sampling, engine.n_vocab, model.tokenizer.suppressed)
     generation = model.plan_in_file.generation if model.plan_in_file else 0
     watcher = PlanWatcher(model.plan_path, model.file.hash, generation=generation)
     watcher.poll()  # what is in the file now has been looked at
     watcher.take_problem()
-    cleanup.callback(sampler.close)
-    cleanup.callback(watcher.close)
     stats = StatsWriter(stats_path(model.plan_path), model.file.hash, note)
-    cleanup.callback(stats.close)
+    speculation = _speculation(model, engine, draft)
+    for close in (sampler.close, watcher.close, stats.close, *([speculation.close] if speculation else [])):
+        cleanup.callback(close)
     return Session(
         model=model,
         engine=engine,
-        sequence=TokenSequence(engine, note, _speculation(engine)),
+        sequence=TokenSequence(engine, note, speculation),
         sampler=sampler,
         follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats),
         disk_bytes_per_s=model.profile.disk.bytes_per_s.mean if model.profile else 0.0,
@@ -222,19 +232,74 @@ def open_session(
 
 
 def _open_engine(model: OpenModel, plan: Plan, settings: Settings, note: Callable[[str], None]) -> Engine:
-    """The engine; a budget too small for the logits of several positions leaves speculation out."""
+    """The engine; a budget too small for the logits of several positions leaves look-up out."""
     try:
         return Engine(model.file, model.hollow, plan, settings, note, model.take_store())
     except BudgetError:
-        if settings.n_logits == 1:
+        if settings.n_logits == 1 or settings.draft_bytes:
             raise
     return Engine(model.file, model.hollow, plan, replace(settings, n_logits=1), note)
 
 
-def _speculation(engine: Engine) -> Speculation | None:
-    """Prompt look-up, where the engine can verify several tokens in one pass."""
+# --- speculation ----------------------------------------------------------------------------------------------------
+
+
+def _speculation(model: OpenModel, engine: Engine, draft: DraftModel | None) -> Speculation | None:
+    """A drafter, where the engine can verify several tokens in one pass and take back those that were wrong."""
     most = min(engine.settings.n_logits, engine.settings.n_ubatch) - 1
-    return Speculation(LookupDrafter(engine.settings.n_ctx), most) if most > 0 else None
+    if most < 1 or not can_take_back(model.hollow):
+        return None
+    if draft:
+        return Speculation(ModelDrafter(draft, draft.file.n_bytes / model.file.n_bytes, engine.n_vocab), most)
+    return Speculation(LookupDrafter(engine.settings.n_ctx), most)
+
+
+def _expected_draft_bytes(file: ModelFile, options: RunOptions) -> int:
+    """About what a draft model will take, before it is opened."""
+    if options.draft is None:
+        return 0
+    n_bytes = copy_bytes(file) if options.draft == AUTO else ModelFile.open(options.draft).n_bytes
+    return n_bytes + GUESSED_DRAFT_BYTES
+
+
+def _draft_file(model: OpenModel, options: RunOptions, note: Callable[[str], None]) -> ModelFile | None:
+    """The model that drafts, if there is one; a copy with few bits is made when "auto" finds none."""
+    if options.draft is None:
+        return None
+    if not can_take_back(model.hollow):
+        note("speculation is off: computed tokens of this model cannot be taken back")
+        return None
+    if options.draft != AUTO:
+        return ModelFile.open(options.draft)
+    import platformdirs
+
+    def progress(share: Callable[[], float]) -> Progress:
+        return Progress("making the copy", share)
+
+    folder = Path(platformdirs.user_cache_dir("h2o-llm"))
+    return ModelFile.open(low_bit_copy(model.file, folder, note, progress))
+
+
+def _open_draft(model: OpenModel, settings: Settings, note: Callable[[str], None]) -> DraftModel | None:
+    """The draft model, its weights not read yet. Raises ModelError when it has another vocabulary."""
+    file = model.draft_file
+    if file is None:
+        return None
+    n_ctx = min(settings.n_ctx, _n_positions(file))
+    draft = DraftModel(file, replace(settings, n_ctx=n_ctx), note)
+    try:
+        check_vocabulary(model.hollow, draft.hollow, (model.file.path.name, file.path.name))
+    except H2OError:
+        draft.close()
+        raise
+    return draft
+
+
+def _n_positions(file: ModelFile) -> int:
+    return next((t.n_rows for t in file.tensors if t.name == "position_embd.weight"), UNLIMITED)
+
+
+# --- settings and plan ----------------------------------------------------------------------------------------------
 
 
 def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | None:
@@ -300,9 +365,9 @@ def _choose(model: OpenModel, options: RunOptions, settings: Settings) -> Chosen
         budget = in_file.budget_bytes or options.budget_bytes or default_budget()
         return Chosen(replace(in_file, layout=in_file.layout if layout is None else layout), "plan file", budget)
     budget = options.budget_bytes or default_budget()
-    planned = _planned(profile, budget, settings, layout) if profile else None
+    planned = _planned(profile, budget - settings.draft_bytes, settings, layout) if profile else None
     if planned:
-        return Chosen(planned, "profile", budget)
+        return Chosen(replace(planned, budget_bytes=budget), "profile", budget)
     largest = max((piece.span_bytes for piece in file.pieces), default=0)
     plan = Plan(
         k=0,

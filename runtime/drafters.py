@@ -162,8 +162,9 @@ class ModelDrafter:
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
         """The n likeliest tokens, each after the ones before; fewer where the vocabularies differ."""
-        new = self._new(tokens)
-        if n < 1 or any(token >= self._n_vocab for token in new):
+        n = min(n, self._engine.settings.n_ctx - len(tokens))
+        new = self._new(tokens) if n > 0 else []
+        if not new or any(token >= self._n_vocab for token in new):
             return []
         if len(new) > _MUCH:
             start = time.perf_counter()

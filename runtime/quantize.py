@@ -92,7 +92,7 @@ def low_bit_copy(file: ModelFile, folder: Path, note: Callable[[str], None], pro
     target = folder / f"{file.path.stem}-{file.hash:016x}-{COPY_TYPE}.gguf"
     if _usable(target):
         return target
-    n_bytes = _copy_bytes(file)
+    n_bytes = copy_bytes(file)
     if n_bytes > _WORTH * file.n_bytes:
         raise UsageError(
             f"{file.path.name} has few bits per weight already: a copy with 4 bits would be no faster",
@@ -123,7 +123,8 @@ def _usable(path: Path) -> bool:
         return False
 
 
-def _copy_bytes(file: ModelFile) -> int:
+def copy_bytes(file: ModelFile) -> int:
+    """About the size of the low-bit copy."""
     values = 0
     for tensor in file.tensors:
         count = 1
