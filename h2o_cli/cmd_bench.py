@@ -136,9 +136,11 @@ def _run(settings: Settings, output: Path, *, json: bool) -> list[Row]:
     from profiler.bench.rows import append_row
     from profiler.bench.runs import Bench
 
-    _make_models(settings)
-    check_rights(Device(0, settings.read_bytes_per_s, settings.models[0].path.parent))
     rows_file = _open_output(output)
+    folder = settings.models[0].path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    check_rights(Device(0, settings.read_bytes_per_s, folder))
+    _make_models(settings)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
         children = Children(Path(work), profiles_folder())
@@ -184,18 +186,18 @@ def _open_output(output: Path) -> Path:
 
 
 def _write_report(rows: list[Row], output: Path, measuring: Bench) -> None:
+    """Draw the pictures, where that can be done, and write the report around them."""
+    from profiler.bench.plots import draw
     from profiler.bench.report import report
 
     for line in measuring.notes:
         note(line)
-    (output / "report.md").write_text(report(rows))
+    pictures: list[Path] = []
     try:
-        from profiler.bench.plots import draw
+        pictures = draw(rows, measuring.timelines, output)
     except UsageError as error:
         note(str(error))
-        return
-    for path in draw(rows, measuring.timelines, output):
-        note(f"drew {path.name}")
+    (output / "report.md").write_text(report(rows, [path.name for path in pictures]))
 
 
 def _told(row: Row) -> str:

@@ -334,6 +334,10 @@ def test_the_report_of_fixed_rows():
     assert report(fixed_rows()) == GOLDEN
 
 
+def test_a_report_shows_the_pictures_beside_it():
+    assert report(fixed_rows(), ["speed.png"]) == GOLDEN + "\n## Pictures\n\n![speed](speed.png)\n"
+
+
 def test_a_report_of_nothing():
     assert "No runs." in report([])
 
@@ -418,6 +422,7 @@ class TestCommand:
     def test_a_benchmark_of_a_tiny_model(self, tmp_path, tiny_model):
         model = tiny_model(SHAPE)
         flags = ["--quick", "--model", model, "--budget", "90", "--suite", "budgets", "--disk", 200]
+        flags += ["--engine", H2O, "--engine", MMAP]
         done = self.h2o(*flags, "--output", tmp_path / "out", "--json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         rows = read_rows(tmp_path / "out" / "rows.jsonl")

@@ -13,8 +13,8 @@ STEADY = 0.05  # a spread below this part of the median is not printed
 NONE = "-"
 
 
-def report(rows: Sequence[Row]) -> str:
-    """All of the report. Rows of one run of the benchmark, in any order."""
+def report(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:
+    """All of the report. Rows of one run of the benchmark, in any order; names of pictures that lie beside it."""
     parts = ["# Benchmark", *_conditions(rows)]
     for model in distinct(row.model for row in chosen(rows, suite="budgets")):
         of_model = chosen(rows, suite="budgets", model=model)
@@ -25,6 +25,8 @@ def report(rows: Sequence[Row]) -> str:
     resident = chosen(rows, suite="resident")
     if resident:
         parts += ["## Everything resident", _resident(resident)]
+    if pictures:
+        parts += ["## Pictures", *(f"![{name.removesuffix('.png')}]({name})" for name in pictures)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -59,7 +59,7 @@ class Settings:
     repeats: int = 3
     llama_repeats: int = 2
     profile_repeats: int = 2
-    n_predict: int = 7
+    n_predict: int = 6
     n_predict_resident: int = 24
     read_bytes_per_s: int = 400 * MB
     threads: int = 2
@@ -152,8 +152,8 @@ def _first_token_cases(settings: Settings, model: BenchModel, budgets: dict[str,
     """A long prompt in 60 % of the file, or the largest budget where that is none."""
     middle = "60%" if "60%" in budgets else next(reversed(budgets), "")
     if middle:
-        for repeat in range(settings.llama_repeats):
-            for engine in (H2O, MMAP):
+        for repeat in range(settings.repeats):
+            for engine in (H2O, MMAP) if repeat == 0 else (H2O,):
                 yield Case("first token", model, middle, budgets[middle], engine, repeat, LONG_PROMPT, 2)
 
 
