@@ -198,9 +198,8 @@ class ModelDrafter:
             self._tokens += tokens[: self._engine.n_past - start]
 
     def close(self) -> None:
-        """Free the draft model too."""
+        """Free the sampler; the draft model stays its owner's."""
         self._sampler.close()
-        self._model.close()
 
 
 def check_vocabulary(model: HollowModel, draft: HollowModel, names: tuple[str, str]) -> None:

@@ -19,6 +19,7 @@ MOST_DRAFTED = 8
 LOOKUP, DRAFT, OFF = "lookup", "draft", "off"
 
 _MEMORY = 16  # observations a running mean remembers
+_OUTLIER = 4  # times the mean
 _MARGIN = 0.02  # predicted gain below which one token per pass is better
 _LOSS_SHARE = 0.015  # of all time that may be lost to drafts that did not pay
 _PLAIN_EVERY = 64  # passes after which one without a draft is made, to know what it costs
@@ -64,7 +65,8 @@ class Mean:
         self._memory = memory
 
     def see(self, value: float) -> None:
-        """Take an observation in."""
+        """Take an observation in. What is far too large was no measurement (the process was stopped, say)."""
+        value = min(value, _OUTLIER * self.value) if self.value > 0 else value
         self._weight = min(self._weight + 1, self._memory)
         self.value += (value - self.value) / self._weight
 
