@@ -28,7 +28,7 @@ from runtime.plan_watcher import PlanWatcher
 from runtime.quantize import copy_bytes, low_bit_copy
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, Settings
-from runtime.sizes import MB, parse_size
+from runtime.sizes import MB, format_size, parse_size
 from runtime.speculate import MOST_DRAFTED, Speculation
 from runtime.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ CONTEXT_STEP = 256
 CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
 WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
+POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
 SPECULATE = ("auto", "off")
 AUTO = "auto"
 GUESSED_DRAFT_BYTES = 32 * MB  # of a draft model beside its weights, until it is open
@@ -198,6 +199,7 @@ def open_session(
 ) -> Session:
     """Choose settings and plan, and open the engine. Raises H2OError."""
     start = time.perf_counter()
+    _check_context(n_ctx, options.budget_bytes or default_budget())
     settings = _settings(options, n_ctx, n_prompt, model.profile)
     with ExitStack() as opened, interrupts.held():
         draft = _open_draft(model, settings, note)
@@ -229,6 +231,17 @@ def open_session(
         load_s=model.load_s + time.perf_counter() - start,
         cleanup=cleanup,
     )
+
+
+def _check_context(n_ctx: int, budget_bytes: int) -> None:
+    """Raise BudgetError where a context's list of positions alone is more than the budget: it is really allocated."""
+    need = n_ctx * POSITION_BYTES
+    if need > budget_bytes:
+        raise BudgetError(
+            f"a context of {n_ctx} tokens takes more than {format_size(need)} of {format_size(budget_bytes)}",
+            "lower --ctx",
+            floor_bytes=need,
+        )
 
 
 def _open_engine(model: OpenModel, plan: Plan, settings: Settings, note: Callable[[str], None]) -> Engine:
