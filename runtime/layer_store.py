@@ -52,13 +52,14 @@ class Home:
         """The first n_bytes of the tensor are going to be resident: huge pages there and only there."""
         self._region.use_huge_pages(n_bytes)
 
-    def drop(self, piece: Piece, kept: frozenset[int]) -> None:
-        """Give the memory of one piece back, but not the pages it shares with those pieces of the tensor in `kept`."""
+    def drop(self, piece: Piece, kept: Iterable[Piece]) -> None:
+        """Give the memory of one piece back, but not the pages it shares with the kept pieces of the tensor."""
         start, end = piece.span
-        if piece.first_row and piece.number - 1 in kept:
-            start = piece.offset
-        if piece.first_row + piece.n_rows < self._tensor.n_rows and piece.number + 1 in kept:
-            end = piece.offset + piece.n_bytes
+        for other in kept:
+            if other.number < piece.number:
+                start = max(start, other.span[1])
+            else:
+                end = min(end, other.span[0])
         self._region.drop(start - self._start, end - self._start)
 
     def free(self) -> None:
@@ -137,51 +138,52 @@ class LayerStore:
         """From now on keep the pieces in `wanted` resident and stream the others through window_bytes.
 
         Called between two passes. What is no longer wanted is freed before anything new is loaded; new residents
-        arrive with the next pass.
+        arrive with the next pass. When there is no address space for them the plan in force stays (EngineError).
         """
         with self._lock:
             self._paused = True
-            while self._in_flight:
-                self._arrived.wait(_POLL_S)
             try:
-                same_ring = self._ring is not None and self._ring.n_bytes == window_bytes
-                self._drop_loads(wanted, same_ring)
-                for number in self._resident - wanted:
-                    self._homes[self._pieces[number].tensor.name].drop(self._pieces[number], wanted)
-                self._resident &= wanted
-                self._wanted = wanted
+                while self._in_flight:
+                    self._arrived.wait(_POLL_S)
+                self._expect_residents(wanted)
+                ring = self._ring
+                if window_bytes != self.window_bytes:
+                    ring = Ring(window_bytes) if window_bytes else None
+                self._drop_homes(wanted)
+                self._drop_loads(wanted, ring is self._ring)
+                if self._ring and ring is not self._ring:
+                    self._ring.free()
+                self._wanted, self._ring = wanted, ring
                 self._missing = [n for n in reversed(self._order) if n in wanted and n not in self._resident]
-                self._expect_residents()
                 self._load_pass, self._load_place = self._pass, 0
-                if not same_ring:
-                    self._new_ring(window_bytes)
             finally:
                 self._paused = False
                 self._readable.notify_all()
 
-    def _new_ring(self, n_bytes: int) -> None:
-        if self._ring:
-            self._ring.free()
-        self._ring = None
-        if n_bytes:
-            self._ring = Ring(n_bytes)
+    def _drop_homes(self, wanted: frozenset[int]) -> None:
+        """Free what is at home, as a whole or in part, and not wanted."""
+        at_home = self._resident | {number for number, load in self._loads.items() if load.slot is None}
+        kept: dict[str, list[Piece]] = {}
+        for number in at_home & wanted:
+            kept.setdefault(self._pieces[number].tensor.name, []).append(self._pieces[number])
+        for number in at_home - wanted:
+            piece = self._pieces[number]
+            self._homes[piece.tensor.name].drop(piece, kept.get(piece.tensor.name, ()))
+        self._resident &= wanted
 
     def _drop_loads(self, wanted: frozenset[int], same_ring: bool) -> None:
         """Forget what was read, or is going to be, for a place that the new plan does not have."""
         for number, load in list(self._loads.items()):
             load.pass_number = self._pass
-            if load.slot is None and number not in wanted:
-                self._homes[load.piece.tensor.name].drop(load.piece, wanted)
-                del self._loads[number]
-            elif load.slot and not same_ring:
+            if not (same_ring if load.slot else number in wanted):
                 del self._loads[number]
         left = set(map(id, self._loads.values()))
         self._queue = deque(chunk for chunk in self._queue if chunk.load is None or id(chunk.load) in left)
 
-    def _expect_residents(self) -> None:
+    def _expect_residents(self, wanted: frozenset[int]) -> None:
         """Tell every home how many of its first bytes will be resident (pieces of one tensor are taken in order)."""
         sizes: dict[str, int] = {}
-        for number in self._wanted:
+        for number in wanted:
             piece = self._pieces[number]
             sizes[piece.tensor.name] = sizes.get(piece.tensor.name, 0) + piece.span_bytes
         for name, n_bytes in sizes.items():

@@ -26,9 +26,9 @@ from runtime.memory import Region, view
 from runtime.model_file import ModelFile
 from runtime.sizes import PAGE, page_down, page_up
 
-SLOW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-FEWER = settings(SLOW, max_examples=25)
-PATIENCE_S = 20
+SLOW = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEWER = settings(SLOW, max_examples=60)
+PATIENCE_S = 120
 BIG = 2**30
 
 _mincore = ctypes.CDLL(None, use_errno=True).mincore
@@ -36,8 +36,10 @@ _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 @pytest.fixture(autouse=True)
-def end_when_hanging():
-    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
+def end_when_hanging(monkeypatch):
+    """The store's waits are ended by what they wait for; their time limit, a net below that, is out of reach here."""
+    monkeypatch.setattr(layer_store, "_POLL_S", 10 * PATIENCE_S)
+    faulthandler.dump_traceback_later(4 * PATIENCE_S, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
 
@@ -337,9 +339,9 @@ def test_the_stream_runs_ahead_across_the_end_of_a_pass_but_one_pass_only():
         s.end_pass(complete=True)
         s.settle()
         assert s.bytes_read == 2 * EVERYTHING
-        before = s.wait_s
-        c.one_pass()
-        assert s.wait_s == pytest.approx(before, abs=0.05)
+        for piece in c.pieces:
+            assert s.next_is_there()
+            c.use(piece)
 
 
 def test_a_window_of_one_piece_goes_round():
@@ -349,6 +351,34 @@ def test_a_window_of_one_piece_goes_round():
             c.one_pass()
         s.settle()
         assert s.bytes_read == 5 * EVERYTHING + ONE
+
+
+def test_the_readers_go_on_by_themselves():
+    """Nobody waits in need() here: what was given back, or a new pass, is enough to wake them."""
+    with computing(SMALL) as (c, s, _):
+        c.plan(set(), 2 * ONE)
+        wait_until(lambda: s.bytes_read == 2 * ONE)
+        s.need(c.pieces[0])
+        s.computed()
+        wait_until(lambda: s.bytes_read == 3 * ONE)
+        s.end_pass(complete=False)  # two pieces read for nothing make room
+        wait_until(lambda: s.bytes_read == 5 * ONE)
+
+
+def test_a_piece_is_not_read_again_before_a_reader_has_looked_at_the_next_one():
+    """The readers' steps made by hand: the computation is done with a piece before a reader comes back for more."""
+    files = PatternFiles()
+    store = LayerStore(SMALL, files, depth=0)
+    store.apply(frozenset(), 2 * ONE)
+    for piece in SMALL.pieces:
+        with store._lock:
+            chunk = store._next_chunk()
+            assert chunk.load.piece is piece
+            files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
+            store._finish(chunk, None)
+        assert np.array_equal(np.frombuffer(view(store.need(piece), piece.n_bytes), np.uint64), expected(piece))
+        store.computed()
+    store.close()
 
 
 def test_residents_are_read_once_and_then_nothing_is():
@@ -442,14 +472,15 @@ def test_an_early_end_leaves_the_order_as_it_is():
         assert abs(s.bytes_read - before - 3 * EVERYTHING) <= s.window_bytes
 
 
-def test_a_piece_used_twice_far_apart_costs_no_long_waits():
+def test_a_piece_used_twice_far_apart_is_read_twice_and_little_else():
     with computing(SMALL) as (c, s, _):
-        order = [*c.pieces, c.pieces[0]]
         for window in (ONE, 2 * ONE, 5 * ONE, EVERYTHING):
             c.plan(set(), window)
-            for _ in range(4):
-                c.one_pass(order)
-        assert s.wait_s < 5
+            before = s.bytes_read
+            for _ in range(6):
+                c.one_pass([*c.pieces, c.pieces[0]])
+            s.settle()
+            assert s.bytes_read - before <= 7 * (EVERYTHING + ONE) + 2 * 6 * window
 
 
 def test_a_wrong_guess_does_not_wait_for_the_residents_to_be_read():
@@ -505,7 +536,7 @@ def test_need_waits_for_the_disk_and_sleeps_meanwhile():
         files.go.set()
         thread.join(PATIENCE_S)
         c.check(results[0], c.pieces[0])
-        assert s.wait_s >= 0.4
+        assert s.wait_s >= 0.2
 
 
 def test_nobody_computes_when_there_is_nothing_to_do():
@@ -579,22 +610,24 @@ def test_a_window_below_one_piece_is_an_error_not_a_wait():
             s.need(c.pieces[0])
 
 
-def test_no_memory_for_a_new_window_leaves_a_store_that_answers(monkeypatch):
-    with computing(SMALL) as (c, s, _):
-        c.plan(set(), ONE)
+@pytest.mark.parametrize("name", ["Ring", "Home"])
+def test_without_address_space_for_a_new_plan_the_old_one_stays(monkeypatch, name):
+    def refuse(_):
+        raise EngineError("the system gave no address space")
+
+    with computing(SMALL) as (c, s, files):
+        c.plan({1}, ONE)
         c.one_pass()
-
-        def refuse(_):
-            raise EngineError("the system gave no address space")
-
         with monkeypatch.context() as patch:
-            patch.setattr(layer_store, "Ring", refuse)
+            patch.setattr(layer_store, name, refuse)
             with pytest.raises(EngineError, match="address space"):
-                s.apply(frozenset(), 2 * ONE)
-        with pytest.raises(EngineError, match="smaller than one tensor"):
-            s.need(c.pieces[0])
-        c.plan(set(), 2 * ONE)
+                s.apply(frozenset({3}), 2 * ONE)
         c.one_pass()
+        assert (s.wanted, s.window_bytes, s.resident_bytes) == ({1}, ONE, ONE)
+        assert files.times_read(c.pieces[1]) == 1
+        c.plan({3}, 2 * ONE)
+        c.one_pass()
+        assert (s.wanted, s.window_bytes, s.resident_bytes) == ({3}, 2 * ONE, ONE)
 
 
 def test_rows_are_read_before_the_stream():
@@ -626,8 +659,9 @@ def homes_in_memory(store):
     return bytes_in_memory(ranges[:-1] if store.window_bytes else ranges)
 
 
-def test_pieces_that_are_no_longer_wanted_give_all_their_memory_back():
-    model = make_index([[64, 300]], [100] * 6)  # tiles share pages
+@pytest.mark.parametrize("tile_rows", [100, 20])
+def test_pieces_that_are_no_longer_wanted_give_all_their_memory_back(tile_rows):
+    model = make_index([[64, 300]], [tile_rows] * 6)  # two tiles, or even four, share a page
     with computing(model) as (c, s, _):
         everything = numbers_of(c.pieces)
         tiles = [piece.number for piece in model.head.pieces]
