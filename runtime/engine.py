@@ -89,7 +89,8 @@ class Engine:
         self._small = SmallTensors(file, model, self._store.files)
         self._tables = [RowTable(t, _table_bytes(t, settings)) for t in file.row_tables]
         self._weights = self._index_weights()
-        self._active = {weight.address: weight for weight in self._weights}
+        self._active: dict[int, Weight] = {}  # weights that are not in memory for good
+        self._settled = False
         self._callback = abi.EvalCallback(self._on_node)
         self._buffers = ContextBuffers()
         self._context = self._open_context()
@@ -177,7 +178,7 @@ class Engine:
                 self._repacker.forget(weight.address)
         self._store.apply(resident, window)
         self._repack = self.settings.repack and streamed == 0
-        self._active = {weight.address: weight for weight in self._weights}
+        self._active = {weight.address: weight for weight in self._weights if weight.pieces}
         largest = smallest_window(self.file, resident)
         self._boundary_bytes = max(0, min(window // 4, (window - 2 * largest) // 2))
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
@@ -215,6 +216,7 @@ class Engine:
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = i >= n - n_logits
             self._fetch_rows(tokens)
+            self._settled = not self._active and self.trace is None
             if self.quiet:
                 self._store.settle()
             if self.trace:
@@ -234,7 +236,7 @@ class Engine:
 
     def _fetch_rows(self, tokens: Sequence[int]) -> None:
         for weight in self._weights:
-            if not weight.table or weight.address not in self._active:
+            if not weight.table or (weight.pieces and weight.address not in self._active):
                 continue
             if weight.pieces and all(self._store.is_resident(piece) for piece in weight.pieces):
                 abi.Tensor.from_address(weight.address).data = self._store.home(weight.table.tensor.name).data
@@ -268,6 +270,8 @@ class Engine:
     # --- llama.cpp calls back -----------------------------------------------------------------------------------
 
     def _on_node(self, address: int, ask: bool, _data: int) -> bool:
+        if self._settled and ask and self._stop is None:
+            return False
         try:
             if self._stop is None:
                 return self._before(address) if ask else self._after(address)
