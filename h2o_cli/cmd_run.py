@@ -13,7 +13,7 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import Progress, emit, note, print_json, styled, tell, versions
-from runtime.errors import PromptError, UsageError
+from runtime.errors import DiskError, EngineError, PromptError, UsageError
 from runtime.generate import Meter, Request, Statistics, Step, check_prompt, generate
 from runtime.memory import peak_bytes
 from runtime.sampler import Sampling
@@ -224,13 +224,18 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
     parts, tokens, finish = [], [], ""
     with interrupts.ending(session.engine.cancel):
         steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
-        for step in first_with_progress(session, steps, len(request.prompt)):
-            meter.see(step)
-            parts.append(step.text)
-            tokens += [step.token] if step.token is not None else []
-            finish = step.finish
-            if not options.json:
-                emit(step.text)
+        try:
+            for step in first_with_progress(session, steps, len(request.prompt)):
+                meter.see(step)
+                parts.append(step.text)
+                tokens += [step.token] if step.token is not None else []
+                finish = step.finish
+                if not options.json:
+                    emit(step.text)
+        except (DiskError, EngineError):
+            if parts and not options.json:
+                emit("\n")  # the error gets a line of its own
+            raise
     statistics = meter.statistics()
     if options.json:
         facts = {"text": "".join(parts), "tokens": tokens, "prompt_tokens": list(request.prompt), "finish": finish}

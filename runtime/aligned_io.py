@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime.errors import DiskError
 from runtime.memory import view
-from runtime.sizes import PAGE
+from runtime.sizes import page_down
 
 DIRECT, BUFFERED = "direct", "buffered"
 
@@ -56,15 +56,14 @@ class WeightFiles:
         got = 0
         try:
             while got < wanted:
-                part = view(address + got, n_bytes - got)
-                n = os.preadv(self._fds[file], [part], offset + got)
-                if n == 0:
-                    raise DiskError(
-                        f"{self.paths[file]} became shorter while it was read", "restore the file and run again"
-                    )
-                got += n
-                if got < wanted and got % PAGE:
-                    got = got // PAGE * PAGE
+                before, part = got, view(address + got, n_bytes - got)
+                got += os.preadv(self._fds[file], [part], offset + got)
+                if got < wanted:
+                    got = page_down(got)
+                    if got == before:  # not even one page: this is the end of the file now
+                        raise DiskError(
+                            f"{self.paths[file]} became shorter while it was read", "restore the file and run again"
+                        )
         except OSError as error:
             raise DiskError(
                 f"reading {self.paths[file]} failed: {error.strerror}", "check the disk, then run again"

@@ -397,6 +397,10 @@ class Engine:
         row = (ctypes.c_float * self.n_vocab).from_address(ctypes.addressof(pointer.contents))
         return not any(map(math.isnan, row))
 
+    def is_number(self, token: int, i: int = -1) -> bool:
+        """Whether the logit of one token in the last forward's i-th output is a number."""
+        return not math.isnan(abi.llama.llama_get_logits_ith(self._context, i)[token])
+
     def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
         """Logits [n_vocab] of the last forward's i-th output (negative: from the end). Valid until the next forward."""
         import numpy as np  # 16 MB that a run does not need

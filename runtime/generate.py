@@ -175,7 +175,8 @@ class _Answer:
         engine = self._sequence.engine
         before = replace(engine.counters)
         self._sequence.feed(self._tokens)
-        _check_numbers(engine)
+        if not engine.has_numbers():
+            raise no_numbers()
         if self._speculation:
             self._speculation.begin()
             self._speculation.saw_prompt(before, engine.counters, engine.streamed_bytes)
@@ -216,7 +217,10 @@ class _Answer:
 
     def _choose(self, i: int) -> tuple[Step, int]:
         """The step and the token of the last pass's i-th position."""
-        token = self._sampler.sample(self._sequence.engine, i - len(self._draft) - 1)
+        place = i - len(self._draft) - 1
+        token = self._sampler.sample(self._sequence.engine, place)
+        if not self._sequence.engine.is_number(token, place):
+            raise no_numbers()
         self._n_left -= 1
         if self._tokenizer.ends(token):
             return Step(None, self.text.finish(), EOS), token
@@ -229,9 +233,9 @@ class _Answer:
         return Step(token, new, STOP if self.text.stopped else LENGTH), token
 
 
-def _check_numbers(engine: Engine) -> None:
-    if not engine.has_numbers():
-        raise EngineError("the model computes no numbers (NaN)", "the file may be damaged: download the model again")
+def no_numbers() -> EngineError:
+    """The error for NaN where logits should be."""
+    return EngineError("the model computes no numbers (NaN)", "the file may be damaged: download the model again")
 
 
 class StopFilter:
