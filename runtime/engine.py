@@ -207,7 +207,7 @@ class Engine:
     def _pass(self, tokens: Sequence[int], n_logits: int) -> None:
         """One pass through all layers."""
         start = time.perf_counter()
-        n = len(tokens)
+        n, status = len(tokens), -1
         batch = abi.llama.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens = n
@@ -224,7 +224,7 @@ class Engine:
             status = abi.llama.llama_decode(self._context, batch)
         finally:
             abi.llama.llama_batch_free(batch)
-            self._close_pass()
+            self._close_pass(complete=status == 0 and self._stop is None)
         self._raise_stop()
         if status != 0:
             self.truncate(self.n_past)
@@ -244,7 +244,7 @@ class Engine:
                 weight.table.fetch(tokens, self._store)
                 abi.Tensor.from_address(weight.address).data = weight.table.data
 
-    def _close_pass(self) -> None:
+    def _close_pass(self, *, complete: bool) -> None:
         if self.trace:
             self.trace.end_pass(self._store.wait_s)
         for address in self._aliases:
@@ -252,7 +252,7 @@ class Engine:
         self._aliases.clear()
         self._tiled.clear()
         self._asked_bytes = 0
-        self._store.end_pass(complete=self._stop is None)
+        self._store.end_pass(complete=complete)
 
     def _raise_stop(self) -> None:
         if self._stop is not None:

@@ -21,6 +21,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 HUGE_PAGE = 2 * 2**20
 PROT_NONE = 0
+_CGROUPS = "/sys/fs/cgroup"
 _PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
@@ -160,21 +161,27 @@ def _own_cgroup_peak() -> int | None:
 
 
 def cgroup_folder() -> Path | None:
-    """The folder of this process's memory cgroup (version 1 or 2), if it has one of its own."""
+    """The folder of this process's memory cgroup (version 1 or 2), if it has one of its own.
+
+    Inside a container the group's path is "/" or one of the host's; its files are then at the root.
+    """
     try:
-        rows = Path("/proc/self/cgroup").read_text().split()
+        rows = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
     for row in rows:
         _, controllers, path = row.split(":", 2)
         if "memory" in controllers.split(","):
-            folder = Path("/sys/fs/cgroup/memory" + path)
-        elif controllers == "" and Path("/sys/fs/cgroup/cgroup.controllers").exists():
-            folder = Path("/sys/fs/cgroup" + path)
+            root = Path(_CGROUPS + "/memory")
+        elif controllers == "" and Path(_CGROUPS + "/cgroup.controllers").exists():
+            root = Path(_CGROUPS)
         else:
             continue
+        folder = Path(f"{root}{path}")
         if path != "/" and folder.is_dir():
             return folder
+        if _limit_of(root) is not None:
+            return root
     return None
 
 
@@ -194,10 +201,11 @@ def _usage_of(folder: Path) -> int:
     for name in ("memory.current", "memory.usage_in_bytes"):
         try:
             used = int((folder / name).read_text())
+            rows = (folder / "memory.stat").read_text().splitlines()
         except (OSError, ValueError):
             continue
-        for line in (folder / "memory.stat").read_text().splitlines():
-            key, value = line.split()[:2]
+        for row in rows:
+            key, value = row.split()[:2]
             if key in ("inactive_file", "total_inactive_file"):
                 return max(0, used - int(value))
         return used
@@ -211,7 +219,7 @@ def available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
     folder = cgroup_folder()
-    while folder is not None and folder.name not in ("memory", "cgroup"):
+    while folder is not None and "cgroup" in folder.parts:
         limit = _limit_of(folder)
         if limit is not None:
             available = min(available, max(0, limit - _usage_of(folder)) + resident_bytes())

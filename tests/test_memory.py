@@ -261,3 +261,12 @@ def test_peak_of_a_group_with_this_process_alone(kernel):
 def test_else_the_peak_is_the_process(kernel, files):
     version_2(kernel, memory_max="max", **files)
     assert memory.peak_bytes() == 2024 * 1024
+
+
+@pytest.mark.parametrize("path", ["/", "/of the host/only"])
+def test_limit_of_a_container(kernel, path):
+    """Inside a container the group's own files are at the root of the file system of groups."""
+    version_2(kernel, path)
+    version_2(kernel, "", memory_max="100000000", memory_current="30000000", memory_stat="inactive_file 0\n")
+    kernel("/proc/self/cgroup", f"0::{path}\n")
+    assert memory.available_bytes() == 70_000_000 + OWN
