@@ -22,15 +22,19 @@ from runtime.settings import Settings
 LONGEST, SHORTEST = 3, 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SHIFT = 40
+_MOST_PLACES = 8  # earlier places that are looked at
+_SURROUNDINGS, _RECENT = 8, 16  # tokens before a place that tell what it is about, and before the end of the text
 _MUCH = 16  # more new tokens than this are a text to read, not part of drafting
 _MOST_UNUSED = 128  # tokens a vocabulary may be longer by, as llama.cpp allows
 
 
 class LookupDrafter:
-    """Proposes what followed the last time the text ended like this.
+    """Proposes what followed an earlier place where the text ended like this.
 
-    For every suffix length a table of fixed size says where such a suffix ended last; a new token is one entry per
-    length. Entries that collide are lost, never wrong: the tokens are compared.
+    For every suffix length a table of fixed size says where such a suffix ended last, and every place points to the
+    one before it. Entries that collide are lost, never wrong: the tokens are compared. Of the last few places the one
+    counts whose surroundings have most in common with the present ones, rare tokens above all: asked for somebody's
+    hat, the sentence about that hat is quoted, not the last one about a hat.
     """
 
     name = "lookup"
@@ -47,33 +51,54 @@ class LookupDrafter:
     def begin(self) -> None:
         """Forget the text."""
         self._tokens = array("i")
-        self._ends = {n: array("i", bytes(4 * self._n_slots)) for n in self._lengths}
-        self._before = dict.fromkeys(self._lengths, 0)  # where the present suffix ended before; 0: nowhere
+        self._counts: dict[int, int] = {}
+        self._last = {n: array("i", bytes(4 * self._n_slots)) for n in self._lengths}  # slot -> where it ended last
+        self._before = {n: array("i") for n in self._lengths}  # place -> the place before; 0: none
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
         """What followed the longest suffix that occurred before, repeated where it reaches the end of the text."""
         self._read(tokens)
         text, end = self._tokens, len(self._tokens)
         for length in reversed(self._lengths):
-            place = self._before[length]
-            if place and text[place - length : place] == text[end - length :]:
+            places = self._places(length)
+            if places:
                 self.grade = length
+                place = max(places, key=self._likeness) if len(places) > 1 else places[0]
                 return [text[place + i % (end - place)] for i in range(n)]
         self.grade = 0
         return []
+
+    def _places(self, length: int) -> list[int]:
+        """Where the present suffix of this length ended before, the last place first."""
+        text, before, found = self._tokens, self._before[length], list[int]()
+        place = len(text)
+        suffix = text[-length:]
+        while place and len(found) < _MOST_PLACES:
+            place = before[place - 1]
+            if place and text[place - length : place] == suffix:
+                found.append(place)
+        return found
+
+    def _likeness(self, place: int) -> float:
+        """How much the tokens before a place have in common with the last ones of the text."""
+        text = self._tokens
+        here = set(text[max(0, place - _SURROUNDINGS) : place])
+        return sum(1 / self._counts[token] for token in here.intersection(text[max(place, len(text) - _RECENT) :]))
 
     def _read(self, tokens: Sequence[int]) -> None:
         """Take in what is new."""
         text, mask = self._tokens, self._n_slots - 1
         for i in range(len(text), len(tokens)):
             text.append(tokens[i])
+            self._counts[tokens[i]] = self._counts.get(tokens[i], 0) + 1
             key = 0
-            for length in range(1, min(self._lengths[-1], i + 1) + 1):
-                key = (key * 0x10001 + text[i + 1 - length] + 1) * _MULTIPLIER & 0xFFFFFFFFFFFFFFFF
-                if length in self._ends:
+            for length in range(1, self._lengths[-1] + 1):
+                token = text[i + 1 - length] if length <= i + 1 else -1
+                key = (key * 0x10001 + token + 1) * _MULTIPLIER & 0xFFFFFFFFFFFFFFFF
+                if length in self._last:
                     slot = key >> _SHIFT & mask
-                    self._before[length] = self._ends[length][slot]
-                    self._ends[length][slot] = i + 1
+                    self._before[length].append(self._last[length][slot])
+                    self._last[length][slot] = i + 1
 
     def close(self) -> None:
         """Nothing to free."""
@@ -90,6 +115,11 @@ class _LateStore(LayerStore):
         self._plan = (wanted, window_bytes)
         if self._started:
             super().apply(wanted, window_bytes)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every piece is resident."""
+        return len(self._resident) == len(self._pieces)
 
     def start(self) -> None:
         """Begin to read."""
@@ -122,7 +152,7 @@ class DraftModel:
     @property
     def is_ready(self) -> bool:
         """Whether all weights are there."""
-        return self._store.resident_bytes >= streamable_bytes(self.file)
+        return self._store.is_complete
 
     def start(self) -> None:
         """Begin to read the weights."""
@@ -146,6 +176,7 @@ class ModelDrafter:
         self.relative_cost = relative_cost
         self._n_vocab = min(n_vocab, model.engine.n_vocab)
         self._sampler = Sampler(Sampling(temp=0), model.engine.n_vocab)
+        self._engine.truncate(0)
         self._tokens: list[int] = []  # in the draft model's cache
         self._agreed = 0  # so many of them are known to be the text's
         self.reading_s = 0.0

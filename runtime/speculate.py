@@ -21,7 +21,7 @@ LOOKUP, DRAFT, OFF = "lookup", "draft", "off"
 _MEMORY = 16  # observations a running mean remembers
 _OUTLIER = 4  # times the mean
 _MARGIN = 0.02  # predicted gain below which one token per pass is better
-_LOSS_SHARE = 0.015  # of all time that may be lost to drafts that did not pay
+_LOSS_SHARE = 0.01  # of all time that may be lost to drafts that did not pay
 _PLAIN_EVERY = 64  # passes after which one without a draft is made, to know what it costs
 _TRIAL_TOKENS = 3  # drafted in a trial of a drafter that did not pay
 _FADE = 0.01  # share of an old measurement that is forgotten per pass
@@ -65,10 +65,13 @@ class Mean:
         self._memory = memory
 
     def see(self, value: float) -> None:
-        """Take an observation in. What is far too large was no measurement (the process was stopped, say)."""
-        value = min(value, _OUTLIER * self.value) if self.value > 0 else value
+        """Take an observation in."""
         self._weight = min(self._weight + 1, self._memory)
         self.value += (value - self.value) / self._weight
+
+    def see_time(self, value: float) -> None:
+        """Take a time in. One that is far too long was not measured well: the process was stopped, say."""
+        self.see(min(value, _OUTLIER * self.value) if self.value > 0 else value)
 
     def fade(self, towards: float | None = None) -> None:
         """Trust it a little less: move towards the first guess, or towards another one."""
@@ -104,11 +107,13 @@ class Gauge:
     def see_prompt(self, n_positions: int, seconds: float, compute_s: float, disk_s: float) -> None:
         """A pass of the prompt. disk_s: what reading the streamed weights once takes at the rate seen.
 
-        When the disk takes longer than computing that many positions, a few more positions are known to be free.
+        When it waited for the disk most of the time, and will wait again, a few more positions are known to be free.
         """
         if n_positions == 1:
             self.see_plain(PassTime(seconds, compute_s))
-        elif self._pass_s is None and disk_s > compute_s:
+            return
+        self._total_s += seconds
+        if self._pass_s is None and seconds > 2 * compute_s and disk_s > compute_s:
             self._pass_s, self._compute_s = Mean(disk_s, 2), Mean(compute_s / n_positions, 2)
 
     def see_plain(self, took: PassTime) -> None:
@@ -118,9 +123,10 @@ class Gauge:
         if self._pass_s is None or self._compute_s is None:
             self._pass_s, self._compute_s = Mean(took.seconds), Mean(took.compute_s)
         else:
-            self._pass_s.see(took.seconds)
-            self._compute_s.see(took.compute_s)
-        self._growth.fade()
+            self._pass_s.see_time(took.seconds)
+            self._compute_s.see_time(took.compute_s)
+        if self._growth.value > _GROWTH:
+            self._growth.fade()
         for n, ratio in self._ratios.items():
             ratio.fade(self._guessed_ratio(n))
 
@@ -132,17 +138,20 @@ class Gauge:
             return
         plain_s, compute_s = self._pass_s.value, self._compute_s.value
         self._lost_s = max(0.0, self._lost_s + took.seconds - n_tokens * plain_s)
-        self._growth.see((took.compute_s / compute_s - 1) / n_drafted if compute_s else 0.0)
+        self._growth.see_time((took.compute_s / compute_s - 1) / n_drafted if compute_s else 0.0)
         if self._relative_cost:
             self._drafting = self._drafting or Mean(took.drafting_s / n_drafted / plain_s)
-            self._drafting.see(took.drafting_s / n_drafted / plain_s)
-        self._ratios.setdefault(n_drafted, Mean(self._guessed_ratio(n_drafted), 8)).see(took.seconds / plain_s)
+            self._drafting.see_time(took.drafting_s / n_drafted / plain_s)
+        self._ratios.setdefault(n_drafted, Mean(self._guessed_ratio(n_drafted), 8)).see_time(took.seconds / plain_s)
 
     def see_right(self, grade: int, n_right: int, n_drafted: int) -> None:
-        """Of n_drafted proposals the first n_right were right (all others were not looked at but for the next)."""
-        self._first_right(grade).see(n_right > 0)
-        for i in range(1, min(n_right + 1, n_drafted)):
-            self._next.see(i < n_right)
+        """Of n_drafted proposals the first n_right were right and the next one was not; others were not looked at."""
+        for i in range(min(n_right + 1, n_drafted)):
+            self.see_one(grade, i, right=i < n_right)
+
+    def see_one(self, grade: int, i: int, *, right: bool) -> None:
+        """Whether the i-th proposal was right, after all before it were."""
+        (self._next if i else self._first_right(grade)).see(right)
 
     # --- deciding -----------------------------------------------------------------------------------------------
 
@@ -203,6 +212,8 @@ class Speculation:
         self._clock = clock
         self._proposed: list[int] = []
         self._grade = 0
+        self._unused: list[int] = []  # a proposal that is compared with the tokens that came instead
+        self._unused_grade = self._n_right = 0
         self._took = PassTime(0.0, 0.0)
         self.drafting_s = 0.0  # for the last pass
         self._reading_s = 0.0
@@ -211,6 +222,7 @@ class Speculation:
         """A new answer begins."""
         self.drafter.begin()
         self.drafting_s = 0.0
+        self._unused = []
 
     def saw_prompt(self, before: Counters, after: Counters, streamed_bytes: int) -> None:
         """The prompt was computed."""
@@ -252,12 +264,24 @@ class Speculation:
         if not self.drafter.is_ready:
             return  # the disk is busy with the drafter: no pass is like those that will follow
         if n_drafted:
+            self._unused = []
             self._gauge.see_drafted(self._took, n_drafted, len(tokens))
             self._gauge.see_right(self._grade, len(tokens) - 1, n_drafted)
         else:
             self._gauge.see_plain(self._took)
-            if self._proposed:
-                self._gauge.see_right(self._grade, int(self._proposed[0] == tokens[0]), 1)
+            self._follow(tokens[0])
+
+    def _follow(self, token: int) -> None:
+        """See how good a proposal would have been that was not used."""
+        if not self._unused:
+            self._unused, self._unused_grade, self._n_right = self._proposed, self._grade, 0
+        if not self._unused:
+            return
+        right = self._unused[self._n_right] == token
+        self._gauge.see_one(self._unused_grade, self._n_right, right=right)
+        self._n_right += right
+        if not right or self._n_right == len(self._unused):
+            self._unused = []
 
     def close(self) -> None:
         """Free the drafter."""
