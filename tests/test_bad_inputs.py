@@ -5,6 +5,7 @@ import os
 import pty
 import random
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -402,6 +403,37 @@ def test_output_that_cannot_be_written(tiny_model, tmp_path):
     for path in (tmp_path, "/dev/full", "/proc/p.json", tmp_path / "no" / "p.json"):
         assert is_one_line(h2o(*profile, path), code=2)
     assert Path("/dev/full").is_char_device()
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """mounted(options): the folder of a small file system of its own; skips where nothing can be mounted."""
+    folders = []
+
+    def mount(options):
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("nothing can be mounted here")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_and_read_only_disks(tiny_model, tmp_path, mounted):
+    model, profile = tiny_model("qwen2"), tmp_path / "p.json"
+    assert h2o("profile", model, "--repeats", 1, "-o", profile)[0] == 0
+    full, fixed = mounted("size=8k"), mounted("ro")
+    with (full / "x").open("wb", buffering=0) as file:
+        file.write(bytes(8192))
+    for folder, words, code in (full, "No space left", 1), (fixed, "Read-only", 2):
+        assert is_one_line(h2o("plan", "-c", profile, "-m", 500, "-s", folder / "plan.bin"), words)
+        assert is_one_line(h2o("profile", model, "--repeats", 1, "-o", folder / "p.json"), words, code=code)
+    assert not (full / "p.json").exists()
 
 
 def test_little_address_space(tiny_model):
