@@ -222,6 +222,9 @@ class Engine:
             if self.trace:
                 self.trace.begin_pass(self._store.wait_s)
             status = abi.llama.llama_decode(self._context, batch)
+        except Cancelled:
+            self.forget_cancel()
+            raise
         finally:
             abi.llama.llama_batch_free(batch)
             self._close_pass(complete=status == 0 and self._stop is None)
@@ -256,7 +259,7 @@ class Engine:
 
     def _raise_stop(self) -> None:
         if self._stop is not None:
-            stop, self._stop = self._stop, None
+            stop, self._stop, self._store.interrupt = self._stop, None, None
             self.truncate(self.n_past)
             raise stop
 
@@ -377,11 +380,11 @@ class Engine:
 
     def cancel(self, signal_number: int = 2) -> None:
         """End the pass that is running (from a signal handler or another thread); forward() raises Cancelled."""
-        self._stop = Cancelled(signal_number)
+        self._stop = self._store.interrupt = Cancelled(signal_number)
 
     def forget_cancel(self) -> None:
         """Drop a cancel() that came when no pass was running, so that the next one runs."""
-        self._stop = None
+        self._stop = self._store.interrupt = None
 
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""

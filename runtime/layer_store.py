@@ -123,6 +123,7 @@ class LayerStore:
         self._paused = True
         self._closing = False
         self._error: BaseException | None = None
+        self.interrupt: BaseException | None = None  # set it from anywhere: who waits for a read raises it
         self.bytes_read = 0
         self.wait_s = 0.0
         self._lock = threading.Lock()
@@ -241,8 +242,7 @@ class LayerStore:
     def _wait_for(self, piece: Piece) -> None:
         start = time.perf_counter()
         while piece.number not in self._resident:
-            if self._error:
-                raise self._error
+            self._check()
             load = self._loads.get(piece.number)
             if load is None:
                 self._load_now(piece)
@@ -264,6 +264,10 @@ class LayerStore:
                 self._drop(load)
         if not self._start(piece) and not self._in_flight:
             raise EngineError("the streaming window is smaller than one tensor", "raise -m")
+
+    def _check(self) -> None:
+        if self._error or self.interrupt:
+            raise self._error or self.interrupt  # type: ignore[misc]
 
     def next_is_there(self) -> bool:
         """Whether the piece that is used next has arrived. False once this pass has shown that nobody knows which."""
@@ -341,8 +345,7 @@ class LayerStore:
             self._readable.notify_all()
             start = time.perf_counter()
             while batch[0]:
-                if self._error:
-                    raise self._error
+                self._check()
                 self._arrived.wait(_POLL_S)
             self.wait_s += time.perf_counter() - start
 
