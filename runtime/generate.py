@@ -188,25 +188,23 @@ class _Answer:
             self._sequence.extend(self._tokens[-1:])
             return
         self._draft = speculation.draft(self._tokens, min(self._n_left, self._n_ctx - len(self._tokens) + 1) - 1)
-        before = replace(counters)
+        seconds, wait_s = counters.seconds, counters.wait_s
         self._sequence.extend([self._tokens[-1], *self._draft])
-        speculation.saw_pass(before, counters)
+        speculation.saw_pass(counters.seconds - seconds, counters.wait_s - wait_s)
 
     def steps(self) -> Iterator[Step]:
         """The tokens of the last pass."""
         draft, n_before = self._draft, len(self._tokens)
-        drafting_s = self._speculation.drafting_s if self._speculation else 0.0
         for i in range(len(draft) + 1):
-            step, token = self._choose(i)
+            token = self._choose(i - len(draft) - 1)
             right = i < len(draft) and token == draft[i]
+            step = self._step(token, i, right)
             self.finished = bool(step.finish)
             if self.finished:
                 self._sequence.shorten(len(self._tokens))
             else:
                 self._tokens.append(token)
-            if i == 0:
-                step = replace(step, drafted=len(draft), drafting_s=drafting_s)
-            yield replace(step, accepted=right)
+            yield step
             if self.finished:
                 return
             if not right:
@@ -215,22 +213,27 @@ class _Answer:
         if self._speculation and n_before > self._n_prompt:
             self._speculation.verified(len(draft), self._tokens[n_before:])
 
-    def _choose(self, i: int) -> tuple[Step, int]:
-        """The step and the token of the last pass's i-th position."""
-        place = i - len(self._draft) - 1
+    def _choose(self, place: int) -> int:
+        """The token the sampler chooses from an output of the last pass (counted from the end: negative)."""
         token = self._sampler.sample(self._sequence.engine, place)
         if not self._sequence.engine.is_number(token, place):
             raise no_numbers()
+        return token
+
+    def _step(self, token: int, i: int, right: bool) -> Step:
+        """The step of the last pass's i-th token; right: it had been drafted."""
+        drafted, drafting_s = 0, 0.0
+        if i == 0 and self._speculation:
+            drafted, drafting_s = len(self._draft), self._speculation.drafting_s
         self._n_left -= 1
         if self._tokenizer.ends(token):
-            return Step(None, self.text.finish(), EOS), token
+            return Step(None, self.text.finish(), EOS, drafted, drafting_s, right)
         new = self.text.feed(token)
-        if self.text.stopped:
-            return Step(token, new, STOP), token
-        if self._n_left and len(self._tokens) < self._n_ctx:
-            return Step(token, new), token
-        new += self.text.finish()
-        return Step(token, new, STOP if self.text.stopped else LENGTH), token
+        finish = STOP if self.text.stopped else ""
+        if not finish and (not self._n_left or len(self._tokens) == self._n_ctx):
+            new += self.text.finish()
+            finish = STOP if self.text.stopped else LENGTH
+        return Step(token, new, finish, drafted, drafting_s, right)
 
 
 def no_numbers() -> EngineError:

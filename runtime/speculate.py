@@ -24,7 +24,8 @@ _MARGIN = 0.02  # predicted gain below which one token per pass is better
 _LOSS_SHARE = 0.01  # of all time that may be lost to drafts that did not pay
 _PLAIN_EVERY = 64  # passes after which one without a draft is made, to know what it costs
 _TRIAL_TOKENS = 3  # drafted in a trial of a drafter that did not pay
-_FADE = 0.01  # share of an old measurement that is forgotten per pass
+_HOPE, _SELDOM = 32, 8  # after so many passes without a draft proposals are looked up for one token in so many
+_FADE, _FADE_EVERY = 0.08, 8  # share of an old measurement that is forgotten in so many passes without a draft
 _GROWTH = 0.5  # computing time of one more position, as a share of the first one's, until it is measured
 _FIRST_RIGHT = {1: 0.3, 2: 0.5, 3: 0.7}  # by grade; how often the first proposal is right, until it is measured
 _NEXT_RIGHT = 0.7
@@ -60,7 +61,6 @@ class Mean:
 
     def __init__(self, guess: float, memory: int = _MEMORY) -> None:
         self.value = guess
-        self._guess = guess
         self._weight = 1.0
         self._memory = memory
 
@@ -73,9 +73,9 @@ class Mean:
         """Take a time in. One that is far too long was not measured well: the process was stopped, say."""
         self.see(min(value, _OUTLIER * self.value) if self.value > 0 else value)
 
-    def fade(self, towards: float | None = None) -> None:
-        """Trust it a little less: move towards the first guess, or towards another one."""
-        self.value += _FADE * ((self._guess if towards is None else towards) - self.value)
+    def fade(self, towards: float) -> None:
+        """Trust it a little less: move towards a guess."""
+        self.value += _FADE * (towards - self.value)
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class Gauge:
         else:
             self._pass_s.see_time(took.seconds)
             self._compute_s.see_time(took.compute_s)
-        if self._growth.value > _GROWTH:
-            self._growth.fade()
-        for n, ratio in self._ratios.items():
-            ratio.fade(self._guessed_ratio(n))
+        if self._since_draft % _FADE_EVERY == 0:
+            self._growth.fade(min(self._growth.value, _GROWTH))
+            for n, ratio in self._ratios.items():
+                ratio.fade(self._guessed_ratio(n))
 
     def see_drafted(self, took: PassTime, n_drafted: int, n_tokens: int) -> None:
         """A pass with a draft, which gave n_tokens."""
@@ -152,6 +152,11 @@ class Gauge:
     def see_one(self, grade: int, i: int, *, right: bool) -> None:
         """Whether the i-th proposal was right, after all before it were."""
         (self._next if i else self._first_right(grade)).see(right)
+
+    @property
+    def is_hopeful(self) -> bool:
+        """Whether drafts paid lately, or were not tried for long enough to know."""
+        return self._since_draft < _HOPE
 
     # --- deciding -----------------------------------------------------------------------------------------------
 
@@ -212,6 +217,7 @@ class Speculation:
         self._clock = clock
         self._proposed: list[int] = []
         self._grade = 0
+        self._n_asked = 0
         self._unused: list[int] = []  # a proposal that is compared with the tokens that came instead
         self._unused_grade = self._n_right = 0
         self._took = PassTime(0.0, 0.0)
@@ -248,16 +254,15 @@ class Speculation:
             n = self._gauge.best(self.drafter.grade, most)
             self._proposed = self.drafter.propose(tokens, n) if n else []
             return self._proposed
-        if most > 0:  # proposals cost nothing: those that are not used tell how good they would have been
-            self._proposed = self.drafter.propose(tokens, most)
+        self._n_asked += 1
+        if most > 0 and (self._gauge.is_hopeful or self._n_asked % _SELDOM == 0):
+            self._proposed = self.drafter.propose(tokens, most)  # not used, they tell how good they would have been
         return self._proposed[: self._gauge.best(self.drafter.grade, len(self._proposed))]
 
-    def saw_pass(self, before: Counters, after: Counters) -> None:
-        """The pass that verifies the last draft was computed."""
-        seconds = after.seconds - before.seconds
-        compute_s = seconds - after.wait_s + before.wait_s
+    def saw_pass(self, seconds: float, wait_s: float) -> None:
+        """The pass that verifies the last draft was computed. wait_s of its time went into waiting for the disk."""
         drafting_s = self.drafting_s - self._reading_s
-        self._took = PassTime(seconds + drafting_s, compute_s, drafting_s)
+        self._took = PassTime(seconds + drafting_s, seconds - wait_s, drafting_s)
 
     def verified(self, n_drafted: int, tokens: Sequence[int]) -> None:
         """The tokens that the pass gave in the end: the accepted ones and one more."""

@@ -14,7 +14,6 @@ from engines import engine
 from h2o_cli import main as cli
 from runtime import quantize
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
-from runtime.engine import Counters
 from runtime.errors import BudgetError, H2OError, ModelError, UsageError
 from runtime.generate import CANCELLED, EOS, LENGTH, STOP, Meter, Request, TokenSequence, generate
 from runtime.hollow import HollowModel
@@ -197,8 +196,7 @@ class Machine:
             noise = self._rng.uniform(0.95, 1.05)
             seconds, compute_s = self.pass_s(len(draft)) * noise, self._compute_s * (1 + self._growth * len(draft))
             self.now += seconds
-            before, after = Counters(), Counters(1, 1, seconds, 0, max(0.0, seconds - compute_s))
-            speculation.saw_pass(before, after)
+            speculation.saw_pass(seconds, max(0.0, seconds - compute_s))
             if draft:
                 tokens, left = [1] * self.n_right(len(draft)) + [2], 0
             else:  # the proposals of a machine are all the same: what is right of one that was not used comes singly
