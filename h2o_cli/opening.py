@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from runtime.layer_store import LayerStore
 
 CONTEXT_STEP = 256
+HARMLESS_BYTES = 64 * MB
 CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
 WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
@@ -234,9 +235,12 @@ def open_session(
 
 
 def _check_context(n_ctx: int, budget_bytes: int) -> None:
-    """Raise BudgetError where a context's list of positions alone is more than the budget: it is really allocated."""
+    """Raise BudgetError where a context's list of positions alone is more than the budget: it is really allocated.
+
+    Smaller lists are left to the ledger, which knows the smallest budget that works.
+    """
     need = n_ctx * POSITION_BYTES
-    if need > budget_bytes:
+    if need > max(budget_bytes, HARMLESS_BYTES):
         raise BudgetError(
             f"a context of {n_ctx} tokens takes more than {format_size(need)} of {format_size(budget_bytes)}",
             "lower --ctx",

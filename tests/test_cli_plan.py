@@ -159,7 +159,7 @@ def test_plan_by_hand(plan_json, profile, plan_file):
         (("-m", "much"), 2, "is not a size"),
         (("--ctx", "0"), 2, "--ctx 0"),
         (("--show", "-m", "300"), 2, "--show writes no plan"),
-        (("--layout", "round"), 1, "there is no layout"),
+        (("--layout", "round"), 2, "there is no layout"),
     ],
     ids=str,
 )
