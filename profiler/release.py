@@ -7,7 +7,7 @@ import threading
 
 from profiler.model_profile import Spread
 from profiler.timing import seconds_of
-from runtime.layer_store import Home
+from runtime.homes import Home
 from runtime.model_file import Layer, Piece
 from runtime.residency import layer_bytes
 from runtime.ring import Ring, Slot
