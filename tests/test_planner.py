@@ -245,7 +245,7 @@ def test_budget_is_kept_and_more_memory_helps(profile, share, more, layout):
     assert min(choice.ledger.values()) >= 0
     assert choice.predicted_ms_per_token >= choice.limit_ms_per_token * (1 - 1e-9)
     # balanced: at most the allowance for a second layer; whole layers: a layer more can mean less of the head
-    allowance = 1.01 if layout else 1.15
+    allowance = 1.05 if layout else 1.15
     larger = choose(profile, budget + int(more * total), layout=layout, **CTX)
     assert larger.predicted_ms_per_token <= choice.predicted_ms_per_token * allowance
 
