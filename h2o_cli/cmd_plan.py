@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from h2o_cli.defaults import CONVERSATION_CONTEXT, UBATCH, default_budget
+from h2o_cli.interrupts import interrupts
 from h2o_cli.models import need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json, table
-from runtime.errors import BudgetError, ModelError, PlanError, ProfileError, UsageError
+from runtime.errors import BudgetError, H2OError, ModelError, PlanError, ProfileError, UsageError
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan, write_plan
-from runtime.sizes import format_size, parse_size
+from runtime.plan_stats import Overtaken, PlanStats, RunningProcess
+from runtime.sizes import MB, format_size, parse_size
 
 if TYPE_CHECKING:
     from planner.arms import Arm
     from planner.choose import Choice
+    from planner.replan import LiveSearch, Pulled
     from profiler.model_profile import ModelProfile
 
 MOST_ARMS_SHOWN = 16
@@ -31,6 +35,7 @@ EPILOG = """Examples:
   h2o plan -m 2GB --explain       with the plans that were compared
   h2o plan --set 10,2             exactly 10 layers resident, a window of 2 layers
   h2o plan --show                 the plan in force
+  h2o plan --live                 try plans on the process that is running, keep the fastest
   h2o plan -c profile.json -m 1GB --json
 """
 
@@ -59,6 +64,7 @@ class Outlook:
     ledger: dict[str, int] | None = None
     helps: tuple[str, ...] = ()
     method: str = ""
+    live: dict[str, Any] | None = None  # what --live adds to the JSON object
 
 
 def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -78,6 +84,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Show the plan in the plan file, write nothing.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Show the plans that were compared.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Try plans on the running process, keep the fastest.")] = False,
     layout: Annotated[str, typer.Option("--layout", help="auto, prefix, even or balanced.")] = "auto",
     ctx: Annotated[int | None, typer.Option("--ctx", metavar="N", help="Context in tokens.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -88,6 +95,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     if show and (by_hand or memory):
         raise UsageError("--show writes no plan", "leave out -m and --set, or --show")
+    if live and (show or by_hand):
+        raise UsageError("--live finds the plan by itself", "leave out --set and --show, or --live")
     if ctx is not None and ctx < 1:
         raise UsageError(f"--ctx {ctx} is not possible", "give 1 or more")
     options = PlanOptions(
@@ -99,6 +108,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     if show:
         _show(options, profile, model, json=json)
+    elif live:
+        _live(options, _load(profile, model), explain=explain, json=json)
     else:
         _make(options, _load(profile, model), explain=explain, json=json)
 
@@ -115,6 +126,107 @@ def _make(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: b
     if explain and choice:
         emit("\n" + _explain(choice) + "\n")
     note(f"plan {written.generation} written to {options.plan_file}")
+
+
+def _live(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: bool) -> None:
+    """Try plans on the process that follows the plan file, and leave the best one in force, also after Ctrl-C."""
+    from planner.arms import h2o_arms
+    from planner.replan import LiveSearch, Pulled, search, smaller_windows
+
+    process = RunningProcess(options.plan_file, profile.model.hash, note, write=_write_whole)
+    stats = process.stats()
+    budget = options.budget_bytes or stats.budget_bytes
+    least = stats.fixed_bytes + profile.memory.min_window_bytes
+    if budget < least:
+        raise BudgetError(f"{format_size(budget)} is too little for process {stats.pid}", f"give -m {-(-least // MB)}")
+    layouts = tuple(Layout) if options.layout is None else (options.layout,)
+    arms = h2o_arms(profile, budget - stats.fixed_bytes, layouts)
+    found = LiveSearch(profile, arms, smaller_windows(profile, arms))
+
+    def as_plan(arm: Arm) -> Plan:
+        return Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget, profile.model.hash)
+
+    def pull(arm: Arm) -> Pulled:
+        measured = process.measure(as_plan(arm))
+        return Pulled(measured.pass_ms, measured.wait_ms)
+
+    try:
+        search(found, pull, lambda arm, pulled, word: note(_pull_line(found, arm, pulled, word)))
+    except Overtaken:
+        raise
+    except H2OError:
+        if process.written:
+            process.keep(as_plan(found.best))
+            note(f"stopped after {found.n_pulls} pulls; the best plan so far stays in {options.plan_file}")
+        raise
+    outlook = _live_outlook(found, profile, process.keep(as_plan(found.best)), stats)
+    if json:
+        print_json(_as_json(outlook, profile, options.plan_file))
+        return
+    emit(_report(outlook, profile) + "\n")
+    if explain:
+        emit("\n" + _explain_live(found) + "\n")
+    note(f"plan {outlook.plan.generation} stays in {options.plan_file}: {outlook.method}")
+
+
+def _write_whole(path: str | os.PathLike[str], wanted: Plan) -> Plan:
+    """Write a plan; a signal waits for the end of it."""
+    with interrupts.held():
+        return write_plan(path, wanted)
+
+
+def _pull_line(found: LiveSearch, arm: Arm, pulled: Pulled, word: str) -> str:
+    said = {
+        "": "",
+        "surprise": ", far from what was expected: looking again",
+        "noise": ", a disturbance",
+        "change": ", the machine has changed: starting again",
+    }
+    times = f"{pulled.pass_ms:.1f} ms per token, {pulled.wait_ms:.1f} of it waiting"
+    return f"pull {found.n_pulls}: {_arm_text(arm)}: {times}{said[word]}"
+
+
+def _arm_text(arm: Arm) -> str:
+    return f"k={arm.k} w={arm.w} {arm.layout.label}, window {format_size(arm.window_bytes)}"
+
+
+def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats: PlanStats) -> Outlook:
+    """The plan the search ended with: predicted from the profile, measured, and where the process's bytes go."""
+    row = found.best_row
+    budget, weights = written.budget_bytes, row.arm.pinned_bytes + row.arm.window_bytes
+    ledger = {
+        "fixed_bytes": stats.fixed_bytes,
+        "resident_bytes": row.arm.pinned_bytes,
+        "window_bytes": row.arm.window_bytes,
+        "free_bytes": budget - stats.fixed_bytes - weights,
+    }
+    facts = {
+        "measured_ms_per_token": row.measured_ms,
+        "pulls": found.n_pulls,
+        "restarts": found.n_restarts,
+        "settled": found.is_settled,
+        "pid": stats.pid,
+    }
+    measured = sum(row.n > 0 for row in found.rows)
+    how = f"{found.n_pulls} pulls of {measured} plans on process {stats.pid}"
+    return replace(
+        _outlook(profile, written, row.arm, UBATCH, budget),
+        budget_bytes=budget,
+        floor_bytes=stats.fixed_bytes + profile.memory.min_window_bytes,
+        ledger=ledger,
+        method=how + (", settled" if found.is_settled else ", others may be as good"),
+        live=facts,
+    )
+
+
+def _explain_live(found: LiveSearch) -> str:
+    """The plans that were tried, best first."""
+    rows: list[Sequence[str]] = [("k", "w", "layout", "resident", "window", "predicted", "measured", "pulls")]
+    for row in sorted((row for row in found.rows if row.n), key=lambda row: row.measured_ms):
+        sizes = (format_size(row.arm.pinned_bytes), format_size(row.arm.window_bytes))
+        times = (f"{row.predicted_ms:.1f}", f"{row.measured_ms:.1f}", str(row.n))
+        rows.append((str(row.arm.k), str(row.arm.w), row.arm.layout.label, *sizes, *times))
+    return "tried (ms per token):\n" + table(rows, right=(0, 1, 3, 4, 5, 6, 7))
 
 
 def _parse_set(text: str) -> tuple[int, int]:
@@ -250,6 +362,7 @@ def _as_json(outlook: Outlook, profile: ModelProfile | None, path: Path) -> dict
         "generation": chosen.generation,
         "method": outlook.method,
         "what_helps": list(outlook.helps),
+        **(outlook.live or {}),
     }
 
 
@@ -267,6 +380,8 @@ def _report(outlook: Outlook, profile: ModelProfile | None) -> str:
             f"first token after {outlook.ttft_s:.2f} s",
             f"limit: {outlook.limit_ms:.1f} ms per token ({share:.0%} of it reached)",
         ]
+    if outlook.live:
+        lines.append(f"measured: {outlook.live['measured_ms_per_token']:.1f} ms per token")
     if outlook.floor_bytes:
         lines.append(f"smallest budget: {format_size(outlook.floor_bytes)}")
     if outlook.ledger:

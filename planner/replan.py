@@ -1,0 +1,360 @@
+"""The live search: which plan is the fastest on the process that is running, found by trying plans on it.
+
+A bandit whose arms are plans that fit the budget, and whose pulls are measured passes. The simulator's prediction for
+every arm counts as a first observation of limited weight, so arms that are predicted to be far off are never tried. The
+prediction itself is adapted to the machine: the profile's disk and computing speeds are scaled until the first pull
+fits. When later pulls say that the machine has changed, everything measured is dropped and the search starts again.
+
+LiveSearch decides and measures nothing; search() pulls; RunningProcess is a pull on a real process.
+
+The score is UCB1's (Auer, Cesa-Bianchi, Fischer 2002) with the noise as its scale, in logarithms of ms per pass:
+mean - C * sigma * sqrt(2 ln t / n), the lowest is played. As in LUCB (Kalyanakrishnan, Tewari, Auer, Stone 2012) the
+leader and its strongest rival are played in turns, and the search ends when no rival can still be better by more than
+a tolerance. Changes are found with Page's cumulative sums (Page 1954, Hinkley 1971).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from planner.arms import Arm, tie_order
+from planner.choose import prefer_overlap, with_disk_speed
+from planner.exact import best_arm
+from planner.footprint import streamable_bytes
+from planner.simulator import decode_rates, limit_s, token_s
+from profiler.model_profile import ModelProfile, Spread
+from runtime.plan import Layout
+
+MOST_PULLS = 39
+MOST_RESTARTS = 3
+MISFIT, SMALL_MISFIT = 0.15, 0.05  # natural logarithms of measured / predicted
+HOPELESS = 1.3  # arms whose limit is this much above the best prediction are left out
+SMALLER_WINDOWS = (2, 4)  # balanced arms with a half and a quarter of one layer's window are tried as well
+
+C = 0.5
+# Relative standard deviations of the simulator's errors: see errors_covariance.
+COMMON_ERROR, SPEED_ERROR, LAYOUT_ERROR, WINDOW_ERROR, OWN_ERROR = 0.02, 0.08, 0.02, 0.02, 0.005
+SLOWER = 1.1  # the step over which sensitivities are taken
+WINDOW_LENGTH = 0.7  # in natural logarithms of window bytes
+FIRST_NOISE, FIRST_NOISE_WEIGHT = 0.04, 3  # relative noise of a pull until it is known; worth this many pulls
+LEAST_NOISE = 0.003
+TOLERANCE = 0.01  # a rival that may be better by less than this is not worth more pulls
+SURE = 2.0  # standard deviations
+SURPRISE = 4.0  # standard deviations after which a pull is repeated before it is believed
+DRIFT_ALLOWED, DRIFT_ALARM = 0.5, 10.0  # Page's test, in standard deviations
+WORTH_CHANGING = 0.005  # relative gain for which the planner's own choice is given up
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Means over the passes of one pull: the time of a pass, and how much of it was spent waiting for the disk."""
+
+    pass_ms: float
+    wait_ms: float
+
+
+Floats = npt.NDArray[np.float64]
+Pull = Callable[[Arm], Pulled]
+
+
+@dataclass
+class Row:
+    """What is known of one arm: its prediction, and the logarithms of what its pulls measured."""
+
+    arm: Arm
+    predicted_ms: float
+    disk_share: float = 0.0  # relative change of predicted_ms per relative change of the time the disk takes
+    compute_share: float = 0.0
+    logs: list[float] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        """Number of pulls."""
+        return len(self.logs)
+
+    @property
+    def measured_ms(self) -> float:
+        """The mean of its pulls (at least one)."""
+        return math.exp(statistics.fmean(self.logs))
+
+
+def smaller_windows(profile: ModelProfile, arms: Sequence[Arm]) -> list[Arm]:
+    """Balanced arms with a window below one layer: the simulator flatters them, so only a live search tries them."""
+    one = next((arm for arm in arms if arm.layout == Layout.BALANCED and arm.w == 1 and arm.window_bytes), None)
+    if one is None:
+        return []
+    room = one.pinned_bytes + one.window_bytes
+    windows = {max(one.window_bytes // part, profile.memory.min_window_bytes) for part in SMALLER_WINDOWS}
+    smaller = [Arm(one.k, 1, Layout.BALANCED, room - window, window) for window in sorted(windows)]
+    return [arm for arm in smaller if arm.window_bytes < one.window_bytes]
+
+
+def offline_arm(profile: ModelProfile, arms: Sequence[Arm]) -> Arm:
+    """The planner's choice among the arms, without any measurement."""
+    return prefer_overlap(profile, list(arms), best_arm(profile, list(arms))).arm
+
+
+def adapted(profile: ModelProfile, arm: Arm, pulled: Pulled) -> ModelProfile:
+    """The profile with computing and disk speeds scaled so that the simulated token of an arm takes what was measured.
+
+    Computing: the part of the pass that was not waiting. Disk: by bisection, between 1/16 and 16 times the profile's.
+    A prediction that is off by less than MISFIT is left alone: the bandit learns such errors by itself (see
+    errors_covariance), and one pull cannot tell what they come from.
+    """
+
+    def misfit() -> float:
+        return abs(math.log(pulled.pass_ms / (1000 * token_s(profile, arm))))
+
+    if misfit() < MISFIT:
+        return profile
+    rates = decode_rates(profile)
+    compute_ms = 1000 * (sum(rates.compute_s) + rates.overhead_s)
+    if compute_ms:
+        profile = with_compute_time(profile, max(0.05, (pulled.pass_ms - pulled.wait_ms) / compute_ms))
+    if misfit() < SMALL_MISFIT:
+        return profile
+    low, high = -4.0, 4.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        slower = 1000 * token_s(with_disk_speed(profile, 2**middle), arm) > pulled.pass_ms
+        low, high = (middle, high) if slower else (low, middle)
+    return with_disk_speed(profile, 2**high)
+
+
+def with_compute_time(profile: ModelProfile, factor: float) -> ModelProfile:
+    """The profile as if every computation of a decode pass took factor times as long."""
+
+    def scaled(spread: Spread) -> Spread:
+        values = (spread.mean, spread.sd, spread.minimum, spread.maximum)
+        mean, sd, minimum, maximum = (factor * value for value in values)
+        return Spread(mean, sd, spread.n, minimum, maximum)
+
+    replace = msgspec.structs.replace
+    layers = tuple(replace(layer, decode_compute_s=scaled(layer.decode_compute_s)) for layer in profile.layers)
+    head = replace(profile.head, decode_compute_s=scaled(profile.head.decode_compute_s))
+    return replace(profile, layers=layers, head=head, overhead_s=scaled(profile.overhead_s))
+
+
+def predictions(profile: ModelProfile, arms: Sequence[Arm], always: Arm) -> list[Row]:
+    """A row per arm that is worth a thought, best first; `always` is one of them whatever its prediction."""
+    total = streamable_bytes(profile)
+    rows: list[Row] = []
+    best_ms = math.inf
+    for arm in sorted(arms, key=lambda arm: (arm != always, -arm.pinned_bytes)):
+        if arm != always and 1000 * limit_s(profile, total - arm.pinned_bytes) > HOPELESS * best_ms:
+            continue
+        rows.append(Row(arm, 1000 * token_s(profile, arm)))
+        best_ms = min(best_ms, rows[-1].predicted_ms)
+    slow_disk, slow_compute = with_disk_speed(profile, 1 / SLOWER), with_compute_time(profile, SLOWER)
+    worth = [row for row in rows if row.arm == always or row.predicted_ms <= HOPELESS * best_ms]
+    for row in worth:
+        row.disk_share = math.log(1000 * token_s(slow_disk, row.arm) / row.predicted_ms) / math.log(SLOWER)
+        row.compute_share = math.log(1000 * token_s(slow_compute, row.arm) / row.predicted_ms) / math.log(SLOWER)
+    return sorted(worth, key=lambda row: tie_order(row.arm, row.predicted_ms))
+
+
+def errors_covariance(rows: Sequence[Row]) -> Floats:
+    """How the relative errors of these predictions go together: [arm, arm].
+
+    An error has a part common to all arms; what comes from a disk and a computing speed that are not quite right, which
+    moves every arm by its sensitivity; one of the layout; one that changes smoothly with the window (a small window
+    forgives less); and one of the arm's own.
+    """
+    arms = [row.arm for row in rows]
+    windows = np.log([max(1, arm.window_bytes) for arm in arms])
+    near = np.exp(-0.5 * ((windows[:, None] - windows[None, :]) / WINDOW_LENGTH) ** 2)
+    layouts = np.array([int(arm.layout) for arm in arms])
+    disk, compute = np.array([row.disk_share for row in rows]), np.array([row.compute_share for row in rows])
+    errors: Floats = (
+        COMMON_ERROR**2
+        + SPEED_ERROR**2 * (np.outer(disk, disk) + np.outer(compute, compute))
+        + LAYOUT_ERROR**2 * (layouts[:, None] == layouts[None, :])
+        + WINDOW_ERROR**2 * near
+        + OWN_ERROR**2 * np.eye(len(arms))
+    )
+    return errors
+
+
+class LiveSearch:
+    """Says which arm to pull next, takes in what was measured, and knows when it is enough.
+
+    next_arm() is None when the search is over. best is the arm to keep, at any time. `planned` are the arms the planner
+    would choose from, `more` others to be tried.
+    """
+
+    def __init__(
+        self, profile: ModelProfile, planned: Sequence[Arm], more: Sequence[Arm] = (), most_pulls: int = MOST_PULLS
+    ) -> None:
+        self._profile = profile
+        self._planned = planned
+        self._arms = [*planned, *more]
+        self._most_pulls = most_pulls
+        self._noise_squares = FIRST_NOISE_WEIGHT * FIRST_NOISE**2
+        self._noise_weight = float(FIRST_NOISE_WEIGHT)
+        self.first = offline_arm(profile, planned)
+        self.best = self.first
+        self.rows: list[Row] = [Row(self.first, math.nan)]
+        self.n_pulls = self.n_restarts = 0
+        self._n_left = most_pulls
+        self._again: Row | None = None  # to be pulled next, whatever the scores say
+        self._doubt: Pulled | None = None  # a surprising pull that has not been confirmed
+        self._up = self._down = 0.0
+
+    # --- what is known ------------------------------------------------------------------------------------------
+
+    @property
+    def noise(self) -> float:
+        """Relative standard deviation of one pull, as far as it is known."""
+        return max(LEAST_NOISE, math.sqrt(self._noise_squares / self._noise_weight))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no other arm can still be better than the leader by more than the tolerance."""
+        mean, covariance = self._belief()
+        i = self._leader(mean)
+        variance = np.diag(covariance)
+        spread = np.sqrt(np.maximum(0.0, variance + variance[i] - 2 * covariance[i]))
+        return bool(np.all(mean - mean[i] + TOLERANCE >= SURE * spread))
+
+    def _belief(self) -> tuple[Floats, Floats]:
+        """Mean and covariance of the logarithm of every row's ms, given all pulls (see errors_covariance)."""
+        n = np.array([row.n for row in self.rows])
+        played = np.flatnonzero(n)
+        prior = np.log([row.predicted_ms for row in self.rows])
+        off = np.array([statistics.fmean(self.rows[i].logs) - prior[i] for i in played])
+        seen = self._errors[np.ix_(played, played)] + np.diag(self.noise**2 / n[played])
+        gain = np.linalg.solve(seen, self._errors[played]).T
+        return prior + gain @ off, self._errors - gain @ self._errors[played]
+
+    def _leader(self, mean: Floats) -> int:
+        """The row with the best mean among those that were measured."""
+        measured = [i for i, row in enumerate(self.rows) if row.n]
+        best = min(measured, key=lambda i: float(mean[i]))
+        own = next((i for i in measured if self.rows[i].arm == self.first), best)
+        return own if mean[own] <= mean[best] + WORTH_CHANGING else best
+
+    @property
+    def best_row(self) -> Row:
+        """What is known of the best arm."""
+        return next(row for row in self.rows if row.arm == self.best)
+
+    # --- deciding -----------------------------------------------------------------------------------------------
+
+    def next_arm(self) -> Arm | None:
+        """The arm to pull now."""
+        if not self.n_pulls:
+            return self.first
+        if self._n_left <= 0:
+            return None
+        if self._again:
+            return self._again.arm
+        if self.is_settled:
+            return None
+        return self._choose().arm
+
+    def _choose(self) -> Row:
+        """The lowest score; when that is the leader's, and it has been played more, its strongest rival."""
+        mean, covariance = self._belief()
+        leader = self._leader(mean)
+        n_all = max(2, sum(row.n for row in self.rows))
+        score = mean - C * np.sqrt(2 * math.log(n_all) * np.maximum(0.0, np.diag(covariance)))
+        rival = min((i for i in range(len(self.rows)) if i != leader), key=lambda i: float(score[i]))
+        if score[leader] < score[rival] and self.rows[leader].n <= self.rows[rival].n:
+            return self.rows[leader]
+        return self.rows[rival]
+
+    # --- learning -----------------------------------------------------------------------------------------------
+
+    def saw(self, arm: Arm, pulled: Pulled) -> str:
+        """Take a pull in; a word about it where it was not an ordinary one: "surprise", "noise" or "change"."""
+        self.n_pulls += 1
+        self._n_left -= 1
+        if self.n_pulls == 1:
+            self._start(arm, [pulled])
+            return ""
+        row = next(row for row in self.rows if row.arm == arm)
+        self._again = None
+        word = self._judge(row, pulled) if row.n else self._judge_first(row, pulled)
+        self.best = self.rows[self._leader(self._belief()[0])].arm
+        return word
+
+    def _judge_first(self, row: Row, pulled: Pulled) -> str:
+        """The first pull of an arm: when the prediction is far off, a known arm has to show whether the machine is."""
+        log = math.log(pulled.pass_ms)
+        mean, covariance = self._belief()
+        i = self.rows.index(row)
+        off = abs(log - mean[i]) / math.sqrt(covariance[i, i] + self.noise**2)
+        self._take(row, log)
+        if off > SURPRISE:
+            self._again = max(self.rows, key=lambda other: (other is not row, other.n))
+            return "surprise"
+        return ""
+
+    def _judge(self, row: Row, pulled: Pulled) -> str:
+        """A pull of an arm that was measured before: ordinary, a disturbance, or the sign of a change."""
+        log = math.log(pulled.pass_ms)
+        z = (log - statistics.fmean(row.logs)) / (self.noise * math.sqrt(1 + 1 / row.n))
+        if self._doubt:
+            before, self._doubt = self._doubt, None
+            if abs(z) > SURPRISE / 2 and (z > 0) == (before.pass_ms > row.measured_ms):
+                return self._restart(row.arm, [before, pulled])
+            self._take(row, log)
+            return "noise"
+        if abs(z) > SURPRISE:
+            self._doubt, self._again = pulled, row
+            return "surprise"
+        self._up = max(0.0, self._up + z - DRIFT_ALLOWED)
+        self._down = max(0.0, self._down - z - DRIFT_ALLOWED)
+        if max(self._up, self._down) > DRIFT_ALARM:
+            return self._restart(row.arm, [pulled])
+        self._take(row, log)
+        return ""
+
+    def _take(self, row: Row, log: float) -> None:
+        """Add an observation; what it says beyond the arm's mean is noise."""
+        if row.n:
+            self._noise_squares += (log - statistics.fmean(row.logs)) ** 2 * row.n / (row.n + 1)
+            self._noise_weight += 1
+        row.logs.append(log)
+
+    def _restart(self, arm: Arm, pulls: list[Pulled]) -> str:
+        """The machine has changed: forget what was measured on the old one."""
+        if self.n_restarts >= MOST_RESTARTS:
+            for pulled in pulls:
+                self._take(next(row for row in self.rows if row.arm == arm), math.log(pulled.pass_ms))
+            return "noise"
+        self.n_restarts += 1
+        self._n_left = self._most_pulls - len(pulls)
+        self._start(arm, pulls)
+        return "change"
+
+    def _start(self, arm: Arm, pulls: list[Pulled]) -> None:
+        """Adapt the profile to the first pulls, and predict every arm with it."""
+        mean = Pulled(
+            statistics.fmean(pulled.pass_ms for pulled in pulls), statistics.fmean(pulled.wait_ms for pulled in pulls)
+        )
+        profile = adapted(self._profile, arm, mean)
+        self.first = offline_arm(profile, self._planned)
+        self.rows = predictions(profile, self._arms, arm)
+        self._errors = errors_covariance(self.rows)
+        self._up = self._down = 0.0
+        row = next(row for row in self.rows if row.arm == arm)
+        for pulled in pulls:
+            self._take(row, math.log(pulled.pass_ms))
+        self.best = arm
+
+
+def search(
+    found: LiveSearch, pull: Pull, seen: Callable[[Arm, Pulled, str], None] = lambda _arm, _pulled, _word: None
+) -> None:
+    """Pull until the search is over."""
+    while (arm := found.next_arm()) is not None:
+        pulled = pull(arm)
+        seen(arm, pulled, found.saw(arm, pulled))
