@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+_NO_CALLBACK = abi.EvalCallback()
 _KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
 
 
@@ -90,11 +91,11 @@ class Engine:
         self._tables = [RowTable(t, _table_bytes(t, settings)) for t in file.row_tables]
         self._weights = self._index_weights()
         self._active: dict[int, Weight] = {}  # weights that are not in memory for good
-        self._settled = False
         self._callback = abi.EvalCallback(self._on_node)
         self._buffers = ContextBuffers()
         self._context = self._open_context()
         self._memory = abi.llama.llama_get_memory(self._context)
+        self._scheduler = abi.llama_context_get_sched(self._context)
         self._product = TiledProduct(settings.n_threads)
         self._repacker = Repacker()
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
@@ -216,7 +217,7 @@ class Engine:
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = i >= n - n_logits
             self._fetch_rows(tokens)
-            self._settled = not self._active and self.trace is None
+            self._call_back(wanted=n > 1 or bool(self._active) or self.trace is not None)
             if self.quiet:
                 self._store.settle()
             if self.trace:
@@ -272,8 +273,16 @@ class Engine:
 
     # --- llama.cpp calls back -----------------------------------------------------------------------------------
 
+    def _call_back(self, *, wanted: bool) -> None:
+        """Have llama.cpp call _on_node in this pass, or compute without a word: when every weight is in memory for good.
+
+        A graph that is built anew calls back once more; a long pass always does, so that it can be cancelled.
+        """
+        callback = self._callback if wanted else _NO_CALLBACK
+        abi.ggml_backend_sched_set_eval_callback(self._scheduler, callback, None)
+
     def _on_node(self, address: int, ask: bool, _data: int) -> bool:
-        if self._settled and ask and self._stop is None:
+        if not self._active and ask and self._stop is None and not self.trace:
             return False
         try:
             if self._stop is None:

@@ -235,6 +235,11 @@ ggml_backend_cpu_init = bind(ggml_cpu, "ggml_backend_cpu_init", POINTER)
 ggml_backend_cpu_set_n_threads = bind(ggml_cpu, "ggml_backend_cpu_set_n_threads", None, POINTER, ctypes.c_int)
 _type_traits_cpu = bind(ggml_cpu, "ggml_get_type_traits_cpu", POINTER, ctypes.c_int)
 
+ggml_backend_sched_set_eval_callback = bind(
+    ggml_base, "ggml_backend_sched_set_eval_callback", None, POINTER, EvalCallback, POINTER
+)
+llama_context_get_sched = bind(llama._lib, "_ZNK13llama_context9get_schedEv", POINTER, POINTER)
+
 gguf_init_from_file = bind(ggml_base, "gguf_init_from_file", POINTER, ctypes.c_char_p, GgufInitParams)
 gguf_free = bind(ggml_base, "gguf_free", None, POINTER)
 gguf_get_n_tensors = bind(ggml_base, "gguf_get_n_tensors", ctypes.c_int64, POINTER)

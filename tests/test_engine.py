@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 from engines import engine, greedy
 
@@ -41,3 +42,23 @@ def test_a_pass_that_waits_for_a_hung_disk_can_be_cancelled(tiny_model, n_reads)
         hung.set()
         files.read = read
         assert greedy(opened, [5, 6, 7], 4)[1] == expected
+
+
+def test_a_token_computes_without_a_callback_once_every_weight_is_in_memory(tiny_model):
+    """And with callbacks again as soon as a plan takes weights out."""
+    path = tiny_model("llama")
+    with engine(path, Plan(0, 1, budget_bytes=10**9)) as opened:
+        calls = []
+        note = opened._before
+        opened._before = lambda address: calls.append(address) or note(address)
+        opened.forward([5, 6, 7])
+        opened.forward([8])
+        asked = len(calls)
+        expected = [opened.forward([token]) or opened.logits().copy() for token in (9, 10)]
+        assert len(calls) == asked
+        opened.truncate(4)
+        opened.apply(Plan(0, 1))
+        logits = [opened.forward([token]) or opened.logits().copy() for token in (9, 10)]
+        assert len(calls) > asked
+        for mine, other in zip(logits, expected, strict=True):
+            assert np.array_equal(mine, other)
