@@ -274,7 +274,7 @@ class Engine:
     # --- llama.cpp calls back -----------------------------------------------------------------------------------
 
     def _call_back(self, *, wanted: bool) -> None:
-        """Have llama.cpp call _on_node in this pass, or compute without a word: when every weight is in memory for good.
+        """Have llama.cpp call _on_node in this pass or not: it need not when every weight is in memory for good.
 
         A graph that is built anew calls back once more; a long pass always does, so that it can be cancelled.
         """
