@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from runtime.kv.filter import Filter
+
 _NO_CALLBACK = abi.EvalCallback()
 _KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
 
@@ -94,6 +96,7 @@ class Engine:
         self._callback = abi.EvalCallback(self._on_node)
         self._buffers = ContextBuffers()
         self._context = self._open_context()
+        self.kv = self._open_filter()
         self._memory = abi.llama.llama_get_memory(self._context)
         self._scheduler = abi.llama_context_get_sched(self._context)
         self._product = TiledProduct(settings.n_threads)
@@ -141,6 +144,13 @@ class Engine:
             raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
         return int(context)
 
+    def _open_filter(self) -> Filter | None:
+        if self.settings.kv is None:
+            return None
+        from runtime.kv.filter import open_filter  # numpy, which a run without it does not need
+
+        return open_filter(self.settings.kv, self.file, self._model.pointer, self._buffers.caches, self.settings)
+
     def _fixed_ledger(self) -> Ledger:
         embedding = sum(min(table.max_bytes, page_up(table.tensor.n_bytes)) for table in self._tables)
         return Ledger(
@@ -150,6 +160,7 @@ class Engine:
             embedding_bytes=embedding,
             sampler_bytes=self.n_vocab * SAMPLER_BYTES_PER_TOKEN,
             draft_bytes=self.settings.draft_bytes,
+            filter_bytes=self.kv.memory_bytes if self.kv else 0,
         )
 
     # --- plans --------------------------------------------------------------------------------------------------
@@ -203,6 +214,8 @@ class Engine:
         parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         self._store.expect_passes([part is parts[-1] for part in parts])
         for part in parts:
+            if self.kv:
+                self.kv.begin_pass(self.n_past, len(part), decode=len(tokens) == 1 and self.n_past > 0)
             self._pass(part, min(n_logits, len(part)) if part is parts[-1] else 0)
 
     def _pass(self, tokens: Sequence[int], n_logits: int) -> None:
@@ -217,7 +230,8 @@ class Engine:
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = i >= n - n_logits
             self._fetch_rows(tokens)
-            self._call_back(wanted=n > 1 or bool(self._active) or self.trace is not None)
+            watched = bool(self._active or self.trace or self.kv)
+            self._call_back(wanted=n > 1 or watched)
             if self.quiet:
                 self._store.settle()
             if self.trace:
@@ -257,6 +271,8 @@ class Engine:
         self._tiled.clear()
         self._asked_bytes = 0
         self._store.end_pass(complete=complete)
+        if self.kv:
+            self._stop = self.kv.end_pass(complete=complete) or self._stop
 
     def _raise_stop(self) -> None:
         if self._stop is not None:
@@ -282,7 +298,7 @@ class Engine:
         abi.ggml_backend_sched_set_eval_callback(self._scheduler, callback, None)
 
     def _on_node(self, address: int, ask: bool, _data: int) -> bool:
-        if not self._active and ask and self._stop is None and not self.trace:
+        if ask and not (self._active or self._stop or self.trace or self.kv):
             return False
         try:
             if self._stop is None:
@@ -295,6 +311,8 @@ class Engine:
         """A node is going to be computed: place its weights. True makes llama.cpp report when it is done."""
         sources = abi.unpack_src(ctypes.string_at(address + abi.SRC_OFFSET, abi.SRC_BYTES))
         report = self.trace.before(sources) if self.trace else False
+        if self.kv and self.kv.before(address):
+            report = True
         if self._active.keys().isdisjoint(sources):
             return report
         for source in sources:
@@ -362,6 +380,8 @@ class Engine:
         else:
             self._give_back()
         self._asked_bytes = 0
+        if self.kv:
+            self.kv.after(address)
         if self.trace:
             self.trace.after(self._store.wait_s)
         return True
@@ -402,6 +422,8 @@ class Engine:
                 raise EngineError("this model's state cannot be shortened", "start a new conversation")
             abi.llama.llama_memory_clear(self._memory, True)
         self.n_past = n_past
+        if self.kv:
+            self.kv.truncate(n_past)
 
     def has_numbers(self) -> bool:
         """Whether the last logits are numbers (a damaged model computes NaN)."""
@@ -433,6 +455,8 @@ class Engine:
     def close(self) -> None:
         """Free the context and all weights. The hollow model stays its owner's."""
         self._store.close()
+        if self.kv:
+            self.kv.close()
         abi.llama.llama_free(self._context)
         self._product.close()
         self._repacker.close()

@@ -145,16 +145,19 @@ class ContextBuffers:
     """Memory for everything a context allocates, lazily touched: KV cache, compute and output buffers.
 
     Use as a context manager around llama_init_from_model: inside, the CPU buffer type's allocations come here.
-    `sizes` lists their bytes in order of allocation; `kv_bytes` is what was filled with a KV cache.
+    `kv_bytes` is what was filled with a KV cache; `caches` are its tensors (name -> address), buffer by buffer.
     """
 
     def __init__(self) -> None:
         self.regions: list[Region] = []
         self.kv_bytes = 0
+        self.caches: list[dict[str, int]] = []
+        self._buffers: list[int] = []
         self._cleared: list[Region] = []
         self._type = abi.BufferType.from_address(abi.ggml_backend_cpu_buffer_type())
         self._alloc = abi.AllocBuffer(self._alloc_buffer)
         self._clear = abi.Clear(self._clear_buffer)
+        self._init = abi.InitTensor(self._init_tensor)
 
     def __enter__(self) -> ContextBuffers:
         self._original = self._type.alloc_buffer
@@ -163,6 +166,8 @@ class ContextBuffers:
 
     def __exit__(self, *_: object) -> None:
         self._type.alloc_buffer = self._original
+        for address in self._buffers:
+            abi.Buffer.from_address(address).init_tensor = None  # not for every node of every graph
 
     def _alloc_buffer(self, buffer_type: int, n_bytes: int) -> int:
         region = Region(n_bytes)
@@ -172,7 +177,16 @@ class ContextBuffers:
         buffer = abi.Buffer.from_address(address)
         buffer.buft = buffer_type
         buffer.clear = ctypes.cast(self._clear, ctypes.c_void_p)
+        buffer.init_tensor = ctypes.cast(self._init, ctypes.c_void_p)
+        self._buffers.append(address)
+        self.caches.append({})
         return int(address)
+
+    def _init_tensor(self, buffer: int, address: int) -> int:
+        tensor = abi.Tensor.from_address(address)
+        if tensor.name.startswith(b"cache_") and not tensor.view_src:
+            self.caches[self._buffers.index(buffer)][tensor.name.decode(errors="replace")] = address
+        return 0
 
     def _clear_buffer(self, buffer: int, value: int) -> None:
         """llama.cpp clears its KV cache at birth: fresh pages are zero already, later clears give the pages back."""

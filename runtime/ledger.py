@@ -16,7 +16,7 @@ class Ledger:
     """Bytes by part.
 
     process: measured after everything but weights was loaded, vocabulary included. draft: a draft model's weights, keys
-    and values, and buffers.
+    and values, and buffers. filter: what filtering keys and values takes beside the cache.
     """
 
     process_bytes: int
@@ -25,6 +25,7 @@ class Ledger:
     embedding_bytes: int
     sampler_bytes: int
     draft_bytes: int = 0
+    filter_bytes: int = 0
     window_bytes: int = 0
     resident_bytes: int = 0
     margin_bytes: int = MARGIN_BYTES
@@ -39,6 +40,7 @@ class Ledger:
             + self.embedding_bytes
             + self.sampler_bytes
             + self.draft_bytes
+            + self.filter_bytes
             + self.margin_bytes
         )
 
@@ -49,6 +51,7 @@ class Ledger:
 
     def as_dict(self) -> dict[str, int]:
         """Part -> bytes, for people and for --json."""
+        optional = {"draft_bytes": self.draft_bytes, "filter_bytes": self.filter_bytes}
         return {
             "process_bytes": self.process_bytes,
             "kv_bytes": self.kv_bytes,
@@ -58,7 +61,7 @@ class Ledger:
             "margin_bytes": self.margin_bytes,
             "window_bytes": self.window_bytes,
             "resident_bytes": self.resident_bytes,
-        } | ({"draft_bytes": self.draft_bytes} if self.draft_bytes else {})
+        } | {part: n_bytes for part, n_bytes in optional.items() if n_bytes}
 
     def weights_bytes(self, budget_bytes: int, smallest_window: int) -> int:
         """What the budget leaves for window and resident pieces. Raises BudgetError below the floor."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.aligned_io import DIRECT
+from runtime.kv.options import KvFilter
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 
@@ -16,6 +17,7 @@ class Settings:
     prefetch_input: keep the whole input embedding in memory instead of reading the rows of the tokens at hand.
     repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
     draft_bytes: what a draft model in the same process will take.
+    kv: which keys and values a decode pass attends to (None: all).
     """
 
     n_ctx: int = 512
@@ -29,3 +31,4 @@ class Settings:
     prefetch_input: bool = False
     repack: bool = True
     draft_bytes: int = 0
+    kv: KvFilter | None = None

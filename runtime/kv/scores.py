@@ -1,0 +1,146 @@
+"""How much a query wants each position, and which positions that makes the chosen ones.
+
+Products of queries and keys are ggml's, on the tensors of a flash-attention node: whatever llama.cpp did to queries
+and keys before (rotary positions, norms, the rotation of a quantised cache) is in them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime import llama_abi as abi
+from runtime.errors import EngineError
+from runtime.kv.slots import Rows
+from runtime.memory import Region, view
+
+Floats = npt.NDArray[np.float32]
+_GRAPH_MEMORY = 2**20
+_F32 = 0
+
+
+class Scorer:
+    """Multiplies one query per head with the first keys of a layer, on a CPU backend of its own."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._backend = abi.ggml_backend_cpu_init()
+        abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
+        self._keys, self._query, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
+        self._context = abi.ggml_init(abi.GgmlInitParams(_GRAPH_MEMORY, None, True))
+        self._output.op = abi.OP_MUL_MAT
+        self._output.src[0] = ctypes.addressof(self._keys)
+        self._output.src[1] = ctypes.addressof(self._query)
+        self._graph = abi.ggml_new_graph(self._context)
+        abi.ggml_build_forward_expand(self._graph, ctypes.addressof(self._output))
+        self._result = Region(0)
+
+    def logits(self, query: Floats, keys: abi.Tensor, n_rows: int) -> Floats:
+        """q.k without scale [n_heads, n_rows], valid until the next call.
+
+        query [n_heads, head_dim]; keys: the flash-attention node's src[1] [head_dim, n_kv, n_kv_heads], query head h
+        uses key head h // (n_heads / n_kv_heads).
+        """
+        n_heads, head_dim = query.shape
+        self._reserve(n_heads * n_rows * 4)
+        ctypes.memmove(ctypes.addressof(self._keys), ctypes.addressof(keys), abi.TENSOR_BYTES)
+        self._keys.op, self._keys.view_src, self._keys.src = abi.OP_NONE, None, (ctypes.c_void_p * 10)()
+        self._keys.ne[1] = n_rows
+        _describe(self._query, query.ctypes.data, (head_dim, 1, n_heads))
+        self._query.nb[1] = self._query.nb[2] = query.strides[0]
+        self._query.nb[3] = self._query.nb[2] * n_heads
+        _describe(self._output, self._result.address, (n_rows, 1, n_heads))
+        status = abi.ggml_backend_graph_compute(self._backend, self._graph)
+        if status != 0:
+            raise EngineError(f"llama.cpp could not compute scores (status {status})", "run without --kv-filter")
+        found = np.frombuffer(view(self._result.address, n_heads * n_rows * 4), np.float32)
+        return found.reshape(n_heads, n_rows)
+
+    def _reserve(self, n_bytes: int) -> None:
+        if n_bytes > self._result.n_bytes:
+            self._result.free()
+            self._result = Region(n_bytes)
+
+    def close(self) -> None:
+        """Free the backend."""
+        abi.ggml_free(self._context)
+        abi.ggml_backend_free(self._backend)
+        self._result.free()
+
+
+def _describe(tensor: abi.Tensor, data: int, ne: tuple[int, int, int]) -> None:
+    """Make a contiguous float32 tensor [ne0, ne1, ne2] of a struct."""
+    tensor.type, tensor.data = _F32, data
+    for i, n in enumerate((*ne, 1)):
+        tensor.ne[i] = n
+        tensor.nb[i] = 4 if i == 0 else tensor.nb[i - 1] * tensor.ne[i - 1]
+
+
+def queries(tensor: abi.Tensor, n_last: int = 1) -> Floats:
+    """The last queries [n, n_heads, head_dim] of a node's src[0] [head_dim, n_tokens, n_heads], copied."""
+    head_dim, n_tokens, n_heads = tensor.ne[0], tensor.ne[1], tensor.ne[2]
+    if tensor.type != _F32 or tensor.nb[0] != 4:
+        raise EngineError("the queries of this model are not 32-bit numbers", "run without --kv-filter")
+    n = min(n_last, n_tokens)
+    strides = (tensor.nb[1], tensor.nb[2], 4)
+    n_bytes = (n_tokens - 1) * tensor.nb[1] + (n_heads - 1) * tensor.nb[2] + head_dim * 4
+    raw = np.frombuffer(view(tensor.data, n_bytes), np.float32)
+    every = np.lib.stride_tricks.as_strided(raw, (n_tokens, n_heads, head_dim), strides)
+    return np.ascontiguousarray(every[n_tokens - n :])
+
+
+def raw_scores(logits: Floats, scale: float) -> Floats:
+    """Scores [n_rows] of "last": the largest scaled product of any head [n_heads, n_rows]."""
+    found: Floats = logits.max(axis=0)
+    found *= scale
+    return found
+
+
+def softmax_scores(logits: Floats, scale: float, softcap: float = 0.0) -> Floats:
+    """Scores [n_rows] of "softmax": the largest attention weight of any head. Overwrites logits [n_heads, n_rows].
+
+    softcap c > 0: weights are those of c * tanh(x / c), as in models with capped attention.
+    """
+    weights(logits, scale, softcap)
+    found: Floats = logits.max(axis=0)
+    return found
+
+
+def weights(logits: Floats, scale: float, softcap: float = 0.0) -> None:
+    """Turn products [n_heads, n_rows] into attention weights of every head, in place."""
+    if softcap:
+        logits *= scale / softcap
+        np.tanh(logits, out=logits)
+        logits *= softcap
+    else:
+        logits *= scale
+    logits -= logits.max(axis=1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=1, keepdims=True)
+
+
+def top_rows(scores: Floats, n: int, kept: Sequence[tuple[int, int]] = (), block: int = 1) -> Rows:
+    """The n rows with the highest scores [n_rows], rising. kept: ranges [start, end) that are taken in any case.
+
+    With blocks, the score of a block is the highest of its rows; blocks are taken by score, the last of them in part
+    where the budget ends inside it.
+    """
+    n = min(n, len(scores))
+    if kept:
+        scores = scores.copy()
+        for start, end in kept:
+            scores[start:end] = np.inf
+    if block == 1:
+        found: Rows = np.argpartition(scores, len(scores) - n)[len(scores) - n :]
+        found.sort()
+        return found.astype(np.int64, copy=False)
+    n_blocks = -(-len(scores) // block)
+    padded = np.full(n_blocks * block, -np.inf, np.float32)
+    padded[: len(scores)] = scores
+    best = np.argsort(-padded.reshape(n_blocks, block).max(axis=1), kind="stable")
+    rows = (best[: -(-n // block) + 1, None] * block + np.arange(block)).ravel()
+    rows = rows[rows < len(scores)][:n]
+    rows.sort()
+    return rows.astype(np.int64, copy=False)

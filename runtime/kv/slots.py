@@ -1,0 +1,46 @@
+"""Where the chosen rows of a segment lie in its buffers: a row keeps its slot as long as it stays chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+
+
+class Slots:
+    """n_slots slots for n_slots of n_rows rows."""
+
+    def __init__(self, n_slots: int, n_rows: int) -> None:
+        self.n_slots = n_slots
+        self._row_of = np.full(n_slots, -1, np.int64)
+        self._slot_of = np.full(n_rows, -1, np.int64)
+        self._chosen = np.zeros(n_rows + 1, bool)  # the last one stands for an empty slot
+
+    @property
+    def rows(self) -> Rows:
+        """The row in every slot [n_slots]; -1: none."""
+        return self._row_of
+
+    def overlap(self, rows: Rows) -> float:
+        """The share of these rows that has a slot."""
+        return float(np.count_nonzero(self._slot_of[rows] >= 0)) / max(1, len(rows))
+
+    def choose(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Make n_slots rows (rising, different) the chosen ones; (rows to fetch, rising, and the slots they go to)."""
+        missing = rows[self._slot_of[rows] < 0]
+        if not len(missing):
+            return missing, missing
+        self._chosen[rows] = True
+        free = np.flatnonzero(~self._chosen[self._row_of])[: len(missing)]
+        self._chosen[rows] = False
+        old = self._row_of[free]
+        self._slot_of[old[old >= 0]] = -1
+        self._row_of[free] = missing
+        self._slot_of[missing] = free
+        return missing, free
+
+    def forget(self) -> None:
+        """No row has a slot."""
+        self._row_of[:] = -1
+        self._slot_of[:] = -1
