@@ -96,14 +96,15 @@ class Engine:
         self._callback = abi.EvalCallback(self._on_node)
         self._buffers = ContextBuffers()
         self._context = self._open_context()
-        self.kv = self._open_filter()
+        self.kv: Filter | None = None
         self._memory = abi.llama.llama_get_memory(self._context)
         self._scheduler = abi.llama_context_get_sched(self._context)
         self._product = TiledProduct(settings.n_threads)
         self._repacker = Repacker()
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
-        self.ledger = self._fixed_ledger()
         try:
+            self.kv = self._open_filter()
+            self.ledger = self._fixed_ledger()
             self.apply(plan)
             if settings.prefetch_input:
                 for table in self._tables:
