@@ -1,0 +1,30 @@
+"""Which filter layers `--kv-layers auto` means: those that `h2o kv analyze` found for the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from h2o_cli.models import BUNDLED_MODEL, profiles_folder
+
+if TYPE_CHECKING:
+    from profiler.kv_eval.layers_file import LayerChoice
+
+
+def find_choice(model_hash: int) -> LayerChoice | None:
+    """What was found for the model with this hash: the user's own analysis, else one that came with the program.
+
+    None where there is none. Raises ProfileError when the file cannot be used.
+    """
+    from profiler.kv_eval.layers_file import layers_path, load_choice
+
+    for folder in (profiles_folder(), BUNDLED_MODEL.parent):
+        path = layers_path(folder, model_hash)
+        if path.is_file():
+            return load_choice(path)
+    return None
+
+
+def find_layers(model_hash: int) -> tuple[int, ...] | None:
+    """The filter layers found for the model with this hash, None where there was no analysis. Raises ProfileError."""
+    choice = find_choice(model_hash)
+    return choice.layers if choice else None
