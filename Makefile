@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 # Profile, plan and run of the bundled model in the smallest budget for a context of 512: its weights are streamed.
+# The profile goes to the ignored folder build/.
+demo: export H2O_PROFILES := $(CURDIR)/build/profiles
 demo: setup
 	@budget=$$($(BIN)/h2o inspect $(MODEL) --json | $(BIN)/python -c \
 	  'import json, sys; print(json.load(sys.stdin)["floor_bytes"] // 10**6)') && \

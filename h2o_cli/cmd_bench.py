@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from h2o_cli.defaults import default_threads
-from h2o_cli.models import profiles_folder
 from h2o_cli.output import Progress, duration, emit, note, print_json, table, versions
 from runtime.errors import UsageError
 
@@ -143,19 +142,15 @@ def _run(settings: Settings, output: Path, *, json: bool) -> list[Row]:
     _make_models(settings)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
-        children = Children(Path(work), profiles_folder())
-        measuring = Bench(settings, children)
-        try:
-            with Progress("benchmark", lambda: measuring.share):
-                for row in measuring.run():
-                    rows.append(row)
-                    append_row(rows_file, row)
-                    note(_told(row))
-                    if json:
-                        print_json(msgspec.to_builtins(row))
-            _write_report(rows, output, measuring)
-        finally:
-            children.forget()
+        measuring = Bench(settings, Children(Path(work)))
+        with Progress("benchmark", lambda: measuring.share):
+            for row in measuring.run():
+                rows.append(row)
+                append_row(rows_file, row)
+                note(_told(row))
+                if json:
+                    print_json(msgspec.to_builtins(row))
+        _write_report(rows, output, measuring)
     return rows
 
 

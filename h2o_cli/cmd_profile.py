@@ -43,7 +43,12 @@ EPILOG = """Examples:
 """
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the profile to this file.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE", help="Write the profile to this file. [default: in the folder H2O_PROFILES]"
+    ),
+]
 Repeats = Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measure everything N times.")]
 Memory = Annotated[
     str | None,

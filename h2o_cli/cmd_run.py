@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -220,7 +222,7 @@ def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[list[int]
 
 
 def _answer(session: Session, options: RunOptions, request: Request) -> int:
-    meter = Meter(session.engine, session.disk_bytes_per_s)
+    meter, meter_start_s = Meter(session.engine, session.disk_bytes_per_s), process_age_s()
     parts, tokens, finish = [], [], ""
     with interrupts.ending(session.engine.cancel):
         steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
@@ -239,7 +241,7 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
     statistics = meter.statistics()
     if options.json:
         facts = {"text": "".join(parts), "tokens": tokens, "prompt_tokens": list(request.prompt), "finish": finish}
-        print_json(facts | figures(session, statistics))
+        print_json(facts | figures(session, statistics, meter_start_s))
     else:
         emit("\n")
         tell(styled(closing_line(session, statistics), "dim"))
@@ -265,11 +267,19 @@ def first_with_progress(session: Session, steps: Iterator[Step], n_prompt: int) 
         yield from steps
 
 
-def figures(session: Session, statistics: Statistics) -> dict[str, Any]:
-    """The figures of `h2o run --json`."""
+def process_age_s() -> float:
+    """Seconds since the kernel started this process, in steps of a clock tick (0.01 s); see proc(5), starttime."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def figures(session: Session, statistics: Statistics, meter_start_s: float) -> dict[str, Any]:
+    """The figures of `h2o run --json`. meter_start_s: the age of the process when the answer began."""
     plan = session.engine.plan
     return {
         "ttft_s": statistics.ttft_s,
+        "ttft_process_s": None if statistics.ttft_s is None else meter_start_s + statistics.ttft_s,
+        "prefill_tokens_per_s": statistics.prefill_tokens_per_s,
         "decode_ms_per_token": statistics.decode_ms_per_token,
         "tokens_per_s": statistics.tokens_per_s,
         "bytes_read_per_token": statistics.bytes_read_per_token,

@@ -25,7 +25,9 @@ def user_folder() -> Path:
 
 
 def profiles_folder() -> Path:
-    """Where profiles are kept: model_configs/ in a checkout, else in the user's data folder."""
+    """Where profiles are kept: H2O_PROFILES, else model_configs/ in a checkout, else in the user's data folder."""
+    if os.environ.get("H2O_PROFILES"):
+        return Path(os.environ["H2O_PROFILES"]).expanduser()
     checkout = ROOT / "model_configs"
     if (ROOT / "pyproject.toml").is_file() and os.access(checkout, os.W_OK):
         return checkout

@@ -354,10 +354,12 @@ class Statistics:
     limit_ms_per_token is the least a token can take with one token per pass, when reading and computing overlap fully:
     the larger of streamed bytes per pass / disk bytes per second, and the computing time of a pass (its time minus
     waiting for the disk; passes without a draft count where there were any). Speculation can be faster than that.
+    prefill_tokens_per_s is that of the prompt's passes, waits for the disk included.
     """
 
     n_tokens: int = 0
     ttft_s: float | None = None
+    prefill_tokens_per_s: float | None = None
     decode_ms_per_token: float | None = None
     tokens_per_s: float | None = None
     bytes_read_per_token: float | None = None
@@ -391,7 +393,7 @@ class Meter:
     def __init__(self, engine: Engine, disk_bytes_per_s: float = 0) -> None:
         self._engine = engine
         self._disk_bytes_per_s = disk_bytes_per_s
-        self._start_s = time.perf_counter()
+        self._start_s, self._start = time.perf_counter(), replace(engine.counters)
         self._first: _Seen | None = None
         self._last: _Seen | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS)
@@ -433,10 +435,11 @@ class Meter:
         first, last = self._first, self._last
         if first is None or last is None:
             return Statistics(self.n_tokens)
-        ttft_s = first.at_s - self._start_s
+        ttft_s, prompt_s = first.at_s - self._start_s, first.counters.seconds - self._start.seconds
+        prefill = (first.counters.tokens - self._start.tokens) / prompt_s if prompt_s else None
         passes = last.counters.passes - first.counters.passes
         if passes <= 0:
-            return Statistics(self.n_tokens, ttft_s)
+            return Statistics(self.n_tokens, ttft_s, prefill)
         n = last.n_steps - first.n_steps
         pass_s = last.counters.seconds - first.counters.seconds
         wait_s = last.counters.wait_s - first.counters.wait_s
@@ -447,6 +450,7 @@ class Meter:
         return Statistics(
             n_tokens=self.n_tokens,
             ttft_s=ttft_s,
+            prefill_tokens_per_s=prefill,
             decode_ms_per_token=1000 * (pass_s + last.drafting_s - first.drafting_s) / n,
             tokens_per_s=n / (last.at_s - first.at_s),
             bytes_read_per_token=n_bytes / n,

@@ -434,7 +434,7 @@ class TestCommand:
         assert own.peak_bytes <= 90 * MB
         assert own.limit_ms_per_token and own.predicted_ms_per_token and own.machine
         assert str(tmp_path) not in (tmp_path / "out" / "report.md").read_text()
-        assert not list((PROJECT / "model_configs").glob("bench-*.json"))
+        assert not list((PROJECT / "model_configs").glob("*.json"))
         assert groups_left() == []
         if find_spec("matplotlib"):
             assert list((tmp_path / "out").glob("timeline-*.png"))

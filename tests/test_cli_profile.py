@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from h2o_cli import cmd_profile, models
+from h2o_cli import models
 from h2o_cli.main import run_command
 from profiler import disk
 from profiler.model_profile import load_profile
@@ -27,8 +27,7 @@ release index:blk.0, release time:9.5 ms
 def elsewhere(tmp_path, monkeypatch):
     """Profiles go to a folder of the test, and the search for the best way to read is short."""
     folder = tmp_path / "profiles"
-    monkeypatch.setattr(models, "profiles_folder", lambda: folder)
-    monkeypatch.setattr(cmd_profile, "profiles_folder", lambda: folder)
+    monkeypatch.setenv("H2O_PROFILES", str(folder))
     monkeypatch.setattr(disk, "LIMIT_S", 1.0)
     return folder
 

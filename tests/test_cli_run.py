@@ -24,6 +24,8 @@ KEYS = {
     "prompt_tokens",
     "finish",
     "ttft_s",
+    "ttft_process_s",
+    "prefill_tokens_per_s",
     "decode_ms_per_token",
     "tokens_per_s",
     "bytes_read_per_token",
@@ -107,6 +109,8 @@ def test_json_has_every_key_of_the_contract(tiny_model, run_json):
     assert (len(found["tokens"]), found["finish"]) == (6, "length")
     assert found["versions"]["llama_cpp_python"] == "0.3.36"
     assert 0 < found["yield"] <= 1.1
+    assert found["ttft_process_s"] > found["ttft_s"] > 0
+    assert found["prefill_tokens_per_s"] >= 0.99 * len(found["prompt_tokens"]) / found["ttft_s"]
 
 
 def test_text_on_standard_output_figures_on_standard_error(tiny_model, run):

@@ -19,7 +19,6 @@ from runtime.errors import EngineError
 from runtime.sizes import MB
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PREFIX = "bench-"
 _TIMEOUT_S = 900.0
 
 
@@ -33,17 +32,15 @@ class Planned:
 
 
 class Children:
-    """Starts the commands. `work` is a folder for files of this benchmark.
+    """Starts the commands. `work` is a folder for files of this benchmark, profiles of the emulated device included.
 
-    `profiles` is the folder where `h2o run` looks for profiles: the device's profiles are there while the benchmark
-    runs, and forget() removes them. `between` is called while a command runs, and may raise.
+    `between` is called while a command runs, and may raise.
     """
 
-    def __init__(self, work: Path, profiles: Path, between: Callable[[], None] = lambda: None) -> None:
-        self._work, self._profiles, self._between = work, profiles, between
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        self._env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self.forget()
+    def __init__(self, work: Path, between: Callable[[], None] = lambda: None) -> None:
+        self._work, self._between = work, between
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        self._env = {**os.environ, "PYTHONPATH": paths, "H2O_PROFILES": str(work)}
 
     def profile(self, model: Path, device: Device, repeats: int) -> ModelProfile:
         """Measure a model in the device. Raises H2OError."""
@@ -89,13 +86,8 @@ class Children:
             raise _failed("the timeline", outcome)
         return msgspec.json.decode(outcome.stdout, type=Timeline)
 
-    def forget(self) -> None:
-        """Remove the profiles of emulated devices, also those of a benchmark that was killed."""
-        for path in self._profiles.glob(f"{PREFIX}*.json"):
-            path.unlink(missing_ok=True)
-
     def _profile_path(self, model: Path) -> Path:
-        return self._profiles / f"{PREFIX}{model.stem}.json"
+        return self._work / f"{model.stem}.json"
 
     def _run(self, started: Sequence[str], device: Device, env: dict[str, str], model: Path) -> Outcome:
         return run_in_device(started, device, env=env, timeout_s=_TIMEOUT_S, cold=[model], between=self._between)
