@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from h2o_cli import kv_flags as kv
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
@@ -127,6 +128,17 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     draft: Draft = None,
     prefetch_input: PrefetchInput = False,
     repack: Repack = "auto",
+    kv_filter: kv.Switch = False,
+    kv_layers: kv.Layers = None,
+    kv_wait: kv.Wait = None,
+    kv_keep: kv.Keep = None,
+    kv_select: kv.Select = None,
+    kv_store: kv.Store = None,
+    kv_sinks: kv.Sinks = None,
+    kv_recent: kv.Recent = None,
+    kv_block: kv.Block = None,
+    kv_strategy: kv.Strategy = None,
+    kv_method: kv.Method = None,
 ) -> None:
     """Run a model inside a memory budget: one prompt, or a conversation when no prompt is given.
 
@@ -134,6 +146,19 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
     text = _prompt_text(prompt, file, dash)
+    flags = kv.KvFlags(
+        on=kv_filter,
+        layers=kv_layers,
+        wait=kv_wait,
+        keep=kv_keep,
+        select=kv_select,
+        store=kv_store,
+        sinks=kv_sinks,
+        recent=kv_recent,
+        block=kv_block,
+        strategy=kv_strategy,
+        method=kv_method,
+    )
     options = RunOptions(
         model=resolve_model(model),
         n_predict=n_predict,
@@ -152,6 +177,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         draft=draft,
         prefetch_input=prefetch_input,
         repack=repack,
+        kv=kv.build_filter(flags, None),
     )
     _check(options)
     if text is None:
@@ -201,7 +227,7 @@ def answer(options: RunOptions, text: str) -> int:
         wanted = len(prompt) + n_predict if n_predict >= 0 else model.context_length
         n_ctx = context_for(model, options.ctx, wanted, note)
         check_prompt(len(prompt), n_ctx)
-        session = open_session(model, options, n_ctx, len(prompt), note)
+        session = open_session(model, options.for_answers_of(n_predict), n_ctx, len(prompt), note)
         try:
             request = Request(tuple(prompt), n_predict, stop)
             return _answer(session, options, request)
@@ -301,6 +327,7 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "accepted": statistics.accepted,
         "ledger": session.engine.ledger.as_dict(),
         "plan_origin": session.plan_origin,
+        "kv": session.engine.kv.figures() if session.engine.kv else None,
     }
 
 
@@ -329,6 +356,8 @@ def closing_line(session: Session, statistics: Statistics) -> str:
             f"{statistics.tokens_per_pass:.2f} tokens per pass ({statistics.accepted} of {statistics.drafted}"
             f" drafted tokens accepted, {name})"
         )
+    if session.engine.kv:
+        parts.append(session.engine.kv.summary)
     parts.append(f"peak memory {format_size(peak_bytes())} of {format_size(session.budget_bytes)}")
     parts.append(f"plan k={plan.k} w={plan.w} {plan.layout.label}")
     return f"h2o: {', '.join(parts)}"

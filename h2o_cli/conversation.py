@@ -17,6 +17,7 @@ from runtime.errors import Cancelled, PromptError, UsageError
 from runtime.generate import CANCELLED, LENGTH, Meter, Request, Statistics, generate
 
 PROMPT = "> "
+LONGEST_TAIL = 1024  # tokens of an answer that a filter keeps apart from the prompt
 ANSWER_ROOM = 256  # tokens kept free for an answer, at most a quarter of the context
 HELP = """/help   these lines
 /clear  forget the conversation
@@ -36,7 +37,8 @@ def converse(options: RunOptions) -> int:
     try:
         chat = Chat(model.tokenizer, note) if options.chat or model.tokenizer.chat_template else None
         n_ctx = context_for(model, options.ctx, CONVERSATION_CONTEXT, note)
-        session = open_session(model, options, n_ctx, n_ctx, note)
+        longest = LONGEST_TAIL if options.n_predict in (None, -1) else options.n_predict
+        session = open_session(model, options.for_answers_of(longest or 0), n_ctx, n_ctx, note)
         try:
             note(f"{model.file.name}, context {n_ctx} tokens; /help lists the commands")
             return Conversation(session, options, chat, readline).run()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
+from h2o_cli.kv_flags import store_folder
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
@@ -20,6 +21,7 @@ from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, Usage
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import head_start
 from runtime.hollow import HollowModel
+from runtime.kv.options import KvFilter
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan
@@ -69,6 +71,7 @@ class RunOptions:
     draft: str | None = None
     prefetch_input: bool = False
     repack: str = "auto"
+    kv: KvFilter | None = None
 
     def __post_init__(self) -> None:
         for flag, value in (("--ctx", self.ctx), ("--threads", self.threads), ("--ubatch", self.ubatch)):
@@ -86,6 +89,20 @@ class RunOptions:
             raise UsageError("--draft does nothing with --speculate off", "give one of them")
         if self.n_predict is not None and self.n_predict < -1:
             raise UsageError(f"-n {self.n_predict} is not possible", "give 0 or more, or -1 for no limit")
+        if self.kv:
+            self._check_filter()
+
+    def _check_filter(self) -> None:
+        if self.kv_type == "f32":
+            raise UsageError("--kv-filter does not work with --kv-type f32", "use --kv-type f16 or q8_0")
+        if self.draft is not None:
+            raise UsageError("--draft does not work with --kv-filter", "give one of them")
+
+    def for_answers_of(self, n_tokens: int) -> RunOptions:
+        """These options, their filter made for answers of at most n_tokens (negative: no limit)."""
+        if self.kv is None or n_tokens < 0:
+            return self
+        return replace(self, kv=replace(self.kv, tail=n_tokens + 1))
 
     @property
     def budget_bytes(self) -> int:
@@ -202,6 +219,8 @@ def open_session(
     start = time.perf_counter()
     _check_context(n_ctx, options.budget_bytes or default_budget())
     settings = _settings(options, n_ctx, n_prompt, model.profile)
+    if options.kv and options.speculate != "off":
+        note("speculation is off: a filter of keys and values works on one token per pass")
     with ExitStack() as opened, interrupts.held():
         draft = _open_draft(model, settings, note)
         if draft:
@@ -334,7 +353,7 @@ def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | Non
 
 
 def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProfile | None) -> Settings:
-    n_logits = 1 if options.speculate == "off" else MOST_DRAFTED + 1
+    n_logits = 1 if options.speculate == "off" or options.kv else MOST_DRAFTED + 1
     settings = Settings(
         n_ctx=n_ctx,
         n_ubatch=options.ubatch or max(n_logits, min(UBATCH, n_prompt)),
@@ -343,6 +362,7 @@ def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProf
         kv_type=options.kv_type,
         prefetch_input=options.prefetch_input,
         repack=options.repack == "auto",
+        kv=replace(options.kv, folder=store_folder()) if options.kv else None,
     )
     if profile is None:
         return settings

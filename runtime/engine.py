@@ -148,15 +148,16 @@ class Engine:
     def _open_filter(self) -> Filter | None:
         if self.settings.kv is None:
             return None
-        from runtime.kv.filter import open_filter  # numpy, which a run without it does not need
+        from runtime.kv.filter import CacheSource, open_filter  # numpy, which a run without it does not need
 
-        return open_filter(self.settings.kv, self.file, self._model.pointer, self._buffers.caches, self.settings)
+        source = CacheSource(self._buffers.caches, self._model.pointer)
+        return open_filter(self.settings, self.file, source, lambda: self._stop)
 
     def _fixed_ledger(self) -> Ledger:
         embedding = sum(min(table.max_bytes, page_up(table.tensor.n_bytes)) for table in self._tables)
         return Ledger(
             process_bytes=resident_bytes_outside(self._store.ranges),
-            kv_bytes=self._buffers.kv_bytes,
+            kv_bytes=self._buffers.kv_bytes - (self.kv.spared_bytes if self.kv else 0),
             compute_bytes=self._buffers.n_bytes - self._buffers.kv_bytes,
             embedding_bytes=embedding,
             sampler_bytes=self.n_vocab * SAMPLER_BYTES_PER_TOKEN,

@@ -56,3 +56,14 @@ def test_rows_that_are_not_chosen_are_not_read(tiny_model):
     expected = answer(path, kv=kv)
     with engine(path, RESIDENT, n_ubatch=64, n_threads=THREADS, kv=kv) as opened:
         assert_same(greedy(opened, PROMPT, 8, before_token=lambda i: poison(opened) if i == 1 else None), expected)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("plan", [RESIDENT, STREAMED])
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"keep": 0.1}, {"keep": 33, "block": 8}])
+def test_a_store_on_disk_gives_the_same_bits(tiny_model, tmp_path, kv_type, plan, options):
+    path = tiny_model("llama")
+    in_ram = answer(path, plan, kv=KvFilter(**options), kv_type=kv_type)
+    on_disk = KvFilter(**options, store="disk", folder=str(tmp_path))
+    assert_same(answer(path, plan, kv=on_disk, kv_type=kv_type), in_ram)
+    assert not list(tmp_path.glob("h2o-kv*"))

@@ -1,11 +1,8 @@
 """The object an engine asks at every node when keys and values are filtered.
 
-A pass over several tokens (the prompt) is dense. In a pass over one token every filter layer scores the rows of the
-prompt, and the sparse layers behind it attend to the chosen rows and to all rows decoded since. Both lie in a buffer of
-each sparse layer (Compact); its flash-attention node is pointed there, and so are the writes of new keys and values.
-
-`stored` rows are where prompts are kept (the store); rows from there on, the tail, are only in the buffers until the
-next prompt comes and takes them in.
+A pass over several tokens (a prompt) is dense. In a pass over one token every filter layer scores the rows of the
+prompt, and the sparse layers behind it attend to the chosen rows and to all rows decoded since: their flash-attention
+nodes are pointed at buffers that hold just those, and so are the writes of new keys and values.
 """
 
 from __future__ import annotations
@@ -14,135 +11,159 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from runtime import llama_abi as abi
 from runtime.errors import EngineError, H2OError
-from runtime.kv.cache import OFF, Cache, K, V, find_cache
-from runtime.kv.compact import PAD, Compact, Mask
+from runtime.kv.cache import OFF, Cache, find_cache
+from runtime.kv.jobs import Stopped
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.kv.roles import Roles, default_filters, layer_roles
 from runtime.kv.scores import Floats, Scorer, queries
-from runtime.kv.selection import Attention, Chooser, LastChooser, Queries, Selection, WindowChooser, fixed_rows
-from runtime.kv.store import RamStore
+from runtime.kv.selection import Attention, Chooser, LastChooser, Queries, WindowChooser, fixed_rows
+from runtime.kv.sparse import SparseRows
 from runtime.model_file import ModelFile
 from runtime.settings import Settings
 from runtime.sizes import page_up
 
 Watch = Callable[[int, Floats], None]
+_F32_BYTES = 4
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pass:
-    """The pass at hand: its first position, its tokens, whether sparse layers attend to a selection in it."""
+    """The pass at hand. decode: one token that continues an answer."""
 
     n_past: int = 0
     n_tokens: int = 0
-    sparse: bool = False
     decode: bool = False
 
 
-def open_filter(
-    options: KvFilter, file: ModelFile, model: int, groups: list[dict[str, int]], settings: Settings
-) -> Filter:
-    """The filter of a context; groups: its cache tensors (see find_cache). Raises H2OError where it cannot work."""
-    cache = find_cache(groups, file, model)
+@dataclass(frozen=True)
+class CacheSource:
+    """A context's cache: its tensors (name -> address) buffer by buffer, and the llama_model it belongs to."""
+
+    groups: list[dict[str, int]]
+    model: int
+
+
+def open_filter(settings: Settings, file: ModelFile, source: CacheSource, stopped: Stopped) -> Filter:
+    """The filter settings.kv asks for. Raises H2OError where it cannot work on this model.
+
+    stopped: the reason why a wait shall end early, if there is one.
+    """
+    options = settings.kv or KvFilter()
+    cache = find_cache(source.groups, file, source.model)
     filters = options.layers or default_filters(cache.filterable)
     roles = layer_roles(file.n_layers, filters, options.wait, cache.filterable)
-    n_heads = int(abi.llama.llama_model_n_head(model))
-    return Filter(options, cache, roles, settings, n_heads)
+    n_heads = int(abi.llama.llama_model_n_head(source.model))
+    return Filter(options, cache, roles, Scorer(settings.n_threads, n_heads), stopped)
 
 
 class Filter:
-    """Filters the passes of one context. `stored`: rows of the prompt; rows decoded since then are always attended."""
+    """Filters the passes of one context."""
 
-    def __init__(self, options: KvFilter, cache: Cache, roles: Roles, settings: Settings, n_heads: int) -> None:
+    def __init__(self, options: KvFilter, cache: Cache, roles: Roles, scorer: Scorer, stopped: Stopped) -> None:
         self.options, self.roles, self.cache = options, roles, cache
-        self.stored = 0
-        self.bytes_fetched = 0
-        self._n_cells = max(part.n_cells for layer in cache.filterable for part in cache.layers[layer].parts)
-        self._active = options.method != "full"
-        self._scorer = Scorer(settings.n_threads)
-        self._n_heads = n_heads
+        self._scorer = scorer
+        self._sparse: SparseRows | None = None
+        if options.method != "full":
+            self._sparse = SparseRows(options, cache, tuple(s.sparse for s in roles.segments), stopped)
+        self._layers = frozenset(self._sparse.layers) if self._sparse else frozenset()
+        self._own = self._sparse.own if self._sparse else set()
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
-        self._store = RamStore(cache)
-        self._mask = Mask(self._n_cells + PAD)
-        sparse = roles.sparse if self._active else ()
-        self._compact = {n: Compact(cache.layers[n], self._n_cells + PAD) for n in sparse}
-        self._own = {address for compact in self._compact.values() for address in compact.addresses}
         self._filterable = frozenset(cache.filterable)
-        self._filters = roles.filters
-        self._segment_of = {n: i for i, segment in enumerate(roles.segments) for n in segment.sparse}
         self._scored = options.method == "omnikv"
         self._windowed = self._scored and options.select in WINDOWED
         self._queries: dict[int, Queries] = {n: deque(maxlen=options.window) for n in roles.filters}
-        self._selections: list[Selection] = []
-        self._choosers: list[Chooser] = []
-        self._prepared = -1  # the `stored` that the selections are for
+        self._choosers: dict[int, Chooser] = {}
         self._pass = Pass()
+        self._stored = 0
         self._asked: dict[int, int] = {}  # nodes to be reported -> layer
         self._seen: set[int] = set()
         self._originals: dict[int, tuple[int, ...]] = {}  # flash-attention node -> its own src[1..3]
         self._watched: Collection[int] = ()
         self._watch: Watch | None = None
-        self.kept_rows = 0
+        self._n_decoded = self._read_before = self._fetched_before = 0
 
     # --- figures ------------------------------------------------------------------------------------------------
 
     @property
-    def memory_bytes(self) -> int:
-        """The most memory this takes beside llama.cpp's cache: buffers of chosen and decoded rows, scores."""
-        scores = page_up(self._n_cells * self._n_heads * 4)
-        rows = self.options.n_rows(self._n_cells) + self._most_tail + PAD
-        rows = min(rows, self._n_cells + PAD)
-        return scores + sum(
-            page_up(rows * part.row_bytes) for n in self._compact for part in self.cache.layers[n].parts
-        )
+    def stored(self) -> int:
+        """Rows of the prompt; rows decoded since then are always attended."""
+        return self._sparse.stored if self._sparse else self._stored
 
     @property
-    def _most_tail(self) -> int:
-        return min(self.options.tail or self._n_cells, self._n_cells)
+    def kept_rows(self) -> int:
+        """Rows of the prompt that sparse layers attend to in decode passes."""
+        return self._sparse.kept if self._sparse else self._stored
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory this takes beside llama.cpp's cache."""
+        n_rows = max(self.cache.layers[n].parts[0].n_cells for n in self.cache.filterable)
+        scores = page_up(n_rows * self._scorer.n_heads * _F32_BYTES)
+        if self._windowed:
+            scores += n_rows * (self.options.window + 1) * len(self.roles.filters) * _F32_BYTES
+        return scores + (self._sparse.memory_bytes if self._sparse else 0)
+
+    @property
+    def spared_bytes(self) -> int:
+        """Bytes of llama.cpp's cache that are never touched."""
+        return self._sparse.spared_bytes if self._sparse else 0
+
+    @property
+    def summary(self) -> str:
+        """One phrase for people."""
+        share = f"{len(self._layers)} of {len(self.cache.layers)} layers"
+        return f"{self.kept_rows} of {self.stored} prompt positions attended in {share}"
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of `--json`. Bytes per token are those of the decode passes since the last prompt."""
+        options, sparse, n = self.options, self._sparse, self._n_decoded
+        n_past = self._pass.n_past + self._pass.n_tokens
+        dense_bytes = sum(min(n_past, c.parts[0].n_cells) * c.row_bytes for c in self.cache.layers.values())
+        return {
+            "method": options.method,
+            "layers": list(self.roles.filters),
+            "wait": options.wait,
+            "sparse_layers": sorted(self._layers),
+            "keep": options.keep,
+            "select": options.select,
+            "strategy": options.strategy,
+            "block": options.block,
+            "store": options.store,
+            "prompt_rows": self.stored,
+            "kept_rows": self.kept_rows,
+            "bytes_in_memory": sparse.bytes_in_memory(n_past) if sparse else dense_bytes,
+            "bytes_on_disk": sparse.bytes_on_disk if sparse else 0,
+            "bytes_fetched_per_token": (sparse.store.fetched_bytes - self._fetched_before) / n if sparse and n else 0,
+            "bytes_read_per_token": (sparse.store.read_bytes - self._read_before) / n if sparse and n else 0,
+        }
 
     # --- around a pass ------------------------------------------------------------------------------------------
 
     def begin_pass(self, n_past: int, n_tokens: int, *, decode: bool) -> None:
         """Positions [n_past, n_past + n_tokens) come next; decode: one token that continues an answer."""
         decode = decode and self.stored > 0
-        self._pass = Pass(n_past, n_tokens, decode and self._active, decode)
+        self._pass = Pass(n_past, n_tokens, decode)
         self._seen.clear()
         self._asked.clear()
-        if not decode or (self._active and n_past - self.stored >= self._most_tail):
-            self._take_in_tail(n_past)
-        if self._pass.sparse and self._prepared != self.stored:
-            self._prepare()
-        if self._pass.sparse and not self._scored:
-            for i, selection in enumerate(self._selections):
-                selection.take(fixed_rows(self.options, self.stored, i))
-
-    def _take_in_tail(self, n_past: int) -> None:
-        """Make the rows decoded since the last prompt part of it."""
-        n_tail = n_past - self.stored
-        if self._active and n_tail > 0 and self._prepared >= 0:
-            for n, compact in self._compact.items():
-                for i in (K, V):
-                    self._store.put(n, i, self.stored, compact.rows[i][self.kept_rows : self.kept_rows + n_tail])
-        self.stored = n_past
-        self._forget()
-
-    def _forget(self) -> None:
-        self._selections = []
-        self._prepared = -1
-        for compact in self._compact.values():
-            compact.drop()
-
-    def _prepare(self) -> None:
-        """Begin to decode behind `stored` rows: no row is in a buffer yet."""
-        self.kept_rows = self.options.n_rows(self.stored)
-        self._selections = [
-            Selection(self.options, segment.sparse, self.stored, self._compact, self._store)
-            for segment in self.roles.segments
-        ]
-        self._choosers = [self._chooser(n) for n in self._filters] if self._scored else []
-        self._prepared = self.stored
+        if not decode:
+            self._n_decoded = 0
+            if self._sparse:
+                self._sparse.begin_prompt(n_past, n_tokens)
+            return
+        if self._sparse:
+            if self._sparse.begin_decode(n_past):
+                self._choosers = {n: self._chooser(n) for n in self.roles.filters} if self._scored else {}
+            if not self._scored:
+                for i in range(len(self.roles.segments)):
+                    self._sparse.take(i, fixed_rows(self.options, self.stored, i))
+            if not self._n_decoded:
+                self._read_before = self._sparse.store.read_bytes
+                self._fetched_before = self._sparse.store.fetched_bytes
+        self._n_decoded += 1
 
     def _chooser(self, layer: int) -> Chooser:
         if self._windowed:
@@ -152,37 +173,40 @@ class Filter:
     def end_pass(self, *, complete: bool) -> H2OError | None:
         """After the pass; an error when the nodes expected in it were not met."""
         if not complete:
-            for selection in self._selections:
-                selection.forget()
+            if self._sparse:
+                self._sparse.failed()
             return None
-        if not self._pass.decode:
-            self.stored = self._pass.n_past + self._pass.n_tokens
-        missing = set(self.cache.filterable) - self._seen
+        missing = self._filterable - self._seen
         if missing:
             return EngineError(
-                f"llama.cpp computes layer {min(missing)} without flash attention: nothing can be filtered",
-                OFF,
+                f"llama.cpp computes layer {min(missing)} without flash attention: nothing can be filtered", OFF
             )
+        if not self._pass.decode:
+            self._stored = self._pass.n_past + self._pass.n_tokens
+            if self._sparse:
+                self._sparse.stored = self._stored
         return None
 
     def truncate(self, n_past: int) -> None:
         """Positions from n_past on are forgotten."""
-        if n_past < self.stored:
-            self.stored = n_past
-            self._forget()
-        for queries_ in self._queries.values():
-            while queries_ and queries_[-1][0] >= n_past:
-                queries_.pop()
+        self._stored = min(self._stored, n_past)
+        if self._sparse:
+            self._sparse.truncate(n_past)
+        for window in self._queries.values():
+            while window and window[-1][0] >= n_past:
+                window.pop()
 
     def watch(self, layers: Collection[int], watch: Watch | None) -> None:
         """Call watch(layer, scores [stored]) for these dense layers in every decode pass: softmax, head maximum."""
-        self._watched, self._watch = (layers, watch) if watch else ((), None)
+        wrong = self._layers.intersection(layers) | (set(layers) - self._filterable)
+        if wrong:
+            raise EngineError(f"layer {min(wrong)} has no scores of all positions", "watch dense layers")
+        self._watched, self._watch = (frozenset(layers), watch) if watch else ((), None)
 
     def close(self) -> None:
         """Free everything."""
-        self._forget()
-        for compact in self._compact.values():
-            compact.free()
+        if self._sparse:
+            self._sparse.close()
         self._scorer.close()
 
     # --- nodes --------------------------------------------------------------------------------------------------
@@ -192,47 +216,41 @@ class Filter:
         op = ctypes.c_int.from_address(address + abi.OP_OFFSET).value
         if op == abi.OP_FLASH_ATTN_EXT:
             return self._before_attention(address)
-        if op == abi.OP_SET_ROWS:
-            return self._before_write(address)
+        if op == abi.OP_SET_ROWS and self._sparse:
+            return self._before_write(abi.Tensor.from_address(address), self._sparse)
         return False
 
-    def _before_write(self, address: int) -> bool:
-        node = abi.Tensor.from_address(address)
+    def _before_write(self, node: abi.Tensor, sparse: SparseRows) -> bool:
         layer, part = self._part_of.get(node.view_src, (-1, 0))
-        if layer not in self._compact:
-            return False
-        if not self._pass.sparse:
-            node.data = self.cache.layers[layer].parts[part].data
+        if layer not in self._layers:
             return False
         row = ctypes.c_int64.from_address(abi.Tensor.from_address(node.src[1]).data).value
         if row != self._pass.n_past:
             raise EngineError(f"llama.cpp put position {self._pass.n_past} into cell {row} of its cache", OFF)
-        slot = self.kept_rows + row - self.stored
-        node.data = self._compact[layer].target(part, row, slot)
-        return part == V and not self._selections[self._segment_of[layer]].is_ready(layer)
+        if self._pass.decode:
+            return sparse.write_decoded(node, layer, part, row)
+        return sparse.write_prompt(node, layer, part)
 
     def _before_attention(self, address: int) -> bool:
         node = abi.Tensor.from_address(address)
         layer = self._layer_of(address, node)
-        if layer is None:
+        if layer not in self._filterable:
             return False
-        if layer in self._seen and layer in self._compact:
+        if layer in self._seen and layer in self._layers:
             raise EngineError(f"several layers share the keys of layer {layer}, which cannot be filtered", OFF)
         self._seen.add(layer)
-        if self._pass.sparse and layer in self._compact:
-            self._selections[self._segment_of[layer]].wait(layer)
-            n_rows = self.kept_rows + self._pass.n_past - self.stored + 1
-            n_padded = min(-(-n_rows // PAD) * PAD, self._n_cells)
-            self._compact[layer].place(node, n_padded)
-            self._mask.place(node, n_rows, n_padded)
-            return False
-        if self._wants(layer):
+        report = self._wants(layer)
+        if self._sparse and layer in self._layers:
+            if self._pass.decode:
+                self._sparse.attend_selected(node, layer, self._pass.n_past)
+            else:
+                report = self._sparse.attend_prompt(node)
+        if report:
             self._asked[address] = layer
-            return True
-        return False
+        return report
 
-    def _layer_of(self, address: int, node: abi.Tensor) -> int | None:
-        """The layer of a flash-attention node, whose sources are its own again; None: one with a sliding window."""
+    def _layer_of(self, address: int, node: abi.Tensor) -> int:
+        """The layer of a flash-attention node, whose sources are its own again."""
         if node.src[1] in self._own:  # llama.cpp uses a graph again as long as its shape stays
             node.src[1], node.src[2], node.src[3] = self._originals[address]
         else:
@@ -240,31 +258,33 @@ class Filter:
         root = abi.Tensor.from_address(node.src[1]).view_src
         if root not in self._part_of:
             raise EngineError("an attention node does not read the cache of keys and values", OFF)
-        layer = self._part_of[root][0]
-        return layer if layer in self.cache.layers and layer in self._filterable else None
+        return self._part_of[root][0]
 
     def _wants(self, layer: int) -> bool:
         """Whether a dense layer's attention is looked at in this pass."""
+        filters = self._sparse and self._scored and layer in self.roles.filters
         if not self._pass.decode:
-            return self._windowed and layer in self._filters
-        return layer in self._watched or (self._pass.sparse and self._scored and layer in self._filters)
+            return bool(filters and self._windowed)
+        return bool(filters) or layer in self._watched
 
     def after(self, address: int) -> None:
         """Everything up to this node has been computed."""
         layer = self._asked.pop(address, None)
         if layer is None:
             return
+        if self._sparse and layer in self._layers:
+            self._sparse.computed_prompt(layer)
+            return
         node = abi.Tensor.from_address(address)
-        keys = abi.Tensor.from_address(node.src[1])
         query = abi.Tensor.from_address(node.src[0])
         if not self._pass.decode:
             self._see_prompt(layer, query)
             return
-        attention = Attention(self._scorer, keys, self.stored, *_parameters(node))
+        attention = Attention(self._scorer, abi.Tensor.from_address(node.src[1]), self.stored, *_parameters(node))
         own = queries(query)[0]
-        if self._pass.sparse and layer in self._filters:
-            i = self._filters.index(layer)
-            self._selections[i].take(self._choosers[i].rows(own, self._pass.n_past, attention))
+        if self._sparse and layer in self._choosers:
+            rows = self._choosers[layer].rows(own, self._pass.n_past, attention)
+            self._sparse.take(self.roles.filters.index(layer), rows)
         if self._watch and layer in self._watched:
             self._watch(layer, attention.softmax(own))
 

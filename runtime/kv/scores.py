@@ -25,7 +25,9 @@ _F32 = 0
 class Scorer:
     """Multiplies one query per head with the first keys of a layer, on a CPU backend of its own."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, n_heads: int) -> None:
+        """n_heads: the most query heads of a layer."""
+        self.n_heads = n_heads
         self._backend = abi.ggml_backend_cpu_init()
         abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
         self._keys, self._query, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from runtime import llama_abi as abi
 from runtime.kv.compact import Compact
+from runtime.kv.jobs import Job, Jobs, Stopped, settle
 from runtime.kv.options import KvFilter
 from runtime.kv.scores import Floats, Scorer, raw_scores, softmax_scores, top_rows
 from runtime.kv.slots import Rows, Slots
-from runtime.kv.store import RamStore
+from runtime.kv.store import Store
 
 Queries = deque[tuple[int, Floats]]  # positions and queries [n_heads, head_dim] of the last tokens
 
@@ -115,6 +117,16 @@ def fixed_rows(options: KvFilter, n_prompt: int, number: int) -> Rows:
     return np.concatenate([np.arange(n_sinks), np.arange(n_prompt - (n - n_sinks), n_prompt)]).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """Where chosen rows go, where they come from, and the threads that bring them (None: who asks does)."""
+
+    compact: Mapping[int, Compact]
+    store: Store
+    jobs: Jobs | None
+    stopped: Stopped
+
+
 class Selection:
     """Rows in the buffers of a segment's sparse layers."""
 
@@ -123,15 +135,15 @@ class Selection:
         options: KvFilter,
         layers: tuple[int, ...],
         n_prompt: int,
-        compact: Mapping[int, Compact],
-        store: RamStore,
+        buffers: Buffers,
     ) -> None:
         self._strategy, self._threshold = options.strategy, options.lazy_threshold
-        self._layers, self._compact, self._store = layers, compact, store
+        self._layers, self._buffers = layers, buffers
         self._slots = Slots(options.n_rows(n_prompt), n_prompt)
         self._filled = False
         self._put_off: dict[int, tuple[Rows, Rows]] = {}
-        self.bytes_fetched = 0
+        self._running: dict[int, Job] = {}
+        self._stale: list[Job] = []
 
     def take(self, rows: Rows) -> None:
         """Make these the chosen rows; what the buffers do not have is fetched."""
@@ -139,6 +151,7 @@ class Selection:
             return
         if self._strategy in ("without_pack", "brutal"):
             self._slots.forget()
+        self.settle()
         missing, slots = self._slots.choose(rows)
         self._filled = True
         if not len(missing):
@@ -146,24 +159,36 @@ class Selection:
         for layer in self._layers:
             if self._strategy == "without_pack":
                 self._put_off[layer] = (missing, slots)
+            elif self._buffers.jobs:
+                self._running[layer] = self._buffers.jobs.start(partial(self._fetch, layer, missing, slots))
             else:
                 self._fetch(layer, missing, slots)
 
     def _fetch(self, layer: int, rows: Rows, slots: Rows) -> None:
-        self.bytes_fetched += self._store.fetch(self._compact[layer], layer, rows, slots)
+        self._buffers.store.fetch(self._buffers.compact[layer], layer, rows, slots)
 
     def is_ready(self, layer: int) -> bool:
         """Whether nothing is on its way to this layer's buffer."""
-        return True
+        return layer not in self._running or self._running[layer].done
 
     def wait(self, layer: int) -> None:
         """Return when the rows of a layer are there."""
-        job = self._put_off.pop(layer, None)
+        late = self._put_off.pop(layer, None)
+        if late:
+            self._fetch(layer, *late)
+        job = self._running.get(layer)
         if job:
-            self._fetch(layer, *job)
+            job.wait(self._buffers.stopped)
+            del self._running[layer]
+
+    def settle(self) -> None:
+        """Wait until nothing writes into the buffers any more."""
+        settle(self._stale, self._buffers.stopped)
 
     def forget(self) -> None:
         """After a pass that failed: nothing in the buffers can be relied on."""
         self._put_off.clear()
+        self._stale += self._running.values()
+        self._running.clear()
         self._slots.forget()
         self._filled = False
