@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from h2o_cli.defaults import CONVERSATION_CONTEXT, UBATCH, default_budget
+from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, default_budget
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json, table
@@ -210,7 +210,7 @@ def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats
     measured = sum(row.n > 0 for row in found.rows)
     how = f"{found.n_pulls} pulls of {measured} plans on process {stats.pid}"
     return replace(
-        _outlook(profile, written, row.arm, UBATCH, budget),
+        _outlook(profile, written, row.arm, LEAST_UBATCH, budget),
         budget_bytes=budget,
         floor_bytes=stats.fixed_bytes + profile.memory.min_window_bytes,
         ledger=ledger,
@@ -260,7 +260,7 @@ def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choic
     from planner.choose import choose
 
     ctx = _context(options, profile)
-    choice = choose(profile, budget, ctx_tokens=ctx, ubatch_tokens=UBATCH, layout=options.layout)
+    choice = choose(profile, budget, ctx_tokens=ctx, ubatch_tokens=LEAST_UBATCH, layout=options.layout)
     outlook = Outlook(
         choice.plan,
         choice.predicted_ms_per_token,
@@ -311,11 +311,11 @@ def _outlook(profile: ModelProfile, wanted: Plan, arm: Arm, ctx: int, budget: in
     from planner.footprint import measure_footprint, streamable_bytes
     from planner.simulator import first_token_s, limit_s, token_s
 
-    footprint = measure_footprint(profile, ctx, UBATCH)
+    footprint = measure_footprint(profile, ctx, LEAST_UBATCH)
     return Outlook(
         wanted,
         1000 * token_s(profile, arm),
-        first_token_s(profile, arm, UBATCH, UBATCH),
+        first_token_s(profile, arm, LEAST_UBATCH, LEAST_UBATCH),
         1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
         budget,
         footprint.floor_bytes,

@@ -62,7 +62,8 @@ Threads = Annotated[
     int | None, typer.Option("-t", "--threads", metavar="N", help="Computing threads. [default: physical cores]")
 ]
 Ubatch = Annotated[
-    int | None, typer.Option("--ubatch", metavar="N", help="Prompt tokens per pass. [default: 128, or fewer]")
+    int | None,
+    typer.Option("--ubatch", metavar="N", help="Prompt tokens per pass. [default: 512, or what the budget allows]"),
 ]
 Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0: always the likeliest token.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Choose among the K likeliest tokens; 0: off.")]
@@ -278,7 +279,7 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
 def first_with_progress(session: Session, steps: Iterator[Step], n_prompt: int) -> Iterator[Step]:
     """The steps; while the first one is on its way, progress is shown: passes done, or bytes where there is one."""
     engine = session.engine
-    passes = -(-n_prompt // engine.settings.n_ubatch)
+    passes = len(engine.pass_sizes(n_prompt))
     start_passes, start_bytes = engine.counters.passes, engine.bytes_read
     expected = max(1, passes * engine.streamed_bytes + engine.ledger.resident_bytes)
 

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 from runtime.memory import available_bytes
+from runtime.settings import FULL_TILES
 
 CONVERSATION_CONTEXT = 2048
-UBATCH = 128
+UBATCH = 512  # llama.cpp's default; memory may not allow it, down to LEAST_UBATCH
+LEAST_UBATCH = FULL_TILES
 BUDGET_SHARE = 0.6
 MOST_THREADS = 512  # GGML_MAX_N_THREADS
 _CPU = Path("/sys/devices/system/cpu")

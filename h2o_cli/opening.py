@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_budget, default_threads
+from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, MOST_THREADS, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import store_folder
 from h2o_cli.models import find_profile
@@ -29,7 +29,7 @@ from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
 from runtime.quantize import copy_bytes, low_bit_copy
 from runtime.sampler import Sampler, Sampling
-from runtime.settings import KV_TYPES, Settings
+from runtime.settings import KV_TYPES, SHORT_PASS, Settings
 from runtime.sizes import MB, format_size, parse_size
 from runtime.speculate import MOST_DRAFTED, Speculation
 from runtime.tokenizer import Tokenizer
@@ -356,7 +356,7 @@ def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProf
     n_logits = 1 if options.speculate == "off" or options.kv else MOST_DRAFTED + 1
     settings = Settings(
         n_ctx=n_ctx,
-        n_ubatch=options.ubatch or max(n_logits, min(UBATCH, n_prompt)),
+        n_ubatch=options.ubatch or max(SHORT_PASS, n_logits, min(UBATCH, n_prompt)),
         n_logits=n_logits,
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,
@@ -423,7 +423,11 @@ def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layou
 
     try:
         return choose_exactly(
-            profile, budget_bytes, ctx_tokens=settings.n_ctx, ubatch_tokens=settings.n_ubatch, layout=layout
+            profile,
+            budget_bytes,
+            ctx_tokens=settings.n_ctx,
+            ubatch_tokens=min(LEAST_UBATCH, settings.n_ubatch),
+            layout=layout,
         )
     except BudgetError:
         return None

@@ -17,7 +17,7 @@ from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
-from runtime.settings import Settings
+from runtime.settings import FULL_TILES, Settings
 
 LONGEST, SHORTEST = 3, 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -135,10 +135,11 @@ class DraftModel:
         """Load everything but the weights. Raises H2OError."""
         self.file = file
         self.hollow = HollowModel(file)
+        settings = replace(settings, n_logits=1, n_ubatch=min(FULL_TILES, settings.n_ubatch))
         whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
         try:
             self._store = _LateStore(file, WeightFiles(file.paths, settings.io_mode), depth=settings.depth)
-            self.engine = Engine(file, self.hollow, whole, replace(settings, n_logits=1), note, self._store)
+            self.engine = Engine(file, self.hollow, whole, settings, note, self._store)
         except H2OError:
             self.hollow.free()
             raise

@@ -17,7 +17,8 @@ class RowTable:
 
     def __init__(self, info: TensorInfo, max_bytes: int) -> None:
         self.tensor = info
-        self.max_bytes = max(max_bytes, 2 * (info.row_bytes + PAGE))
+        self._least = 2 * (info.row_bytes + PAGE)
+        self.max_bytes = max(max_bytes, self._least)
         self._start = page_down(info.offset)
         self._region = Region(page_up(info.offset + info.n_bytes) - self._start)
         self._region.use_huge_pages(0)
@@ -38,12 +39,21 @@ class RowTable:
         if not missing:
             return
         if (len(self._pages) + len(missing)) * PAGE > self.max_bytes:
-            self._region.drop(0, self._region.n_bytes)
-            self._pages.clear()
+            self._forget()
             missing = pages
         file, base = self.tensor.file, self._region.address
         store.read_now([(file, self._start + s, base + s, n) for s, n in _runs(missing)])
         self._pages |= missing
+
+    def resize(self, max_bytes: int) -> None:
+        """Keep rows of at most max_bytes from now on."""
+        self.max_bytes = max(max_bytes, self._least)
+        if len(self._pages) * PAGE > self.max_bytes:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._region.drop(0, self._region.n_bytes)
+        self._pages.clear()
 
     def free(self) -> None:
         """Unmap."""

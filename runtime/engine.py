@@ -8,27 +8,28 @@ kept in several pieces (the output head) is computed piece by piece instead of b
 from __future__ import annotations
 
 import ctypes
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from runtime import llama_abi as abi
+from runtime.context import Context
 from runtime.embedding import RowTable
 from runtime.errors import Cancelled, EngineError, H2OError, PromptError
 from runtime.head import TiledProduct
 from runtime.head_start import open_store
-from runtime.hollow import ContextBuffers, HollowModel
+from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
-from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes
+from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger
 from runtime.memory import resident_bytes_outside
-from runtime.model_file import ModelFile, Piece, TensorInfo
+from runtime.model_file import ModelFile, Piece
+from runtime.pass_memory import PassMemory, pass_sizes
 from runtime.plan import Plan
 from runtime.repack import Repacker
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
-from runtime.settings import KV_TYPES, Settings
-from runtime.sizes import PAGE, page_down, page_up
+from runtime.settings import FULL_TILES, SHORT_PASS, Settings
+from runtime.sizes import page_down
 from runtime.small_tensors import SmallTensors
 from runtime.trace import LayerTrace
 
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 
     from runtime.kv.filter import Filter
 
-_NO_CALLBACK = abi.EvalCallback()
-_KEPT_ROWS = 256  # embedding rows of past tokens that stay in memory
+_ROOM_PIECES = 2  # of the largest size: less room than that for weights, and shorter passes are better
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Engine:
     ) -> None:
         """Take over a store that is reading already (see head_start), or begin to read now."""
         self.file, self.settings, self.plan = file, settings, plan
-        self.n_past = self._n_outputs = 0
+        self.n_past = 0
         self.plan_changes = 0
         self.counters = Counters()
         self.trace: LayerTrace | None = None
@@ -90,21 +90,18 @@ class Engine:
         self._asked_bytes = 0
         self._store = store or open_store(file, settings)
         self._small = SmallTensors(file, model, self._store.files)
-        self._tables = [RowTable(t, _table_bytes(t, settings)) for t in file.row_tables]
+        self._tables = [RowTable(t, t.n_bytes) for t in file.row_tables]
         self._weights = self._index_weights()
         self._active: dict[int, Weight] = {}  # weights that are not in memory for good
         self._callback = abi.EvalCallback(self._on_node)
-        self._buffers = ContextBuffers()
-        self._context = self._open_context()
-        self.kv: Filter | None = None
-        self._memory = abi.llama.llama_get_memory(self._context)
-        self._scheduler = abi.llama_context_get_sched(self._context)
         self._product = TiledProduct(settings.n_threads)
         self._repacker = Repacker()
-        self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
+        self.kv: Filter | None = None
+        self._open_context(plan)
+        self.n_vocab = self._context.n_vocab
+        self._ledgers = {long: self._fixed_ledger(long=long) for long in (True, False)}
+        self._long = True  # memory is laid out for a prompt, not for the next token
         try:
-            self.kv = self._open_filter()
-            self.ledger = self._fixed_ledger()
             self.apply(plan)
             if settings.prefetch_input:
                 for table in self._tables:
@@ -127,40 +124,46 @@ class Engine:
                 weights.append(Weight(address, pieces.get(name, []), tables.get(name)))
         return weights
 
-    def _open_context(self) -> int:
-        settings = self.settings
-        parameters = abi.llama.llama_context_default_params()
-        parameters.n_ctx = settings.n_ctx
-        parameters.n_batch = parameters.n_ubatch = min(settings.n_ubatch, settings.n_ctx)
-        parameters.n_threads = parameters.n_threads_batch = settings.n_threads
-        parameters.n_outputs_max = settings.n_logits
-        parameters.type_k = parameters.type_v = KV_TYPES[settings.kv_type]
-        parameters.cb_eval = self._callback
-        parameters.no_perf = True
-        abi.take_log()
-        with self._buffers:
-            context = abi.llama.llama_init_from_model(self._model.pointer, parameters)
-        if not context:
-            reason = (abi.take_log() or ["no reason given"])[-1]
-            raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
-        return int(context)
+    def _open_context(self, plan: Plan) -> None:
+        """A context for passes as long as the prompt needs them and the budget allows."""
+        n_tokens = min(self.settings.n_ubatch, self.settings.n_ctx)
+        while True:
+            self._context = Context(self._model, self.settings, n_tokens, self._callback)
+            self._pass_memory = PassMemory(self.file, self.settings, self._context)
+            try:
+                self.kv = self._open_filter()
+            except H2OError:
+                self._context.close()
+                raise
+            fixed = self._fixed_ledger(long=True).fixed_bytes
+            room = plan.budget_bytes - fixed >= _ROOM_PIECES * smallest_window(self.file)
+            if room or n_tokens <= FULL_TILES:
+                return
+            self._close_context()
+            n_tokens = max(FULL_TILES, n_tokens // 2)
+
+    def _close_context(self) -> None:
+        if self.kv:
+            self.kv.close()
+        self._context.close()
 
     def _open_filter(self) -> Filter | None:
         if self.settings.kv is None:
             return None
         from runtime.kv.filter import CacheSource, open_filter  # numpy, which a run without it does not need
 
-        source = CacheSource(self._buffers.caches, self._model.pointer)
+        source = CacheSource(self._context.buffers.caches, self._model.pointer)
         return open_filter(self.settings, self.file, source, lambda: self._stop)
 
-    def _fixed_ledger(self) -> Ledger:
-        embedding = sum(min(table.max_bytes, page_up(table.tensor.n_bytes)) for table in self._tables)
+    def _fixed_ledger(self, *, long: bool) -> Ledger:
+        """The ledger without weights while a prompt is computed (long), or for the tokens after it."""
+        passes, buffers = self._pass_memory, self._context.buffers
         return Ledger(
             process_bytes=resident_bytes_outside(self._store.ranges),
-            kv_bytes=self._buffers.kv_bytes - (self.kv.spared_bytes if self.kv else 0),
-            compute_bytes=self._buffers.n_bytes - self._buffers.kv_bytes,
-            embedding_bytes=embedding,
-            sampler_bytes=self.n_vocab * SAMPLER_BYTES_PER_TOKEN,
+            kv_bytes=buffers.kv_bytes - (self.kv.spared_bytes if self.kv else 0),
+            compute_bytes=passes.compute(long=long),
+            embedding_bytes=sum(passes.embedding(table.tensor, long=long) for table in self._tables),
+            sampler_bytes=self._context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
             draft_bytes=self.settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
         )
@@ -172,11 +175,20 @@ class Engine:
 
         A plan made for a budget is filled to the last byte of it; a plan without one keeps exactly its k layers.
         """
-        fixed = self.ledger
-        total = streamable_bytes(self.file)
-        window, limit = window_bytes(self.file, plan), total
         if plan.budget_bytes:
-            left = fixed.weights_bytes(plan.budget_bytes, smallest_window(self.file))
+            self._ledgers[True].weights_bytes(plan.budget_bytes, smallest_window(self.file))
+        self._lay_out(plan)
+        self._asked_plan = plan
+        self.plan_changes += 1
+
+    def _lay_out(self, plan: Plan) -> None:
+        """Share out what the budget leaves for weights in passes of the kind at hand."""
+        fixed, total = self._ledgers[self._long], streamable_bytes(self.file)
+        window, limit = window_bytes(self.file, plan), total
+        everything = False
+        if plan.budget_bytes:
+            everything = plan.budget_bytes >= self._ledgers[True].fixed_bytes + total
+            left = plan.budget_bytes - fixed.fixed_bytes
             if left >= total:
                 window, limit = 0, total
             else:
@@ -191,14 +203,15 @@ class Engine:
             if any(piece.number not in resident for piece in weight.pieces):
                 self._repacker.forget(weight.address)
         self._store.apply(resident, window)
-        self._repack = self.settings.repack and streamed == 0
+        self._repack = self.settings.repack and streamed == 0 and (everything or not plan.budget_bytes)
         self._active = {weight.address: weight for weight in self._weights if weight.pieces}
         largest = smallest_window(self.file, resident)
         self._boundary_bytes = max(0, min(window // 4, (window - 2 * largest) // 2))
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
         self.plan = replace(plan, k=layers_in(self.file, pinned) if plan.budget_bytes else plan.k)
         self.streamed_bytes = streamed
-        self.plan_changes += 1
+        for table in self._tables:
+            table.resize(self._pass_memory.embedding(table.tensor, long=self._long))
 
     # --- computing ----------------------------------------------------------------------------------------------
 
@@ -212,47 +225,55 @@ class Engine:
             raise PromptError(
                 f"{self.n_past + len(tokens)} tokens do not fit a context of {self.settings.n_ctx}", "raise --ctx"
             )
-        size = min(self.settings.n_ubatch, self.settings.n_ctx)
-        parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-        self._store.expect_passes([part is parts[-1] for part in parts])
-        for part in parts:
+        sizes = self.pass_sizes(len(tokens))
+        self._prepare(max(sizes))
+        self._store.expect_passes([i == len(sizes) - 1 for i in range(len(sizes))])
+        start = 0
+        for i, size in enumerate(sizes):
             if self.kv:
-                self.kv.begin_pass(self.n_past, len(part), decode=len(tokens) == 1 and self.n_past > 0)
-            self._pass(part, min(n_logits, len(part)) if part is parts[-1] else 0)
+                self.kv.begin_pass(self.n_past, size, decode=len(tokens) == 1 and self.n_past > 0)
+            self._pass(tokens[start : start + size], min(n_logits, size) if i == len(sizes) - 1 else 0)
+            start += size
+
+    def pass_sizes(self, n_tokens: int) -> list[int]:
+        """The tokens of each pass that n_tokens take."""
+        return pass_sizes(n_tokens, min(self.settings.n_ubatch, self.settings.n_ctx), self._context.n_tokens)
+
+    def _prepare(self, n_tokens: int) -> None:
+        """Lay the memory out for passes of at most n_tokens: weights make room for a prompt, and come back after it."""
+        long = n_tokens > max(SHORT_PASS, self.settings.n_logits)
+        if long != self._long:
+            self._long = long
+            if not long:
+                self._context.drop_scratch()
+            if self._asked_plan.budget_bytes:
+                self._lay_out(self._asked_plan)
 
     def _pass(self, tokens: Sequence[int], n_logits: int) -> None:
         """One pass through all layers."""
         start = time.perf_counter()
-        n, status = len(tokens), -1
-        batch = abi.llama.llama_batch_init(n, 0, 1)
+        status = -1
         try:
-            batch.n_tokens = n
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i] = token, self.n_past + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = i >= n - n_logits
             self._fetch_rows(tokens)
             watched = bool(self._active or self.trace or self.kv)
-            self._call_back(wanted=n > 1 or watched)
+            self._context.call_back(wanted=len(tokens) > 1 or watched)
             if self.quiet:
                 self._store.settle()
             if self.trace:
                 self.trace.begin_pass(self._store.wait_s)
-            status = abi.llama.llama_decode(self._context, batch)
+            status = self._context.decode(tokens, self.n_past, n_logits)
         except Cancelled:
             self.forget_cancel()
             raise
         finally:
-            abi.llama.llama_batch_free(batch)
             self._close_pass(complete=status == 0 and self._stop is None)
         self._raise_stop()
         if status != 0:
             self.truncate(self.n_past)
             reason = (abi.take_log() or ["no reason given"])[-1]
             raise EngineError(f"llama.cpp could not compute this pass (status {status}, {reason})", "raise --ctx")
-        self.n_past += n
-        self._n_outputs = n_logits
-        self._count(n, time.perf_counter() - start)
+        self.n_past += len(tokens)
+        self._count(len(tokens), time.perf_counter() - start)
 
     def _fetch_rows(self, tokens: Sequence[int]) -> None:
         for weight in self._weights:
@@ -290,14 +311,6 @@ class Engine:
         counters.bytes_read, counters.wait_s = self._store.bytes_read, self._store.wait_s
 
     # --- llama.cpp calls back -----------------------------------------------------------------------------------
-
-    def _call_back(self, *, wanted: bool) -> None:
-        """Have llama.cpp call _on_node in this pass or not: it need not when every weight is in memory for good.
-
-        A graph that is built anew calls back once more; a long pass always does, so that it can be cancelled.
-        """
-        callback = self._callback if wanted else _NO_CALLBACK
-        abi.ggml_backend_sched_set_eval_callback(self._scheduler, callback, None)
 
     def _on_node(self, address: int, ask: bool, _data: int) -> bool:
         if ask and not (self._active or self._stop or self.trace or self.kv):
@@ -419,30 +432,27 @@ class Engine:
 
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
-        if not abi.llama.llama_memory_seq_rm(self._memory, 0, n_past, -1):
-            if n_past:
-                raise EngineError("this model's state cannot be shortened", "start a new conversation")
-            abi.llama.llama_memory_clear(self._memory, True)
+        self._context.truncate(n_past)
         self.n_past = n_past
         if self.kv:
             self.kv.truncate(n_past)
 
     def has_numbers(self) -> bool:
         """Whether the last logits are numbers (a damaged model computes NaN)."""
-        pointer = abi.llama.llama_get_logits_ith(self._context, -1)
-        row = (ctypes.c_float * self.n_vocab).from_address(ctypes.addressof(pointer.contents))
-        return not any(map(math.isnan, row))
+        return self._context.has_numbers()
 
     def is_number(self, token: int, i: int = -1) -> bool:
         """Whether the logit of one token in the last forward's i-th output is a number."""
-        return not math.isnan(abi.llama.llama_get_logits_ith(self._context, i)[token])
+        return self._context.is_number(token, i)
 
     def logits(self, i: int = -1) -> npt.NDArray[np.float32]:
         """Logits [n_vocab] of the last forward's i-th output (negative: from the end). Valid until the next forward."""
-        import numpy as np  # 16 MB that a run does not need
+        return self._context.logits(i)
 
-        pointer = abi.llama.llama_get_logits_ith(self._context, i - self._n_outputs if i >= 0 else i)
-        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+    @property
+    def fixed_bytes(self) -> int:
+        """What this process needs besides streamable weights, at its most: while a prompt is computed."""
+        return self._ledgers[True].fixed_bytes
 
     @property
     def bytes_read(self) -> int:
@@ -452,24 +462,14 @@ class Engine:
     @property
     def context(self) -> int:
         """llama.cpp's context, for its samplers."""
-        return self._context
+        return self._context.pointer
 
     def close(self) -> None:
         """Free the context and all weights. The hollow model stays its owner's."""
         self._store.close()
-        if self.kv:
-            self.kv.close()
-        abi.llama.llama_free(self._context)
+        self._close_context()
         self._product.close()
         self._repacker.close()
-        self._buffers.free()
         self._small.free()
         for table in self._tables:
             table.free()
-
-
-def _table_bytes(table: TensorInfo, settings: Settings) -> int:
-    """Memory for an input embedding: all of it, or the rows of one pass and some of the passes before."""
-    if settings.prefetch_input:
-        return page_up(table.n_bytes) + PAGE
-    return embedding_rows_bytes(table.row_bytes, settings.n_ubatch + _KEPT_ROWS)

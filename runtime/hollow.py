@@ -205,6 +205,12 @@ class ContextBuffers:
         """Bytes of all buffers."""
         return sum(region.n_bytes for region in self.regions)
 
+    def drop_scratch(self) -> None:
+        """Give back everything but keys and values."""
+        for region in self.regions:
+            if region not in self._cleared:
+                region.drop(0, region.n_bytes)
+
     def free(self) -> None:
         """Unmap; the context must have been freed before."""
         for region in self.regions:

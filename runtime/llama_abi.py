@@ -175,6 +175,23 @@ class Buffer(ctypes.Structure):
     ]
 
 
+class Backend(ctypes.Structure):
+    """struct ggml_backend with its interface (16 functions)."""
+
+    _fields_ = [("guid", POINTER), ("interface", POINTER * 16), ("device", POINTER), ("context", POINTER)]
+
+
+class CpuBackend(ctypes.Structure):
+    """struct ggml_backend_cpu_context: what a CPU backend keeps; work_data is its scratch memory."""
+
+    _fields_ = [
+        ("n_threads", ctypes.c_int),
+        ("threadpool", POINTER),
+        ("work_data", POINTER),
+        ("work_size", ctypes.c_size_t),
+    ]
+
+
 class BufferTypeOverride(ctypes.Structure):
     """struct llama_model_tensor_buft_override."""
 
@@ -235,6 +252,8 @@ ggml_backend_cpu_init = bind(ggml_cpu, "ggml_backend_cpu_init", POINTER)
 ggml_backend_cpu_set_n_threads = bind(ggml_cpu, "ggml_backend_cpu_set_n_threads", None, POINTER, ctypes.c_int)
 _type_traits_cpu = bind(ggml_cpu, "ggml_get_type_traits_cpu", POINTER, ctypes.c_int)
 
+ggml_backend_sched_get_n_backends = bind(ggml_base, "ggml_backend_sched_get_n_backends", ctypes.c_int, POINTER)
+ggml_backend_sched_get_backend = bind(ggml_base, "ggml_backend_sched_get_backend", POINTER, POINTER, ctypes.c_int)
 ggml_backend_sched_set_eval_callback = bind(
     ggml_base, "ggml_backend_sched_set_eval_callback", None, POINTER, EvalCallback, POINTER
 )
@@ -258,9 +277,24 @@ gguf_get_arr_data = bind(ggml_base, "gguf_get_arr_data", POINTER, POINTER, ctype
 gguf_get_arr_str = bind(ggml_base, "gguf_get_arr_str", ctypes.c_char_p, POINTER, ctypes.c_int64, ctypes.c_size_t)
 
 
+_TYPE_F32, _MOST_TYPES = 0, 64
+
+
 def has_dot_product(type_id: int) -> bool:
     """Whether weights of this type can be multiplied on the CPU."""
     return TypeTraitsCpu.from_address(_type_traits_cpu(type_id)).vec_dot is not None
+
+
+def cpu_backend(address: int) -> CpuBackend:
+    """What a CPU backend keeps."""
+    return CpuBackend.from_address(Backend.from_address(address).context)
+
+
+def input_row_bytes(type_name: str, n: int) -> int:
+    """Scratch bytes for a row of n inputs (f32) in the type that weights of the named type are multiplied with."""
+    type_id = next(i for i in range(_MOST_TYPES) if ggml_type_name(i) == type_name.encode())
+    to_type = int(TypeTraitsCpu.from_address(_type_traits_cpu(type_id)).vec_dot_type)
+    return int(ggml_row_size(to_type, n)) if to_type != _TYPE_F32 else 0
 
 
 def op_code(name: bytes) -> int:
@@ -298,6 +332,13 @@ def _self_check() -> None:
     ggml_free(context)
     if not all(facts + product_facts):
         raise _wrong_version("struct ggml_tensor has another layout")
+    backend = ggml_backend_cpu_init()
+    cpu = cpu_backend(backend)
+    for n_threads in (3, 5):
+        ggml_backend_cpu_set_n_threads(backend, n_threads)
+        if (cpu.n_threads, cpu.threadpool, cpu.work_data, cpu.work_size) != (n_threads, None, None, 0):
+            raise _wrong_version("struct ggml_backend has another layout")
+    ggml_backend_free(backend)
 
 
 OP_NONE = op_code(b"NONE")

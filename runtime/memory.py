@@ -39,6 +39,13 @@ def _mmap(address: int | None, n_bytes: int, prot: int, flags: int, fd: int = -1
     return int(found)
 
 
+def drop_pages(start: int, end: int) -> None:
+    """Give the whole pages inside the addresses [start, end) back; they read as zeros afterwards."""
+    first, last = page_up(start), page_down(end)
+    if last > first:
+        _libc.madvise(first, last - first, _MADV_DONTNEED)
+
+
 class Region:
     """Private anonymous memory: address space at once, pages when they are first written. Aligned to 2 MiB."""
 
@@ -67,9 +74,7 @@ class Region:
 
     def drop(self, start: int, end: int) -> None:
         """Give the whole pages inside [start, end) back; they read as zeros afterwards."""
-        first, last = page_up(start), page_down(end)
-        if last > first:
-            _libc.madvise(self.address + first, last - first, _MADV_DONTNEED)
+        drop_pages(self.address + start, self.address + end)
 
     def map_file(self, fd: int, n_bytes: int) -> None:
         """Lay the first n_bytes of fd over this region again and again (for the hollow load only)."""

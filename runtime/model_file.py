@@ -7,7 +7,6 @@ rest of the program relies on (offsets, sizes, layer numbers) is checked here on
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import re
 import stat
@@ -19,6 +18,11 @@ from runtime import llama_abi as abi
 from runtime.checks import check_parts, check_splits, check_type
 from runtime.errors import ModelError
 from runtime.sizes import PAGE, format_size, page_down, page_up
+
+try:
+    from _blake2 import blake2b  # hashlib would load OpenSSL: 4 MB
+except ImportError:
+    from hashlib import blake2b
 
 HEAD_TILE_BYTES = 8 * 2**20
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
@@ -417,7 +421,7 @@ def _tiles(head: TensorInfo, layer: int, number: int, tile_bytes: int) -> tuple[
 
 def _model_hash(paths: list[Path], sizes: list[int], data_offsets: list[int]) -> int:
     """63 bits over the headers, the sizes and eight samples of the weights of every file."""
-    digest = hashlib.blake2b(digest_size=8)
+    digest = blake2b(digest_size=8)
     for path, size, start in zip(paths, sizes, data_offsets, strict=True):
         digest.update(size.to_bytes(8, "little"))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -8,12 +8,15 @@ from runtime.aligned_io import DIRECT
 from runtime.kv.options import KvFilter
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+SHORT_PASS = 16  # most tokens of a pass that computes no prompt: a token and its drafts
+FULL_TILES = 128  # memory never makes passes shorter than this; see pass_memory.pass_sizes
 
 
 @dataclass(frozen=True)
 class Settings:
     """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's.
 
+    n_ubatch: prompt tokens per pass, as llama.cpp cuts them; the engine makes them fewer where the budget needs it.
     prefetch_input: keep the whole input embedding in memory instead of reading the rows of the tokens at hand.
     repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
     draft_bytes: what a draft model in the same process will take.

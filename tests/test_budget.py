@@ -60,7 +60,7 @@ def test_tokens_do_not_depend_on_the_budget(model):
 @pytest.mark.cgroup
 def test_the_floor_that_is_named_works(model):
     with memory_limit(400 * MB) as group:
-        refused = group.run(run_command(model, 60), timeout=60)
+        refused = group.run(run_command(model, 40), timeout=60)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
     floor_mb = int(re.search(r"-m (\d+)", refused.stderr).group(1))

@@ -1,0 +1,106 @@
+"""llama.cpp's context: computes batches, keeps keys and values, holds the logits of the last pass."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtime import llama_abi as abi
+from runtime.errors import EngineError
+from runtime.hollow import ContextBuffers, HollowModel
+from runtime.memory import drop_pages
+from runtime.settings import KV_TYPES, Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_NO_CALLBACK = abi.EvalCallback()
+
+
+class Context:
+    """A context for passes of at most n_tokens, in buffers of ours. `callback` is called for every node of a pass."""
+
+    def __init__(self, model: HollowModel, settings: Settings, n_tokens: int, callback: Any) -> None:
+        """Raises EngineError when llama.cpp cannot create it."""
+        parameters = abi.llama.llama_context_default_params()
+        parameters.n_ctx = settings.n_ctx
+        parameters.n_batch = parameters.n_ubatch = n_tokens
+        parameters.n_threads = parameters.n_threads_batch = settings.n_threads
+        parameters.n_outputs_max = settings.n_logits
+        parameters.type_k = parameters.type_v = KV_TYPES[settings.kv_type]
+        parameters.cb_eval = callback
+        parameters.no_perf = True
+        abi.take_log()
+        with ContextBuffers() as self.buffers:
+            pointer = abi.llama.llama_init_from_model(model.pointer, parameters)
+        if not pointer:
+            reason = (abi.take_log() or ["no reason given"])[-1]
+            raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
+        self.pointer = int(pointer)
+        self.n_tokens = n_tokens
+        self._callback = callback
+        self._memory = abi.llama.llama_get_memory(self.pointer)
+        self._scheduler = abi.llama_context_get_sched(self.pointer)
+        self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
+        self._n_outputs = 0
+
+    def call_back(self, *, wanted: bool) -> None:
+        """Whether llama.cpp calls back in the next pass (a graph that is built anew does once more)."""
+        callback = self._callback if wanted else _NO_CALLBACK
+        abi.ggml_backend_sched_set_eval_callback(self._scheduler, callback, None)
+
+    def decode(self, tokens: Sequence[int], n_past: int, n_logits: int) -> int:
+        """Compute tokens at positions from n_past on, with logits of the last n_logits. Returns llama.cpp's status."""
+        n = len(tokens)
+        batch = abi.llama.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, n_past + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = i >= n - n_logits
+            status = int(abi.llama.llama_decode(self.pointer, batch))
+        finally:
+            abi.llama.llama_batch_free(batch)
+        self._n_outputs = n_logits
+        return status
+
+    def truncate(self, n_past: int) -> None:
+        """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
+        if not abi.llama.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            if n_past:
+                raise EngineError("this model's state cannot be shortened", "start a new conversation")
+            abi.llama.llama_memory_clear(self._memory, True)
+
+    def has_numbers(self) -> bool:
+        """Whether the last logits are numbers (a damaged model computes NaN)."""
+        pointer = abi.llama.llama_get_logits_ith(self.pointer, -1)
+        row = (ctypes.c_float * self.n_vocab).from_address(ctypes.addressof(pointer.contents))
+        return not any(map(math.isnan, row))
+
+    def is_number(self, token: int, i: int) -> bool:
+        """Whether the logit of one token in the last pass's i-th output is a number."""
+        return not math.isnan(abi.llama.llama_get_logits_ith(self.pointer, i)[token])
+
+    def logits(self, i: int) -> npt.NDArray[np.float32]:
+        """Logits [n_vocab] of the last pass's i-th output (negative: from the end)."""
+        import numpy as np  # 16 MB that a run does not need
+
+        pointer = abi.llama.llama_get_logits_ith(self.pointer, i - self._n_outputs if i >= 0 else i)
+        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    def drop_scratch(self) -> None:
+        """Give back the memory the last pass computed in. Its logits are gone; keys and values stay."""
+        self.buffers.drop_scratch()
+        for i in range(abi.ggml_backend_sched_get_n_backends(self._scheduler)):
+            backend = abi.cpu_backend(abi.ggml_backend_sched_get_backend(self._scheduler, i))
+            if backend.work_data:
+                drop_pages(backend.work_data, backend.work_data + backend.work_size)
+
+    def close(self) -> None:
+        """Free it; the model stays its owner's."""
+        abi.llama.llama_free(self.pointer)
+        self.buffers.free()

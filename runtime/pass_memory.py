@@ -1,0 +1,65 @@
+"""What a pass needs besides weights, keys and values: buffers that grow with its tokens.
+
+llama.cpp reserves its compute buffer for the longest pass. It is memory that is touched lazily, so a short pass (a
+token and its drafts) takes a small part of it. What a prompt touched is given back, and weights take its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime import llama_abi as abi
+from runtime.context import Context
+from runtime.ledger import embedding_rows_bytes
+from runtime.model_file import ModelFile, TensorInfo
+from runtime.settings import SHORT_PASS, Settings
+from runtime.sizes import MB, PAGE, page_up
+
+_KEPT_ROWS = 64  # embedding rows of past tokens that stay in memory
+_SPREAD = 1.25  # a short pass touches pages here and there: at most this times its share of the buffer (measured)
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """Bytes that the passes of a context need."""
+
+    file: ModelFile
+    settings: Settings
+    context: Context
+
+    def compute(self, *, long: bool) -> int:
+        """Compute and output buffers: of the longest pass, or of one of SHORT_PASS tokens."""
+        buffers, n_tokens = self.context.buffers, self.context.n_tokens
+        logits = 4 * self.context.n_vocab * self.settings.n_logits
+        buffer = buffers.n_bytes - buffers.kv_bytes
+        if not long:
+            share = _SPREAD * min(1.0, SHORT_PASS / n_tokens)
+            buffer = min(buffer, logits + int(share * max(0, buffer - logits)) + MB // 4)
+        return buffer + logits + self._work_bytes(n_tokens if long else min(n_tokens, SHORT_PASS))
+
+    def _work_bytes(self, n_tokens: int) -> int:
+        """ggml's scratch for a product: the input in the type the weights are multiplied with."""
+        tensors = (piece.tensor for layer in self.file.layers for piece in layer.pieces)
+        inputs = {(tensor.type_name, tensor.shape[0]) for tensor in tensors}
+        return n_tokens * max((abi.input_row_bytes(name, n) for name, n in inputs), default=0)
+
+    def embedding(self, table: TensorInfo, *, long: bool) -> int:
+        """An input embedding's rows: of one pass and some of the passes before; or all of it."""
+        if self.settings.prefetch_input:
+            return page_up(table.n_bytes) + PAGE
+        n_rows = (self.context.n_tokens if long else SHORT_PASS) + _KEPT_ROWS
+        return min(embedding_rows_bytes(table.row_bytes, n_rows), page_up(table.n_bytes) + PAGE)
+
+
+def pass_sizes(n_tokens: int, n_ubatch: int, most: int) -> list[int]:
+    """How n_tokens are cut into passes: blocks of n_ubatch as llama.cpp cuts them, each evenly into passes of `most`.
+
+    Attention over 64 or more tokens gives the same bits however they are cut; fewer tokens take another path
+    through llama.cpp's kernels. So with most >= FULL_TILES the answer does not depend on how much memory there was.
+    """
+    sizes = []
+    for start in range(0, n_tokens, n_ubatch):
+        n = min(n_ubatch, n_tokens - start)
+        n_parts = -(-n // most)
+        sizes += [n * (i + 1) // n_parts - n * i // n_parts for i in range(n_parts)]
+    return sizes

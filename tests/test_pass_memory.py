@@ -1,0 +1,92 @@
+"""How a prompt is cut into passes, and the memory they take and give back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engines import engine
+from hypothesis import given
+from hypothesis import strategies as st
+from test_layer_store import bytes_in_memory
+
+from runtime.pass_memory import pass_sizes
+from runtime.plan import Layout, Plan
+from runtime.residency import smallest_window, streamable_bytes
+from runtime.settings import FULL_TILES, SHORT_PASS
+from runtime.sizes import MB
+
+PROMPT = [3 + i * 7 % 250 for i in range(300)]
+
+
+@given(st.integers(1, 5000), st.integers(1, 1024), st.integers(1, 1024))
+def test_passes_cover_the_prompt_in_blocks_of_llama_cpps_size(n_tokens, n_ubatch, most):
+    sizes = pass_sizes(n_tokens, n_ubatch, most)
+    assert sum(sizes) == n_tokens
+    assert min(sizes) >= 1
+    assert max(sizes) <= min(n_ubatch, most)
+    ends = set(np.cumsum(sizes))
+    assert all(end in ends for end in range(n_ubatch, n_tokens, n_ubatch))
+    if most >= n_ubatch:
+        assert sizes == [n_ubatch] * (n_tokens // n_ubatch) + [n_tokens % n_ubatch] * (n_tokens % n_ubatch > 0)
+
+
+@given(st.integers(1, 5000), st.integers(FULL_TILES, 1024), st.integers(FULL_TILES, 1024))
+def test_memory_never_makes_a_pass_shorter_than_a_tile_of_attention(n_tokens, n_ubatch, most):
+    of_llama_cpp = pass_sizes(n_tokens, n_ubatch, n_ubatch)
+    sizes = pass_sizes(n_tokens, n_ubatch, most)
+    assert [size for size in sizes if size < 64] == [size for size in of_llama_cpp if size < 64]
+
+
+def logits_after_prompt(opened):
+    opened.forward(PROMPT)
+    first = opened.logits().copy()
+    opened.forward([9])
+    return first, opened.logits().copy()
+
+
+@pytest.mark.parametrize("file_type", ["q8_0", "f16"])
+def test_the_answer_is_the_same_however_many_passes_a_prompt_takes(bundled_variant, file_type):
+    path = bundled_variant(file_type)
+    results = []
+    for n_ubatch, budget in ((512, 0), (512, 1000 * MB), (150, 0)):
+        plan = Plan(0, 1, Layout.BALANCED, budget_bytes=budget)
+        with engine(path, plan, n_ubatch=n_ubatch, repack=False) as opened:
+            results.append((len(opened.pass_sizes(len(PROMPT))), *logits_after_prompt(opened)))
+    assert [n for n, *_ in results] == [3, 1, 4]
+    for _, *logits in results:
+        assert all(np.array_equal(a, b) for a, b in zip(logits, results[0][1:], strict=True))
+
+
+def touched_bytes(regions):
+    return bytes_in_memory([region.range for region in regions])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "qwen3moe", "gpt2", "cohere2"])
+def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch):
+    with engine(tiny_model(arch), n_ubatch=512, n_logits=4, n_ctx=512) as opened:
+        buffers, memory = opened._context.buffers, opened._pass_memory
+        scratch = [region for region in buffers.regions if region not in buffers._cleared]
+        prompt = PROMPT[: opened.pass_sizes(300)[0]]
+        opened.forward(prompt)
+        assert touched_bytes(scratch) <= memory.compute(long=True)
+        for n in (1, 4, SHORT_PASS, 2):
+            opened.forward([5] * n, min(n, 4))
+            assert touched_bytes(scratch) <= memory.compute(long=False), n
+
+
+def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
+    with engine(bundled_model, n_ubatch=256, n_ctx=1024) as opened:
+        fixed = opened.fixed_bytes
+        budget = fixed + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=budget))
+        opened.forward(PROMPT[:256])
+        during = opened.ledger
+        opened.forward([5])
+        after = opened.ledger
+        assert during.fixed_bytes == fixed
+        assert after.resident_bytes > during.resident_bytes
+        assert max(during.total_bytes, after.total_bytes) <= budget
+        opened.forward(PROMPT[:200])
+        assert opened.ledger.total_bytes <= budget
+        assert opened.ledger.resident_bytes < after.resident_bytes
+        assert opened.plan_changes == 1
