@@ -11,7 +11,10 @@ from runtime.sizes import MB, format_size
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes the process needs besides weights that can be streamed."""
+    """Bytes the process needs besides weights that can be streamed.
+
+    compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it.
+    """
 
     process_bytes: int
     kv_bytes: int
@@ -19,16 +22,17 @@ class Footprint:
     small_tensor_bytes: int
     margin_bytes: int
     smallest_window_bytes: int
+    prompt_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
-        """What every plan needs: process, KV cache, compute buffers, small tensors, margin."""
+        """What every plan needs for a token: process, KV cache, compute buffers, small tensors, margin."""
         return self.process_bytes + self.kv_bytes + self.compute_bytes + self.small_tensor_bytes + self.margin_bytes
 
     @property
     def floor_bytes(self) -> int:
-        """The smallest budget that works: the fixed bytes and the smallest window."""
-        return self.fixed_bytes + self.smallest_window_bytes
+        """The smallest budget that works: what a prompt needs, and the smallest window."""
+        return self.fixed_bytes + self.prompt_bytes + self.smallest_window_bytes
 
     def available_bytes(self, budget_bytes: int) -> int:
         """Bytes for resident weights and the window. Raises BudgetError below the floor."""
@@ -68,9 +72,11 @@ def measure_footprint(
     ubatch_tokens in proportion from the measured point.
     """
     memory = profile.memory
-    compute_bytes = memory.compute_bytes
+    compute_bytes, prompt_bytes = memory.compute_bytes - memory.prompt_bytes, memory.prompt_bytes
     if memory.ubatch_tokens:
-        compute_bytes = -(-compute_bytes * ubatch_tokens // memory.ubatch_tokens)
+        whole = -(-memory.compute_bytes * ubatch_tokens // memory.ubatch_tokens)
+        compute_bytes = min(whole, compute_bytes) if prompt_bytes else whole
+        prompt_bytes = whole - compute_bytes
     return Footprint(
         process_bytes=memory.process_bytes,
         kv_bytes=profile.kv_bytes_per_token * ctx_tokens if kv_bytes is None else kv_bytes,
@@ -78,4 +84,5 @@ def measure_footprint(
         small_tensor_bytes=sum(layer.resident_bytes for layer in profile.layers),
         margin_bytes=memory.margin_bytes,
         smallest_window_bytes=min(memory.min_window_bytes, streamable_bytes(profile)),
+        prompt_bytes=prompt_bytes,
     )

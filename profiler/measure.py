@@ -216,8 +216,8 @@ def default_settings(file: ModelFile, n_threads: int = 1) -> Settings:
 def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings) -> Needs:
     """Open engines without reading more than a window, at two context sizes: what grows with the context is KV."""
     plan = Plan(0, 1, window_bytes=smallest_window(file))
-    small = _ledger(file, hollow, plan, settings)
-    large = _ledger(file, hollow, plan, replace(settings, n_ctx=2 * settings.n_ctx))
+    small, prompt_bytes = _ledger(file, hollow, plan, settings)
+    large, _ = _ledger(file, hollow, plan, replace(settings, n_ctx=2 * settings.n_ctx))
     per_token = max(0, -(-(large.kv_bytes - small.kv_bytes) // settings.n_ctx))
     kv_bytes = min(small.kv_bytes, per_token * settings.n_ctx)
     in_layers = sum(_small_bytes(layer) for layer in file.layers)
@@ -230,15 +230,17 @@ def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings) -> 
         compute_bytes=small.compute_bytes,
         min_window_bytes=smallest_window(file),
         margin_bytes=small.margin_bytes,
+        prompt_bytes=prompt_bytes,
     )
     floor = small.fixed_bytes + smallest_window(file)
     return Needs(memory, per_token, -(-(floor + MB) // MB) * MB)
 
 
-def _ledger(file: ModelFile, hollow: HollowModel, plan: Plan, settings: Settings) -> Ledger:
+def _ledger(file: ModelFile, hollow: HollowModel, plan: Plan, settings: Settings) -> tuple[Ledger, int]:
+    """An engine's ledger while it computes a prompt, and the bytes of it that only a prompt needs."""
     engine = Engine(file, hollow, plan, settings)
     engine.close()
-    return engine.ledger
+    return engine.ledger, engine.prompt_bytes
 
 
 def _largest_layer(file: ModelFile) -> int:

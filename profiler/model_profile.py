@@ -124,7 +124,10 @@ class EmbeddingProfile(msgspec.Struct, frozen=True):
 
 
 class MemoryProfile(msgspec.Struct, frozen=True):
-    """What the process needs besides weights, measured at ctx_tokens and ubatch_tokens."""
+    """What the process needs besides weights, measured at ctx_tokens and ubatch_tokens.
+
+    prompt_bytes is the part of compute_bytes that only a prompt needs: weights take its place afterwards.
+    """
 
     process_bytes: Count
     ctx_tokens: Count
@@ -133,6 +136,7 @@ class MemoryProfile(msgspec.Struct, frozen=True):
     compute_bytes: Count
     min_window_bytes: Positive
     margin_bytes: Count
+    prompt_bytes: Count = 0
 
 
 class ModelProfile(msgspec.Struct, frozen=True):

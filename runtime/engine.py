@@ -455,6 +455,11 @@ class Engine:
         return self._ledgers[True].fixed_bytes
 
     @property
+    def prompt_bytes(self) -> int:
+        """The part of the compute buffers that only a prompt needs; weights take its place afterwards."""
+        return self._ledgers[True].compute_bytes - self._ledgers[False].compute_bytes
+
+    @property
     def bytes_read(self) -> int:
         """Bytes read from disk until now, also in the middle of a pass."""
         return self._store.bytes_read
