@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +15,14 @@ from runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from profiler.bench.rows import Row
-    from profiler.bench.runs import Bench, Settings
+    from profiler.bench.runs import Settings
 
 MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-1.5b/q8_0")
 RESIDENT_MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-0.5b/q8_0", "qwen2.5-0.5b/q4_0", "qwen2.5-0.5b/q4_k_m")
 QUICK_BUDGETS = ("floor", "40%", "80%")
+UNTHROTTLED_BUDGETS = ("40%", "80%", "100%")
 OUTPUT = Path("bench-results")
+ROWS, TIMELINES = "rows.jsonl", "timelines.jsonl"
 DISK_MB_PER_S = 400.0
 
 EPILOG = """Examples:
@@ -28,6 +31,8 @@ EPILOG = """Examples:
   h2o bench --quick                         under 5 minutes
   h2o bench                                 under 25 minutes, once the models are made
   h2o bench --model qwen2.5-0.5b/q4_0 --budget 300 --budget 60% --disk 100
+  h2o bench --model qwen2.5-0.5b --budget 734 --suite budgets --add    more rows for the same report
+  h2o bench report                          the report again, from the rows
   h2o bench make-model qwen2.5-0.5b -o model.gguf
   h2o bench make-model llama-7b -o model.gguf --type q4_0
   h2o bench make-model llama:layers=4,dim=256,ffn=512,heads=4,vocab=512 -o tiny.gguf
@@ -57,10 +62,14 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
         typer.Option("--suite", metavar="NAME", help="budgets, 'first token' or resident; repeatable."),
     ] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", min=1, help="Runs of everything.")] = None,
-    disk: Annotated[float, typer.Option("--disk", metavar="MB/s", min=0, help="Disk speed; 0: as it is.")] = (
-        DISK_MB_PER_S
-    ),
+    disk: Annotated[
+        float | None,
+        typer.Option(
+            "--disk", metavar="MB/s", min=0, help="Disk speed; 0: as it is. [default: 400, and in a full run also 0]"
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="For rows, report and plots.")] = OUTPUT,
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows that are in the folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print every row as a JSON object instead of a table.")] = False,
 ) -> None:
     """Measure h2o beside llama.cpp on an emulated device: limited memory, a slow disk. Needs root.
@@ -70,13 +79,35 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if context.invoked_subcommand:
         return
     settings = _settings(model, budget, quick=quick)
-    settings = _only(replace(settings, read_bytes_per_s=int(disk * 10**6)), engine, suite)
+    settings = _only(replace(settings, bench=_this_command()), engine, suite)
     if repeats:
         settings = replace(settings, repeats=repeats, llama_repeats=repeats)
-    rows = _run(settings, output, json=json)
+    rate = DISK_MB_PER_S if disk is None else disk
+    parts = [replace(settings, read_bytes_per_s=int(rate * 10**6))]
+    if disk is None and not quick and "budgets" in settings.suites:
+        budgets = settings.budgets if budget else UNTHROTTLED_BUDGETS
+        parts.append(replace(settings, read_bytes_per_s=0, suites=("budgets",), budgets=budgets))
+    rows_file = _open_output(output, add=add)
+    for part in parts:
+        _run(part, rows_file, json=json)
+    rows = _draw(output)
     if not json:
         emit(_summary(rows) + "\n")
     note(f"rows, report and plots are in {output}")
+
+
+@app.command("report", epilog=EPILOG)
+def report_again(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where a benchmark left its rows.")] = OUTPUT,
+) -> None:
+    """Write report and plots again, from the rows in a folder; print the summary."""
+    emit(_summary(_draw(folder)) + "\n")
+
+
+def _this_command() -> str:
+    from profiler.bench.children import shown_command
+
+    return shown_command([sys.executable, "-m", "h2o_cli.main", *sys.argv[1:]])
 
 
 def _settings(models: list[str] | None, budgets: list[str] | None, *, quick: bool) -> Settings:
@@ -124,34 +155,33 @@ def _plain_flags() -> tuple[str, ...]:
     return ("--speculate", "off") if "speculate" in inspect.signature(run).parameters else ()
 
 
-def _run(settings: Settings, output: Path, *, json: bool) -> list[Row]:
-    """Make the models, measure, and write rows, report and plots."""
+def _run(settings: Settings, rows_file: Path, *, json: bool) -> None:
+    """Make the models, and measure; rows and timelines go to files."""
     import tempfile
 
     import msgspec
 
     from profiler.bench.children import Children
     from profiler.bench.device import Device, check_rights
-    from profiler.bench.rows import append_row
+    from profiler.bench.rows import append_line
     from profiler.bench.runs import Bench
 
-    rows_file = _open_output(output)
-    folder = settings.models[0].path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    check_rights(Device(0, settings.read_bytes_per_s, folder))
+    for folder in {model.path.parent for model in (*settings.models, *settings.resident_models)}:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_rights(Device(0, settings.read_bytes_per_s, folder))
     _make_models(settings)
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
         measuring = Bench(settings, Children(Path(work)))
         with Progress("benchmark", lambda: measuring.share):
             for row in measuring.run():
-                rows.append(row)
-                append_row(rows_file, row)
+                append_line(rows_file, row)
                 note(_told(row))
                 if json:
                     print_json(msgspec.to_builtins(row))
-        _write_report(rows, output, measuring)
-    return rows
+    for timeline in measuring.timelines:
+        append_line(rows_file.with_name(TIMELINES), timeline)
+    for line in measuring.notes:
+        note(line)
 
 
 def _make_models(settings: Settings) -> None:
@@ -168,31 +198,36 @@ def _make_models(settings: Settings) -> None:
             prepare(model, count)
 
 
-def _open_output(output: Path) -> Path:
-    """The file for the rows, empty. Raises UsageError."""
+def _open_output(output: Path, *, add: bool) -> Path:
+    """The file for the rows; without `add`, nothing of an earlier benchmark is left. Raises UsageError."""
+    rows, timelines = output / ROWS, output / TIMELINES
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "rows.jsonl").write_bytes(b"")
+        if not add:
+            timelines.unlink(missing_ok=True)
+            rows.unlink(missing_ok=True)
+        rows.open("ab").close()
     except OSError as error:
         raise UsageError(
             f"{output} cannot be written: {error.strerror}", "choose another folder with --output"
         ) from None
-    return output / "rows.jsonl"
+    return rows
 
 
-def _write_report(rows: list[Row], output: Path, measuring: Bench) -> None:
-    """Draw the pictures, where that can be done, and write the report around them."""
+def _draw(output: Path) -> list[Row]:
+    """Draw the pictures, where that can be done, and write the report around them; the rows."""
     from profiler.bench.plots import draw
     from profiler.bench.report import report
+    from profiler.bench.rows import read_rows, read_timelines
 
-    for line in measuring.notes:
-        note(line)
+    rows, timelines = read_rows(output / ROWS), read_timelines(output / TIMELINES)
     pictures: list[Path] = []
     try:
-        pictures = draw(rows, measuring.timelines, output)
+        pictures = draw(rows, timelines, output)
     except UsageError as error:
         note(str(error))
     (output / "report.md").write_text(report(rows, [path.name for path in pictures]))
+    return rows
 
 
 def _told(row: Row) -> str:

@@ -17,7 +17,7 @@ from profiler.bench import device as device_module
 from profiler.bench.device import ROOT, Device, Outcome, check_rights, run_in_device
 from profiler.bench.engines import H2O, Job, command, read_result, tokens_hash
 from profiler.bench.report import report, summary_rows
-from profiler.bench.rows import Read, Row, Span, Timeline, append_row, read_rows
+from profiler.bench.rows import Read, Row, Span, Timeline, append_line, read_rows, read_timelines
 from profiler.bench.runs import (
     MMAP,
     BenchModel,
@@ -137,6 +137,8 @@ def test_version_2_limits_are_written(tmp_path, monkeypatch):
     folder = groups.procs[0].parent
     assert (folder / "memory.max").read_text() == "50000000"
     assert (folder / "io.max").read_text() == "8:0 rbps=20000000"
+    with pytest.raises(H2OError, match=r"memory\.peak"):
+        groups.peak_bytes()
     (folder / "memory.peak").write_text("123\n")
     (folder / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
     (folder / "io.stat").write_text("8:0 rbytes=70 wbytes=1 rios=1\n8:16 rbytes=5 wbytes=0\n")
@@ -162,12 +164,14 @@ def outcome(**values):
 H2O_FIGURES = {
     "tokens": [1, 2, 3],
     "prompt_tokens": [7, 8],
-    "ttft_s": 2.0,
+    "ttft_process_s": 3.5,
+    "prefill_tokens_per_s": 7.0,
     "tokens_per_s": 0.5,
     "decode_ms_per_token": 1990.0,
     "disk_wait_ms_per_token": 1900.0,
     "bytes_read_per_token": 5.0,
     "plan": {"k": 1, "w": 2, "layout": "balanced"},
+    "ledger": {"process_bytes": 5},
 }
 
 
@@ -175,7 +179,8 @@ def test_the_first_token_of_h2o_is_counted_from_the_start_of_the_process():
     result = read_result(H2O, outcome(stdout=json.dumps(H2O_FIGURES)))
     assert result.status == "ok"
     assert result.ms_per_token == pytest.approx(2000)
-    assert result.ttft_s == pytest.approx(8.0 - 2 * 2.0)
+    assert (result.ttft_s, result.prefill_tokens_per_s) == (3.5, 7.0)
+    assert result.ledger == {"process_bytes": 5}
 
 
 def test_llama_cpp_tells_its_first_token_by_the_clock():
@@ -269,6 +274,8 @@ def row(engine=H2O, budget="60%", repeat=0, ms=1000.0, status="ok", **values):
         "read_bytes_per_s": 400 * MB,
         "machine": MACHINE,
         "versions": {"h2o": "1.0"},
+        "commands": (f"run {engine}",),
+        "bench": "h2o bench",
         "peak_bytes": 600 * MB,
     }
     if status == "ok":
@@ -299,34 +306,76 @@ def fixed_rows():
 GOLDEN = """\
 # Benchmark
 
-Device: disk at 400 MB/s, memory limited to the budget (page cache included), cold. A processor, 2 cores, Linux 6. h2o 1.0.
+A processor, 2 cores, Linux 6. h2o 1.0.
 
-Medians; least to most in brackets where they are more than 5 % apart. Budgets in percent of the file.
+Memory limited to the budget (page cache included), caches cold. Medians of the runs, least to most in brackets where they are more than 5 % apart. Budgets in percent of the file.
 
-## half/f16, 1.00 GB
+```
+h2o bench
+```
+
+## half/f16, 1.00 GB, disk at 400 MB/s
 
 | budget | h2o, ms/token | llama.cpp mmap, ms/token | llama.cpp direct-io, ms/token | h2o faster by |
 | --- | ---: | ---: | ---: | ---: |
 | 60% (600 MB) | 1100 [1000-1200] | 2305 | OOM | 2.10 x |
 | floor (150 MB) | 2400 | timeout | - | - |
 
-| h2o in | ms/token | limit | yield | predicted | read, MB/token | disk wait, ms | first token, s | peak, MB | plan k, w | tokens |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| 60% (600 MB) | 1100 [1000-1200] | 980 | 0.898 [0.817-0.980] | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
-| floor (150 MB) | 2400 | 980 | 0.408 | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
+| budget | engine, runs | ms/token | limit | yield | predicted | read, MB/token | disk wait, ms | first token, s | peak, MB | plan k, w | tokens |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| 60% (600 MB) | h2o, 2 | 1100 [1000-1200] | 980 | 0.898 [0.817-0.980] | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
+| 60% (600 MB) | llama.cpp mmap, 2 | 2305 | - | - | - | 400 | - | 2.50 | 600 | - | f71998fe = |
+| floor (150 MB) | h2o, 1 | 2400 | 980 | 0.408 | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
+
+<details><summary>The command of every row</summary>
+
+```
+# half/f16, 60% (600 MB), h2o
+run h2o
+# half/f16, 60% (600 MB), llama.cpp mmap
+run llama.cpp mmap
+# half/f16, 60% (600 MB), llama.cpp direct-io
+run llama.cpp direct-io
+# half/f16, floor (150 MB), h2o
+run h2o
+# half/f16, floor (150 MB), llama.cpp mmap
+run llama.cpp mmap
+```
+
+</details>
 
 ## First token of a long prompt
 
-| model, budget | engine | prompt tokens | first token, s | limit, s |
-| --- | ---: | ---: | ---: | ---: |
-| half/f16, 60% (600 MB) | h2o | 300 | 2.50 | 2.40 |
+| model, budget | disk | engine, runs | prompt tokens | first token, s | limit, s | tokens |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| half/f16, 60% (600 MB) | disk at 400 MB/s | h2o, 1 | 300 | 2.50 | 2.40 | f71998fe (alone) |
+
+<details><summary>The command of every row</summary>
+
+```
+# half/f16, 60% (600 MB), h2o
+run h2o
+```
+
+</details>
 
 ## Everything resident
 
-| model | engine | decode, tokens/s | prefill, tokens/s | first token, s | peak, MB | h2o / llama.cpp |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
-| half/f16 | h2o | 20.00 | 200.0 | 2.50 | 600 | decode 0.980, prefill 0.952 |
-| half/f16 | llama.cpp default | 20.41 | 210.0 | 2.50 | 600 |  |
+| model | engine, runs | decode, tokens/s | prefill, tokens/s | first token, s | peak, MB | tokens | h2o / llama.cpp |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| half/f16 | h2o, 1 | 20.00 | 200.0 | 2.50 | 600 | f71998fe = | decode 0.980, prefill 0.952 |
+| half/f16 | llama.cpp default, 1 | 20.41 | 210.0 | 2.50 | 600 | f71998fe = |  |
+
+<details><summary>The command of every row</summary>
+
+```
+# half/f16, resident (600 MB), h2o
+run h2o
+# half/f16, resident (600 MB), llama.cpp default
+run llama.cpp default
+```
+
+</details>
 """  # noqa: E501
 
 
@@ -334,8 +383,16 @@ def test_the_report_of_fixed_rows():
     assert report(fixed_rows()) == GOLDEN
 
 
-def test_a_report_shows_the_pictures_beside_it():
-    assert report(fixed_rows(), ["speed.png"]) == GOLDEN + "\n## Pictures\n\n![speed](speed.png)\n"
+def test_a_report_shows_the_pictures_of_a_setup_with_it():
+    found = report(fixed_rows(), ["speed-half-f16-400MBps.png", "speed-half-f16-unthrottled.png"])
+    assert found.count("![") == 1
+    assert "![speed-half-f16-400MBps](speed-half-f16-400MBps.png)" in found
+
+
+def test_disks_are_not_mixed():
+    found = report([*fixed_rows(), row(read_bytes_per_s=0, ms=77)])
+    assert "## half/f16, 1.00 GB, disk at its own speed" in found
+    assert "| 60% (600 MB) | 1100 [1000-1200] |" in found
 
 
 def test_a_report_of_nothing():
@@ -357,9 +414,10 @@ def test_tokens_that_differ_are_seen():
 def test_rows_go_to_a_file_and_come_back(tmp_path):
     path = tmp_path / "rows.jsonl"
     for one in fixed_rows():
-        append_row(path, one)
+        append_line(path, one)
     assert read_rows(path) == fixed_rows()
     assert '"yield":0.98' in path.read_text()
+    assert read_timelines(tmp_path / "missing") == []
     path.write_text("{}\n")
     with pytest.raises(UsageError, match="something else"):
         read_rows(path)
@@ -375,9 +433,12 @@ def test_the_plots_are_written(tmp_path):
     from profiler.bench.plots import draw
 
     spans = (Span(0, 0.0, 0.1, 0.05), Span(1, 0.1, 0.2, 0.0))
-    timeline = Timeline("half.gguf", 600 * MB, 1, 0.2, spans, (Read(0, 10, -0.01, 0.05), Read(1, 10, 0.05, 0.1)))
-    paths = draw(fixed_rows(), [timeline], tmp_path)
-    assert [path.name for path in paths] == ["speed-half-f16.png", "memory-half-f16.png", "timeline-half.png"]
+    reads = (Read(0, 10, -0.01, 0.05), Read(1, 10, 0.05, 0.1))
+    timeline = Timeline("half/f16", 600 * MB, 1, 0.2, spans, reads, 400 * MB)
+    unthrottled = [row(read_bytes_per_s=0), row(MMAP, read_bytes_per_s=0)]
+    paths = draw([*fixed_rows(), *unthrottled], [timeline], tmp_path)
+    ends = ["speed-half-f16-400MBps", "memory-half-f16-400MBps", "speed-half-f16-unthrottled"]
+    assert [path.stem for path in paths] == [*ends, "memory-half-f16-unthrottled", "timeline-half-f16-400MBps"]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -433,8 +494,13 @@ class TestCommand:
         assert own.tokens_hash == plain.tokens_hash
         assert own.peak_bytes <= 90 * MB
         assert own.limit_ms_per_token and own.predicted_ms_per_token and own.machine
-        assert str(tmp_path) not in (tmp_path / "out" / "report.md").read_text()
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert str(tmp_path) not in text
+        assert all(command in text for one in rows for command in (*one.commands, one.bench))
         assert not list((PROJECT / "model_configs").glob("*.json"))
         assert groups_left() == []
         if find_spec("matplotlib"):
             assert list((tmp_path / "out").glob("timeline-*.png"))
+        again = self.h2o("report", tmp_path / "out", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert (tmp_path / "out" / "report.md").read_text() == text

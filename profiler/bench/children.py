@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from profiler.bench.device import Device, Outcome, run_in_device
-from profiler.bench.engines import H2O, Job, Result, command, h2o_command, read_result
+from profiler.bench.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, warm_prefill_command
 from profiler.bench.rows import Timeline
 from profiler.model_profile import ModelProfile, load_profile
 from runtime.errors import EngineError
@@ -28,7 +29,7 @@ class Planned:
 
     plan_file: Path = Path("/nonexistent/plan")
     predicted_ms_per_token: float | None = None
-    ledger: dict[str, int] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
 
 
 class Children:
@@ -63,14 +64,13 @@ class Children:
         """The planner's choice for a budget, outside the device; no plan where it has none."""
         path = self._work / f"plan-{model.stem}-{budget_bytes}.bin"
         profile = str(self._profile_path(model))
-        run = [sys.executable, "-m", "h2o_cli.main", "plan", "-c", profile, "-m", f"{budget_bytes}B", "-s", str(path)]
-        done = subprocess.run(
-            [*run, "--ctx", "512", "--json"], env=self._env, capture_output=True, stdin=subprocess.DEVNULL, check=False
-        )
+        plan = [sys.executable, "-m", "h2o_cli.main", "plan", "-c", profile, "-m", f"{budget_bytes}B", "-s", str(path)]
+        plan += ["--ctx", str(CTX), "--json"]
+        done = subprocess.run(plan, env=self._env, capture_output=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             return Planned()
         figures = msgspec.json.decode(done.stdout)
-        return Planned(path, figures["predicted_ms_per_token"], figures["ledger"])
+        return Planned(path, figures["predicted_ms_per_token"], tuple(plan))
 
     def answer(self, engine: str, job: Job, device: Device) -> tuple[list[str], Outcome, Result]:
         """Run a job in the device."""
@@ -78,13 +78,21 @@ class Children:
         outcome = self._run(started, device, self._env, job.model)
         return started, outcome, read_result(engine, outcome)
 
+    def warm_prefill(self, job: Job, device: Device) -> float:
+        """h2o's prompt tokens per second once the weights are in memory. Raises EngineError."""
+        outcome = self._run(warm_prefill_command(job), device, self._env, job.model)
+        if outcome.rc != 0:
+            raise _failed("the warm prompt", outcome)
+        return float(msgspec.json.decode(outcome.stdout)["prefill_tokens_per_s"])
+
     def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline:
         """One token under the clock. Raises EngineError where that could not be measured."""
         run = [sys.executable, "-m", "profiler.bench.timeline_run", str(model), "--plan", str(planned.plan_file)]
         outcome = self._run([*run, "--threads", str(threads)], device, self._env, model)
         if outcome.rc != 0:
             raise _failed("the timeline", outcome)
-        return msgspec.json.decode(outcome.stdout, type=Timeline)
+        seen = msgspec.json.decode(outcome.stdout, type=Timeline)
+        return msgspec.structs.replace(seen, read_bytes_per_s=device.read_bytes_per_s)
 
     def _profile_path(self, model: Path) -> Path:
         return self._work / f"{model.stem}.json"
@@ -99,6 +107,9 @@ def _failed(what: str, outcome: Outcome) -> EngineError:
     return EngineError(f"{what} failed in the emulated device: {reason}", "run it by hand to see more")
 
 
-def shown_command(started: Sequence[str]) -> tuple[str, ...]:
-    """A command without the paths of this machine."""
-    return tuple(Path(word).name if os.sep in word and Path(word).is_absolute() else word for word in started)
+def shown_command(started: Sequence[str]) -> str:
+    """A command for people, without the paths of this machine."""
+    words = [Path(word).name if os.sep in word and Path(word).is_absolute() else word for word in started]
+    if list(started[:3]) == [sys.executable, "-m", "h2o_cli.main"]:
+        words[:3] = ["h2o"]
+    return shlex.join(words)

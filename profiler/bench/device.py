@@ -24,6 +24,7 @@ from runtime.errors import H2OError
 ROOT = Path("/sys/fs/cgroup")
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 AS_ROOT = "run it as root on a Linux with memory and blkio (v1) or memory and io (v2) control groups"
+KERNEL = "use Linux 5.19 or newer"
 _ENTER = 'for f in "$1" "$2"; do echo $$ >"$f" || exit 125; done; shift 2; exec "$@"'
 _COULD_NOT_ENTER = 125
 _POLL_S = 0.2
@@ -102,7 +103,11 @@ def run_in_device(
 
 def check_rights(device: Device) -> None:
     """Raise H2OError with what to do where this process cannot emulate the device."""
-    make_groups(device).remove()
+    groups = make_groups(device)
+    try:
+        groups.peak_bytes()
+    finally:
+        groups.remove()
 
 
 def _run(
@@ -197,6 +202,7 @@ class _GroupsV1:
             self._disk.mkdir()
             if device.memory_bytes:
                 (self._memory / "memory.limit_in_bytes").write_text(str(device.memory_bytes))
+                (self._memory / "memory.swappiness").write_text("0")
             if device.read_bytes_per_s:
                 limit = f"{block_device(device.disk_folder)} {device.read_bytes_per_s}"
                 (self._disk / "blkio.throttle.read_bps_device").write_text(limit)
@@ -241,7 +247,10 @@ class _GroupV2:
             raise
 
     def peak_bytes(self) -> int:
-        return int((self._group / "memory.peak").read_text())
+        peak = self._group / "memory.peak"
+        if not peak.exists():
+            raise H2OError("no device can be emulated here: the kernel keeps no memory.peak", KERNEL)
+        return int(peak.read_text())
 
     def bytes_read(self) -> int:
         words = (self._group / "io.stat").read_text().split()

@@ -1,6 +1,8 @@
 """llama.cpp alone, as its own low-level API runs it: one prompt, greedy, one JSON object with the figures.
 
-A process of its own (`python -m profiler.bench.llama_cpp_run`), so that nothing of this program is in it.
+A process of its own (`python -m profiler.bench.llama_cpp_run`), so that nothing of this program is in it. Only the
+ctypes bindings of llama-cpp-python are imported: its package would take 23 MB of a small budget, and time before the
+first token.
 """
 
 from __future__ import annotations
@@ -9,9 +11,25 @@ import argparse
 import ctypes
 import json
 import os
+import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+
+def _bindings() -> Any:
+    spec = find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("llama-cpp-python is not installed")
+    package = sys.modules["llama_cpp"] = ModuleType("llama_cpp")
+    package.__path__ = list(spec.submodule_search_locations)
+    return import_module("llama_cpp.llama_cpp")
+
+
+llama_cpp: Any = None  # set where this module is the process
 
 LOADS = ("default", "mmap", "direct-io")
 """default: llama.cpp's own choice, repacked weights included. The other two load the weights as they are."""
@@ -39,8 +57,6 @@ def _arguments() -> argparse.Namespace:
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    import llama_cpp
-
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
     _kept.append(quiet)
@@ -60,8 +76,6 @@ _kept: list[object] = []  # callbacks that C code still has
 
 
 def _context(model: Any, arguments: argparse.Namespace) -> Any:
-    import llama_cpp
-
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = arguments.ctx
     parameters.n_ubatch = arguments.ubatch
@@ -74,15 +88,13 @@ def _context(model: Any, arguments: argparse.Namespace) -> Any:
 
 def _answer(model: Any, context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Generate greedily; the first token is told apart from the others."""
-    import llama_cpp
-
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     prompt = _tokenize(vocabulary, arguments.prompt)
-    n_vocabulary = llama_cpp.llama_vocab_n_tokens(vocabulary)
-    tokens = [_decode(context, prompt, 0, n_vocabulary)]
+    sampler = llama_cpp.llama_sampler_init_greedy()
+    tokens = [_decode(context, sampler, prompt, 0)]
     first_s, first_bytes = time.monotonic(), _bytes_read()
     while len(tokens) < arguments.predict and not llama_cpp.llama_vocab_is_eog(vocabulary, tokens[-1]):
-        tokens.append(_decode(context, tokens[-1:], len(prompt) + len(tokens) - 1, n_vocabulary))
+        tokens.append(_decode(context, sampler, tokens[-1:], len(prompt) + len(tokens) - 1))
     last_s, last_bytes = time.monotonic(), _bytes_read()
     n = len(tokens) - 1
     figures = {
@@ -93,34 +105,27 @@ def _answer(model: Any, context: Any, arguments: argparse.Namespace) -> dict[str
         "bytes_read_per_token": (last_bytes - first_bytes) / n if n else None,
     }
     if arguments.prefill:
-        figures["prefill_tokens_per_s"] = _prefill_rate(context, prompt, n_vocabulary)
+        figures["prefill_tokens_per_s"] = _prefill_rate(context, sampler, prompt)
     return figures
 
 
-def _prefill_rate(context: Any, prompt: list[int], n_vocabulary: int) -> float:
+def _prefill_rate(context: Any, sampler: Any, prompt: list[int]) -> float:
     """Prompt tokens per second once the weights are in memory."""
-    import llama_cpp
-
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
     start_s = time.monotonic()
-    _decode(context, prompt, 0, n_vocabulary)
+    _decode(context, sampler, prompt, 0)
     return len(prompt) / (time.monotonic() - start_s)
 
 
 def _tokenize(vocabulary: Any, text: str) -> list[int]:
-    import llama_cpp
-
     data = text.encode()
     tokens = (llama_cpp.llama_token * (len(data) + 8))()
     n = llama_cpp.llama_tokenize(vocabulary, data, len(data), tokens, len(tokens), True, False)
     return list(tokens[:n])
 
 
-def _decode(context: Any, tokens: list[int], position: int, n_vocabulary: int) -> int:
+def _decode(context: Any, sampler: Any, tokens: list[int], position: int) -> int:
     """Compute tokens; the likeliest next one."""
-    import llama_cpp
-    import numpy as np
-
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     try:
         batch.n_tokens = len(tokens)
@@ -133,8 +138,7 @@ def _decode(context: Any, tokens: list[int], position: int, n_vocabulary: int) -
         llama_cpp.llama_batch_free(batch)
     if status != 0:
         raise SystemExit(f"llama_decode returned {status}")
-    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (n_vocabulary,))
-    return int(logits.argmax())
+    return int(llama_cpp.llama_sampler_sample(sampler, context, -1))
 
 
 def _bytes_read() -> int:
@@ -146,4 +150,5 @@ def _bytes_read() -> int:
 
 
 if __name__ == "__main__":
+    llama_cpp = _bindings()
     main()

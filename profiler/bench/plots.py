@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from profiler.bench.engines import H2O
-from profiler.bench.rows import Row, Timeline, chosen, distinct, median_of
+from profiler.bench.rows import Row, Setup, Timeline, chosen, distinct, median_of, setups
 from runtime.errors import UsageError
 from runtime.sizes import format_size
 
@@ -22,23 +22,35 @@ COLOURS = {
     "llama.cpp direct-io": "#edae49",
     "llama.cpp default": "#30638e",
 }
-READ, WAIT, COMPUTE = "#00798c", "#e0e0e0", "#d1495b"
-PARTS = ("resident_bytes", "window_bytes", "process_bytes", "kv_bytes", "compute_bytes", "margin_bytes", "free_bytes")
+MARKERS = {"llama.cpp mmap": "s", "llama.cpp direct-io": "D"}
+READ, WAIT, COMPUTE = "#00798c", "#d8d8d8", "#d1495b"
+PARTS = {
+    "resident_bytes": "#00798c",
+    "window_bytes": "#66b2bd",
+    "process_bytes": "#d1495b",
+    "kv_bytes": "#edae49",
+    "compute_bytes": "#8d6a9f",
+    "embedding_bytes": "#c9a66b",
+    "sampler_bytes": "#8a9b68",
+    "margin_bytes": "#cccccc",
+}
 _OTHER = "#888888"
+_OOM_STEP = 0.025  # of the height, between the crosses of two engines
 
 
 def draw(rows: Sequence[Row], timelines: Sequence[Timeline], folder: Path) -> list[Path]:
     """Draw every picture there is data for; the files written. Raises UsageError without matplotlib."""
     drawn = []
-    for model in distinct(row.model for row in chosen(rows, suite="budgets")):
-        of_model = chosen(rows, suite="budgets", model=model)
-        stem = model.replace("/", "-")
-        drawn.append(_picture(folder / f"speed-{stem}.png", partial(draw_speed, rows=of_model)))
-        if any(row.ledger for row in of_model):
-            drawn.append(_picture(folder / f"memory-{stem}.png", partial(draw_memory, rows=of_model)))
+    budgets = chosen(rows, suite="budgets")
+    for setup in setups(budgets):
+        at = setup.of(budgets)
+        drawn.append(_picture(folder / f"speed-{setup.stem}.png", partial(draw_speed, rows=at, disk=setup.disk)))
+        if any(row.ledger for row in at):
+            drawn.append(_picture(folder / f"memory-{setup.stem}.png", partial(draw_memory, rows=at)))
     for timeline in timelines:
-        stem = Path(timeline.model).stem
-        drawn.append(_picture(folder / f"timeline-{stem}.png", partial(draw_timeline, timeline=timeline)))
+        setup = Setup(timeline.model, timeline.read_bytes_per_s)
+        fill = partial(draw_timeline, timeline=timeline, disk=setup.disk)
+        drawn.append(_picture(folder / f"timeline-{setup.stem}.png", fill))
     return drawn
 
 
@@ -58,28 +70,33 @@ def _picture(path: Path, fill: Callable[[Axes], None]) -> Path:
     return path
 
 
-def draw_speed(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_speed(axes: Axes, rows: Sequence[Row], disk: str) -> None:
     """Tokens per second against the budget, a line per engine, and the limit of h2o's plans."""
-    for engine in distinct(row.engine for row in rows):
-        points = _points(chosen(rows, engine=engine), lambda row: row.ms_per_token)
-        if points:
-            style: dict[str, Any] = {"marker": "o", "color": COLOURS.get(engine, _OTHER), "label": engine}
-            axes.plot([x for x, _ in points], [1000 / ms for _, ms in points], **style)
-        for row in {row.budget_bytes: row for row in chosen(rows, engine=engine, status="oom")}.values():
-            axes.plot(row.budget_bytes / 1e6, 0, marker="x", color=COLOURS.get(engine, _OTHER), clip_on=False)
-    limit = _points(rows, lambda row: row.limit_ms_per_token)
-    axes.plot([x for x, _ in limit], [1000 / ms for _, ms in limit], "k--", linewidth=1, label="limit")
     row = rows[0]
+    engines = sorted(distinct(row.engine for row in rows), key=lambda name: name != H2O)
+    for i, engine in enumerate(engines):
+        of_engine = chosen(rows, engine=engine)
+        points = _points(of_engine, lambda row: row.ms_per_token)
+        ends = sorted({row.budget_bytes / 1e6 for row in of_engine if row.status != "ok"})
+        colour, marker = COLOURS.get(engine, _OTHER), MARKERS.get(engine, "o")
+        name = engine if points else f"{engine}: does not run"
+        axes.plot([x for x, _ in points], [1000 / ms for _, ms in points], f"{marker}-", color=colour, label=name)
+        heights = [_OOM_STEP * i] * len(ends)
+        axes.plot(ends, heights, "x", color=colour, clip_on=False, transform=axes.get_xaxis_transform())
+    limit = _points(rows, lambda row: row.limit_ms_per_token)
+    axes.plot([x for x, _ in limit], [1000 / ms for _, ms in limit], "k--", linewidth=1.2, label="limit of h2o's plan")
     if row.read_bytes_per_s:
         _draw_ideal(axes, rows)
     axes.axvline(row.file_bytes / 1e6, color=_OTHER, linewidth=0.8, linestyle=":")
-    axes.annotate("file", (row.file_bytes / 1e6, 1), xycoords=("data", "axes fraction"), ha="right", va="top")
-    disk = f", disk {row.read_bytes_per_s / 1e6:.0f} MB/s" if row.read_bytes_per_s else ""
-    axes.set(title=f"{row.model} ({format_size(row.file_bytes)}){disk}; x: out of memory")
+    axes.annotate(
+        "model file", (row.file_bytes / 1e6, 0.5), xycoords=("data", "axes fraction"), rotation=90, ha="right"
+    )
+    axes.set(title=f"{row.model} ({format_size(row.file_bytes)}), {disk}; x: out of memory")
     axes.set(xlabel="memory budget of the process, MB", ylabel="tokens per second")
-    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.15 * max((1000 / r.ms_per_token for r in rows if r.ms_per_token), default=1.0))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left")
 
 
 def _draw_ideal(axes: Axes, rows: Sequence[Row]) -> None:
@@ -103,24 +120,31 @@ def _points(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> lis
 
 
 def draw_memory(axes: Axes, rows: Sequence[Row]) -> None:
-    """Where each budget goes, by the planner's ledger, and the peak that was measured."""
+    """Where each budget goes, by the run's own ledger, and the peak that was measured."""
     by_size = {row.budget_bytes: row for row in rows if row.ledger}
-    planned = [by_size[size] for size in sorted(by_size)]
-    names = [f"{row.budget}\n{row.budget_bytes / 1e6:.0f} MB" for row in planned]
-    below = [0.0] * len(planned)
-    parts = distinct([*PARTS, *(part for row in planned for part in row.ledger or {})])
-    for part in parts:
-        heights = [max(0, (row.ledger or {}).get(part, 0)) / 1e6 for row in planned]
+    shown = [by_size[size] for size in sorted(by_size)]
+    names = [
+        f"{row.budget}\n{row.budget_bytes / 1e6:.0f} MB"
+        if row.budget != f"{row.budget_bytes / 1e6:.0f}"
+        else f"\n{row.budget} MB"
+        for row in shown
+    ]
+    below = [0.0] * len(shown)
+    for part in distinct([*PARTS, *(part for row in shown for part in row.ledger or {})]):
+        heights = [max(0, (row.ledger or {}).get(part, 0)) / 1e6 for row in shown]
         if any(heights):
-            axes.bar(names, heights, bottom=below, label=part.removesuffix("_bytes").replace("_", " "))
+            label = part.removesuffix("_bytes").replace("_", " ")
+            axes.bar(names, heights, bottom=below, label=label, color=PARTS.get(part), width=0.7)
             below = [low + height for low, height in zip(below, heights, strict=True)]
-    peaks = [median_of(chosen(rows, engine=H2O, budget=row.budget), lambda r: r.peak_bytes / 1e6) for row in planned]
-    axes.plot(names, [peak.value if peak else 0.0 for peak in peaks], "k_", markersize=40, label="peak, measured")
+    ends = [row.budget_bytes / 1e6 for row in shown]
+    axes.hlines(ends, [i - 0.4 for i in range(len(shown))], [i + 0.4 for i in range(len(shown))], "k", label="budget")
+    peaks = [median_of(chosen(rows, engine=H2O, budget=row.budget), lambda r: r.peak_bytes / 1e6) for row in shown]
+    axes.plot(names, [peak.value if peak else 0.0 for peak in peaks], "kv", markersize=6, label="peak, measured")
     axes.set(title=f"{rows[0].model}: where the budget goes", ylabel="MB")
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="upper left")
 
 
-def draw_timeline(axes: Axes, timeline: Timeline) -> None:
+def draw_timeline(axes: Axes, timeline: Timeline, disk: str) -> None:
     """One token: a line per layer, its reads above, its waits and computing below."""
     for read in timeline.reads:
         axes.broken_barh(
@@ -134,8 +158,9 @@ def draw_timeline(axes: Axes, timeline: Timeline) -> None:
         axes.broken_barh([(0, 0)], (0, 0), color=colour, label=name)
     axes.set_xlim(0, 1e3 * timeline.pass_s)
     axes.set_ylim(timeline.n_layers + 1, 0)
-    axes.set(
-        title=f"One token of {timeline.model} in {format_size(timeline.budget_bytes)}: {1e3 * timeline.pass_s:.0f} ms"
-    )
-    axes.set(xlabel="ms", ylabel=f"layer ({timeline.n_layers}: head)")
+    ticks = [*range(0, timeline.n_layers, max(1, timeline.n_layers // 8)), timeline.n_layers]
+    axes.set_yticks([tick + 0.5 for tick in ticks], [*map(str, ticks[:-1]), "head"])
+    size, ms = format_size(timeline.budget_bytes), 1e3 * timeline.pass_s
+    axes.set(title=f"One token of {timeline.model} in {size}, {disk}: {ms:.0f} ms")
+    axes.set(xlabel="ms since the pass began (reads may begin before it)", ylabel="layer")
     axes.legend(loc="upper right")

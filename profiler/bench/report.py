@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from profiler.bench.engines import H2O, LLAMA_CPP
-from profiler.bench.rows import Median, Row, chosen, distinct, median_of
+from profiler.bench.rows import Median, Row, Setup, chosen, distinct, median_of, setups
 from runtime.sizes import format_size
 
 Quantity = Callable[[Row], float | None]
@@ -14,33 +14,36 @@ NONE = "-"
 
 
 def report(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:
-    """All of the report. Rows of one run of the benchmark, in any order; names of pictures that lie beside it."""
+    """All of the report. Rows of one or more runs of the benchmark, in any order; names of pictures beside it."""
     parts = ["# Benchmark", *_conditions(rows)]
-    for model in distinct(row.model for row in chosen(rows, suite="budgets")):
-        of_model = chosen(rows, suite="budgets", model=model)
-        parts += [f"## {model}, {format_size(of_model[0].file_bytes)}", _engines(of_model), _h2o(of_model)]
+    budgets = chosen(rows, suite="budgets")
+    for setup in setups(budgets):
+        at = setup.of(budgets)
+        parts += [f"## {setup.model}, {format_size(at[0].file_bytes)}, {setup.disk}", _engines(at)]
+        parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures if name.endswith(f"-{setup.stem}.png")]
+        parts += [_details(at), _commands(at)]
     first = chosen(rows, suite="first token")
     if first:
-        parts += ["## First token of a long prompt", _first_token(first)]
+        parts += ["## First token of a long prompt", _first_token(first), _commands(first)]
     resident = chosen(rows, suite="resident")
     if resident:
-        parts += ["## Everything resident", _resident(resident)]
-    if pictures:
-        parts += ["## Pictures", *(f"![{name.removesuffix('.png')}]({name})" for name in pictures)]
+        parts += ["## Everything resident", _resident(resident), _commands(resident)]
     return "\n\n".join(parts) + "\n"
 
 
 def _conditions(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return ["No runs."]
-    row = rows[0]
-    disk = f"{row.read_bytes_per_s / 1e6:.0f} MB/s" if row.read_bytes_per_s else "its own speed"
-    machine = row.machine
-    where = f"{machine.cpu}, {machine.n_cores} cores, {machine.kernel}" if machine else "machine not known"
-    versions = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+    found = []
+    for machine, versions in distinct((row.machine, tuple(row.versions.items())) for row in rows):
+        where = f"{machine.cpu}, {machine.n_cores} cores, {machine.kernel}" if machine else "Machine not known"
+        found.append(f"{where}. {', '.join(f'{name} {version}' for name, version in versions)}.")
+    made = "\n".join(distinct(row.bench for row in rows if row.bench))
     return [
-        f"Device: disk at {disk}, memory limited to the budget (page cache included), cold. {where}. {versions}.",
-        "Medians; least to most in brackets where they are more than 5 % apart. Budgets in percent of the file.",
+        *found,
+        "Memory limited to the budget (page cache included), caches cold. Medians of the runs, least to most in"
+        " brackets where they are more than 5 % apart. Budgets in percent of the file.",
+        *([f"```\n{made}\n```"] if made else []),
     ]
 
 
@@ -55,8 +58,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def _engines(rows: Sequence[Row]) -> str:
     """ms per token: a line per budget, a column per engine; how many times llama.cpp's best h2o is."""
-    engines = distinct(row.engine for row in rows)
-    engines.sort(key=lambda name: name != H2O)
+    engines = _sorted_engines(rows)
     lines = [["budget", *(f"{engine}, ms/token" for engine in engines), "h2o faster by"]]
     for budget in distinct(row.budget for row in rows):
         at = chosen(rows, budget=budget)
@@ -66,7 +68,8 @@ def _engines(rows: Sequence[Row]) -> str:
 
 
 def _budget(row: Row) -> str:
-    return f"{row.budget} ({row.budget_bytes / 1e6:.0f} MB)" if row.budget_bytes else row.budget
+    size = f"{row.budget_bytes / 1e6:.0f} MB"
+    return size if row.budget in size else f"{row.budget} ({size})"
 
 
 def _time_or_end(rows: Sequence[Row]) -> str:
@@ -89,7 +92,7 @@ def _ratio(rows: Sequence[Row]) -> str:
     return f"{min(times) / own.value:.2f} x" if own and times else NONE
 
 
-_H2O_COLUMNS: tuple[tuple[str, Quantity, str], ...] = (
+_COLUMNS: tuple[tuple[str, Quantity, str], ...] = (
     ("ms/token", lambda row: row.ms_per_token, "{:.0f}"),
     ("limit", lambda row: row.limit_ms_per_token, "{:.0f}"),
     ("yield", lambda row: row.yield_, "{:.3f}"),
@@ -101,26 +104,43 @@ _H2O_COLUMNS: tuple[tuple[str, Quantity, str], ...] = (
 )
 
 
-def _h2o(rows: Sequence[Row]) -> str:
-    """h2o beside its limit, a line per budget, and whether its tokens are llama.cpp's."""
-    lines = [["h2o in", *(name for name, _, _ in _H2O_COLUMNS), "plan k, w", "tokens"]]
+def _details(rows: Sequence[Row]) -> str:
+    """All figures of the engines that ran, a line per budget and engine, and whether the tokens are the same."""
+    lines = [["budget", "engine, runs", *(name for name, _, _ in _COLUMNS), "plan k, w", "tokens"]]
     for budget in distinct(row.budget for row in rows):
-        at = chosen(rows, budget=budget, engine=H2O)
-        if not at:
-            continue
-        cells = [shown(median_of(at, quantity), form) for _, quantity, form in _H2O_COLUMNS]
-        lines.append([_budget(at[0]), *cells, _plan(at[0]), parity(rows, at)])
+        for engine in _sorted_engines(rows):
+            at = chosen(rows, budget=budget, engine=engine)
+            if any(row.status == "ok" for row in at):
+                cells = [shown(median_of(at, quantity), form) for _, quantity, form in _COLUMNS]
+                tokens = parity(chosen(rows, budget=budget), rows, at)
+                lines.append([_budget(at[0]), f"{engine}, {len(at)}", *cells, _plan(at[0]), tokens])
     return markdown_table(lines)
+
+
+def _sorted_engines(rows: Sequence[Row]) -> list[str]:
+    return sorted(distinct(row.engine for row in rows), key=lambda name: name != H2O)
+
+
+def _commands(rows: Sequence[Row]) -> str:
+    """The commands of every row, folded away."""
+    lines = []
+    for row in {(row.model, row.budget, row.engine): row for row in rows}.values():
+        lines += [f"# {row.model}, {_budget(row)}, {row.engine}", *row.commands]
+    text = "\n".join(lines)
+    return f"<details><summary>The command of every row</summary>\n\n```\n{text}\n```\n\n</details>"
 
 
 def _plan(row: Row) -> str:
     return f"{row.plan['k']}, {row.plan['w']} {row.plan['layout']}" if row.plan else NONE
 
 
-def parity(rows: Sequence[Row], of: Sequence[Row]) -> str:
-    """Whether these runs gave the tokens that llama.cpp's runs of the same rows gave: the hash, or "differ"."""
+def parity(at_budget: Sequence[Row], rows: Sequence[Row], of: Sequence[Row]) -> str:
+    """The hash of the tokens of some runs, and how it compares with llama.cpp's.
+
+    "=": the same as llama.cpp's in the same budget, or where it gave none, in the others; "differ" would be an error.
+    """
     own = {row.tokens_hash for row in of if row.tokens_hash}
-    plain = {row.tokens_hash for row in rows if row.tokens_hash and row.engine.startswith(LLAMA_CPP)}
+    plain = _plain_hashes(at_budget) or _plain_hashes(rows)
     if not own:
         return NONE
     if len(own | plain) > 1:
@@ -128,33 +148,41 @@ def parity(rows: Sequence[Row], of: Sequence[Row]) -> str:
     return f"{next(iter(own))[:8]} {'=' if plain else '(alone)'}"
 
 
+def _plain_hashes(rows: Sequence[Row]) -> set[str]:
+    return {row.tokens_hash for row in rows if row.tokens_hash and row.engine.startswith(LLAMA_CPP)}
+
+
 def _first_token(rows: Sequence[Row]) -> str:
-    lines = [["model, budget", "engine", "prompt tokens", "first token, s", "limit, s"]]
-    for model in distinct(row.model for row in rows):
-        of_model = chosen(rows, model=model)
-        for engine in distinct(row.engine for row in of_model):
-            at = chosen(of_model, engine=engine)
-            found = median_of(at, lambda row: row.ttft_s)
-            time = shown(found, "{:.2f}") if found else _time_or_end(at)
-            limit = shown(median_of(at, lambda row: row.first_token_limit_s), "{:.2f}")
-            lines.append([f"{model}, {_budget(at[0])}", engine, str(at[0].n_prompt_tokens), time, limit])
+    lines = [["model, budget", "disk", "engine, runs", "prompt tokens", "first token, s", "limit, s", "tokens"]]
+    for setup in setups(rows):
+        at_setup = setup.of(rows)
+        for budget in distinct(row.budget for row in at_setup):
+            at_budget = chosen(at_setup, budget=budget)
+            for engine in _sorted_engines(at_budget):
+                at = chosen(at_budget, engine=engine)
+                found = median_of(at, lambda row: row.ttft_s)
+                time = shown(found, "{:.2f}") if found else _time_or_end(at)
+                limit = shown(median_of(at, lambda row: row.first_token_limit_s), "{:.2f}")
+                what = [f"{setup.model}, {_budget(at[0])}", setup.disk, f"{engine}, {len(at)}"]
+                lines.append([*what, str(at[0].n_prompt_tokens), time, limit, parity(at_budget, at_budget, at)])
     return markdown_table(lines)
 
 
 def _resident(rows: Sequence[Row]) -> str:
     """Decode and prefill of h2o and of llama.cpp with its own defaults, and the ratio of the two."""
-    head = ["model", "engine", "decode, tokens/s", "prefill, tokens/s", "first token, s", "peak, MB", "h2o / llama.cpp"]
-    lines = [head]
-    for model in distinct(row.model for row in rows):
-        of_model = chosen(rows, model=model)
-        for engine in distinct(row.engine for row in of_model):
-            at = chosen(of_model, engine=engine)
+    head = ["model", "engine, runs", "decode, tokens/s", "prefill, tokens/s", "first token, s", "peak, MB", "tokens"]
+    lines = [[*head, "h2o / llama.cpp"]]
+    for setup in setups(rows):
+        at_setup = setup.of(rows)
+        for engine in _sorted_engines(at_setup):
+            at = chosen(at_setup, engine=engine)
             speed = shown(median_of(at, _tokens_per_s), "{:.2f}")
             prefill = shown(median_of(at, lambda row: row.prefill_tokens_per_s), "{:.1f}")
             ttft = shown(median_of(at, lambda row: row.ttft_s), "{:.2f}")
             peak = shown(median_of(at, lambda row: row.peak_bytes / 1e6), "{:.0f}")
-            ratio = _resident_ratio(of_model) if engine == H2O else ""
-            lines.append([model, engine, speed if speed != NONE else _time_or_end(at), prefill, ttft, peak, ratio])
+            ratio = _resident_ratio(at_setup) if engine == H2O else ""
+            cells = [speed if speed != NONE else _time_or_end(at), prefill, ttft, peak]
+            lines.append([setup.model, f"{engine}, {len(at)}", *cells, parity(at_setup, at_setup, at), ratio])
     return markdown_table(lines)
 
 
@@ -186,16 +214,20 @@ def shown(found: Median | None, form: str) -> str:
 def summary_rows(rows: Sequence[Row]) -> list[list[str]]:
     """The medians for a terminal: head first, then a line per model, budget and engine."""
     lines = [["model", "budget", "engine", "ms/token", "limit", "yield", "first token s", "peak MB", "tokens"]]
-    for suite, model, budget, engine in dict.fromkeys((r.suite, r.model, r.budget, r.engine) for r in rows):
-        group = chosen(rows, suite=suite, model=model, budget=budget)
-        at = chosen(group, engine=engine)
-        cells = [
-            _time_or_end(at),
-            shown(median_of(at, lambda row: row.limit_ms_per_token), "{:.0f}"),
-            shown(median_of(at, lambda row: row.yield_), "{:.3f}"),
-            shown(median_of(at, lambda row: row.ttft_s), "{:.2f}"),
-            shown(median_of(at, lambda row: row.peak_bytes / 1e6), "{:.0f}"),
-        ]
-        where = _budget(at[0]) + (", long prompt" if suite == "first token" else "")
-        lines.append([model, where, engine, *cells, parity(group, at)])
+    for suite, setup, budget in distinct((r.suite, Setup(r.model, r.read_bytes_per_s), r.budget) for r in rows):
+        of_suite = setup.of(chosen(rows, suite=suite))
+        group = chosen(of_suite, budget=budget)
+        for engine in _sorted_engines(group):
+            at = chosen(group, engine=engine)
+            cells = [
+                _time_or_end(at),
+                shown(median_of(at, lambda row: row.limit_ms_per_token), "{:.0f}"),
+                shown(median_of(at, lambda row: row.yield_), "{:.3f}"),
+                shown(median_of(at, lambda row: row.ttft_s), "{:.2f}"),
+                shown(median_of(at, lambda row: row.peak_bytes / 1e6), "{:.0f}"),
+            ]
+            more = (", long prompt" if suite == "first token" else "") + (
+                "" if setup.read_bytes_per_s else ", full disk"
+            )
+            lines.append([setup.model, _budget(at[0]) + more, engine, *cells, parity(group, of_suite, at)])
     return lines

@@ -6,7 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,6 +21,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     budget_bytes 0: no memory limit. limit_ms_per_token and the yield are for the bytes this run streamed,
     predicted_ms_per_token is the planner's, made before the run. tokens_hash is of all tokens of the answer.
+    commands made this row, in order: the plan, the answer, the warm prompt where there was one. bench started them all.
     """
 
     suite: Suite
@@ -52,12 +53,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ledger: dict[str, int] | None = None
     machine: DeviceInfo | None = None
     versions: dict[str, str] = {}
-    command: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    bench: str = ""
     at: str = ""
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Add a row to a file of JSON lines, at once."""
+def append_line(path: Path, row: Row | Timeline) -> None:
+    """Add a line to a file of JSON lines, at once."""
     with path.open("ab") as file:
         file.write(msgspec.json.encode(row) + b"\n")
         file.flush()
@@ -66,13 +68,28 @@ def append_row(path: Path, row: Row) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file. Raises UsageError on anything else."""
+    return _read_lines(path, Row)
+
+
+def read_timelines(path: Path) -> list[Timeline]:
+    """The timelines of a file, the newest of each device; none where there is no file. Raises UsageError."""
+    found = _read_lines(path, Timeline) if path.exists() else []
+    return list({(line.model, line.budget_bytes, line.read_bytes_per_s): line for line in found}.values())
+
+
+_Line = TypeVar("_Line", "Row", "Timeline")
+
+
+def _read_lines(path: Path, kind: type[_Line]) -> list[_Line]:
     try:
         lines = path.read_bytes().splitlines()
-        return [msgspec.json.decode(line, type=Row) for line in lines if line.strip()]
+        return [msgspec.json.decode(line, type=kind) for line in lines if line.strip()]
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "give the rows.jsonl of a benchmark") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}", "give the folder of a benchmark") from None
     except msgspec.DecodeError as error:
-        raise UsageError(f"{path} holds something else than rows: {error}", "make it again with `h2o bench`") from None
+        raise UsageError(
+            f"{path} holds something else than results: {error}", "make it again with `h2o bench`"
+        ) from None
 
 
 class Median(msgspec.Struct, frozen=True):
@@ -92,9 +109,39 @@ def median_of(rows: Iterable[Row], quantity: Callable[[Row], float | None]) -> M
     return Median(statistics.median(values), min(values), max(values), len(values))
 
 
-def distinct(values: Iterable[str]) -> list[str]:
+_Value = TypeVar("_Value")
+
+
+def distinct(values: Iterable[_Value]) -> list[_Value]:
     """Every value once, in order of appearance."""
     return list(dict.fromkeys(values))
+
+
+class Setup(NamedTuple):
+    """What the rows of one table and one picture have in common: a model, and the disk's rate (0: as it is)."""
+
+    model: str
+    read_bytes_per_s: int
+
+    @property
+    def disk(self) -> str:
+        """The disk, for people."""
+        return f"disk at {self.read_bytes_per_s / 1e6:.0f} MB/s" if self.read_bytes_per_s else "disk at its own speed"
+
+    @property
+    def stem(self) -> str:
+        """The beginning of a file name."""
+        disk = f"{self.read_bytes_per_s / 1e6:.0f}MBps" if self.read_bytes_per_s else "unthrottled"
+        return f"{self.model.replace('/', '-')}-{disk}"
+
+    def of(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows of this setup."""
+        return chosen(rows, model=self.model, read_bytes_per_s=self.read_bytes_per_s)
+
+
+def setups(rows: Sequence[Row]) -> list[Setup]:
+    """The setups of rows, in order of appearance."""
+    return distinct(Setup(row.model, row.read_bytes_per_s) for row in rows)
 
 
 def chosen(rows: Sequence[Row], **wanted: object) -> list[Row]:
@@ -124,7 +171,7 @@ class Read(msgspec.Struct, frozen=True):
 
 
 class Timeline(msgspec.Struct, frozen=True):
-    """The last decode pass of a short run. pass_s: how long it took."""
+    """The last decode pass of a short run. pass_s: how long it took; read_bytes_per_s 0: the disk as it is."""
 
     model: str
     budget_bytes: int
@@ -132,3 +179,4 @@ class Timeline(msgspec.Struct, frozen=True):
     pass_s: float
     spans: tuple[Span, ...]
     reads: tuple[Read, ...]
+    read_bytes_per_s: int = 0

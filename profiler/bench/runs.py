@@ -12,7 +12,7 @@ import msgspec
 
 from profiler.bench.children import Children, Planned, shown_command
 from profiler.bench.device import Device
-from profiler.bench.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash
+from profiler.bench.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash, warm_prefill_command
 from profiler.bench.make_model import make_model, parse_file_type
 from profiler.bench.rows import Row, Suite, Timeline
 from profiler.bench.shapes import parse_shape
@@ -60,11 +60,12 @@ class Settings:
     llama_repeats: int = 2
     profile_repeats: int = 2
     n_predict: int = 6
-    n_predict_resident: int = 24
+    n_predict_resident: int = 48
     read_bytes_per_s: int = 400 * MB
     threads: int = 2
     flags: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    bench: str = ""  # the command that asked for all of this
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,6 @@ class Bench:
         self.timelines: list[Timeline] = []
         self.notes: list[str] = []  # what could not be measured
         self._children = children
-        self._disk = Device(0, settings.read_bytes_per_s, settings.models[0].path.parent)
         self._done_s, self._total_s = 0.0, 1.0
         self._step_s, self._step_start_s = 0.0, time.monotonic()
         self._hopeless: set[tuple[str, str, str, str]] = set()
@@ -227,8 +227,9 @@ class Bench:
         floors = {}
         for model, seconds in zip(models, profile_s, strict=True):
             self._begin(f"profile of {model.name}", seconds)
-            self._profiles[model.name] = self._children.profile(model.path, self._disk, self.settings.profile_repeats)
-            floors[model.name] = self._children.floor_bytes(self._job(model, 1, SHORT_PROMPT, 1), self._disk)
+            device = self._device(model)
+            self._profiles[model.name] = self._children.profile(model.path, device, self.settings.profile_repeats)
+            floors[model.name] = self._children.floor_bytes(self._job(model, 1, SHORT_PROMPT, 1), device)
         todo = cases(self.settings, floors)
         self._total_s = sum(profile_s) + sum(self._estimate_s(case) for case in todo)
         for case in todo:
@@ -241,14 +242,20 @@ class Bench:
         for model in models:
             self._timeline(model, floors[model.name])
 
+    def _device(self, model: BenchModel, memory_bytes: int = 0) -> Device:
+        """The emulated device, its slow disk the one that holds the model."""
+        return Device(memory_bytes, self.settings.read_bytes_per_s, model.path.parent)
+
     def _timeline(self, model: BenchModel, floor_bytes: int) -> None:
         """The timeline of one token in the middle budget, where a plan can be made for it."""
         size = max(floor_bytes * 6 // 5, model.file_bytes * 6 // 10)
-        self._begin(f"timeline of {model.name}", START_S + 3 * model.file_bytes / (self._disk.read_bytes_per_s or 2e9))
+        self._begin(
+            f"timeline of {model.name}", START_S + 3 * model.file_bytes / (self.settings.read_bytes_per_s or 2e9)
+        )
         planned = self._children.plan(model.path, size)
-        device = replace(self._disk, memory_bytes=size)
         try:
-            self.timelines.append(self._children.timeline(model.path, planned, device, self.settings.threads))
+            seen = self._children.timeline(model.path, planned, self._device(model, size), self.settings.threads)
+            self.timelines.append(msgspec.structs.replace(seen, model=model.name))
         except EngineError as error:
             self.notes.append(f"no timeline of {model.name}: {error.message}")
 
@@ -276,10 +283,15 @@ class Bench:
         if case.engine == H2O:
             planned = self._planned(case)
             job = replace(job, plan_file=planned.plan_file)
-        device = replace(self._disk, memory_bytes=case.budget_bytes)
+        device = self._device(case.model, case.budget_bytes)
         command, outcome, result = self._children.answer(case.engine, job, device)
+        commands = [planned.command] if planned and planned.command else []
+        commands.append(tuple(command))
         if result.status != "ok":
             self._hopeless.add(case.key)
+        elif case.suite == "resident" and case.engine == H2O:
+            commands.append(tuple(warm_prefill_command(job)))
+            result = replace(result, prefill_tokens_per_s=self._warm_prefill(job, device))
         row = Row(
             suite=case.suite,
             model=case.model.name,
@@ -303,12 +315,21 @@ class Bench:
             wall_s=outcome.wall_s,
             tokens_hash=tokens_hash(result.tokens) if result.tokens else "",
             plan=result.plan,
+            ledger=result.ledger,
             machine=device_info(case.model.path),
             versions=self.settings.versions,
-            command=shown_command(command),
+            commands=tuple(shown_command(started) for started in commands),
+            bench=self.settings.bench,
             at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         return with_limits(row, result, planned, self._profiles.get(case.model.name))
+
+    def _warm_prefill(self, job: Job, device: Device) -> float | None:
+        try:
+            return self._children.warm_prefill(job, device)
+        except EngineError as error:
+            self.notes.append(f"no prefill speed of {job.model.name}: {error.message}")
+            return None
 
     def _planned(self, case: Case) -> Planned:
         """The planner's choice for a budget, made once."""
@@ -327,10 +348,11 @@ def with_limits(row: Row, result: Result, planned: Planned | None, profile: Mode
     """
     more: dict[str, object] = {}
     if planned:
-        more |= {"predicted_ms_per_token": planned.predicted_ms_per_token, "ledger": planned.ledger}
+        more["predicted_ms_per_token"] = planned.predicted_ms_per_token
     if profile and row.status == "ok":
         rate = row.read_bytes_per_s or profile.disk.bytes_per_s.mean
-        more["first_token_limit_s"] = max(row.file_bytes / rate, prompt_compute_s(profile, row.n_prompt_tokens))
+        pass_bytes = sum(layer.bytes for layer in profile.layers) + profile.head.bytes
+        more["first_token_limit_s"] = max(pass_bytes / rate, prompt_compute_s(profile, row.n_prompt_tokens))
         if row.suite == "budgets" and result.pass_ms is not None and result.bytes_per_token is not None:
             compute_ms = result.pass_ms - (result.disk_wait_ms_per_token or 0.0)
             limit_ms = max(1000 * result.bytes_per_token / rate, compute_ms)
