@@ -2,22 +2,26 @@
 
 A bandit whose arms are plans that fit the budget, and whose pulls are measured passes. The simulator's prediction for
 every arm counts as a first observation of limited weight, so arms that are predicted to be far off are never tried. The
-prediction itself is adapted to the machine: the profile's disk and computing speeds are scaled until the first pull
-fits. When later pulls say that the machine has changed, everything measured is dropped and the search starts again.
+prediction itself is adapted to the machine: where it is far off, the profile's disk and computing speeds are scaled
+until it fits the pulls. When later pulls say that the machine has changed, everything measured is dropped and the
+search starts again.
 
 LiveSearch decides and measures nothing; search() pulls; RunningProcess is a pull on a real process.
 
-The score is UCB1's (Auer, Cesa-Bianchi, Fischer 2002) with the noise as its scale, in logarithms of ms per pass:
-mean - C * sigma * sqrt(2 ln t / n), the lowest is played. As in LUCB (Kalyanakrishnan, Tewari, Auer, Stone 2012) the
-leader and its strongest rival are played in turns, and the search ends when no rival can still be better by more than
-a tolerance. Changes are found with Page's cumulative sums (Page 1954, Hinkley 1971).
+The score is that of UCB1 (Auer, Cesa-Bianchi, Fischer 2002), mean - C * sqrt(2 ln t) * width for times, lowest played.
+UCB1's width is sigma / sqrt(n); here it is the standard deviation of what is believed of the arm, as in GP-UCB
+(Srinivas, Krause, Kakade, Seeger 2010), because the arms' prediction errors go together: a pull of one arm says
+something of the others, and with fewer pulls than arms each one could not even be played once. It is sigma / sqrt(n)
+for an arm of which nothing else is known. As in LUCB (Kalyanakrishnan, Tewari, Auer, Stone 2012) the leader and its
+strongest rival are played in turns, and the search ends when no rival can still be better by more than a tolerance.
+Changes are found with Page's cumulative sums (Page 1954, Hinkley 1971).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -49,6 +53,7 @@ TOLERANCE = 0.01  # a rival that may be better by less than this is not worth mo
 SURE = 2.0  # standard deviations
 SURPRISE = 4.0  # standard deviations after which a pull is repeated before it is believed
 DRIFT_ALLOWED, DRIFT_ALARM = 0.5, 10.0  # Page's test, in standard deviations
+FIT_AGAIN = 3  # the profile is adapted again after so many times the pulls it was adapted to
 WORTH_CHANGING = 0.005  # relative gain for which the planner's own choice is given up
 
 
@@ -66,23 +71,28 @@ Pull = Callable[[Arm], Pulled]
 
 @dataclass
 class Row:
-    """What is known of one arm: its prediction, and the logarithms of what its pulls measured."""
+    """What is known of one arm: its prediction and its pulls."""
 
     arm: Arm
     predicted_ms: float
     disk_share: float = 0.0  # relative change of predicted_ms per relative change of the time the disk takes
     compute_share: float = 0.0
-    logs: list[float] = field(default_factory=list)
+    pulls: list[Pulled] = field(default_factory=list)
 
     @property
     def n(self) -> int:
         """Number of pulls."""
-        return len(self.logs)
+        return len(self.pulls)
+
+    @property
+    def log_ms(self) -> float:
+        """The mean of its pulls' logarithms (at least one)."""
+        return statistics.fmean(math.log(pulled.pass_ms) for pulled in self.pulls)
 
     @property
     def measured_ms(self) -> float:
-        """The mean of its pulls (at least one)."""
-        return math.exp(statistics.fmean(self.logs))
+        """The geometric mean of its pulls (at least one)."""
+        return math.exp(self.log_ms)
 
 
 def smaller_windows(profile: ModelProfile, arms: Sequence[Arm]) -> list[Arm]:
@@ -101,31 +111,35 @@ def offline_arm(profile: ModelProfile, arms: Sequence[Arm]) -> Arm:
     return prefer_overlap(profile, list(arms), best_arm(profile, list(arms))).arm
 
 
-def adapted(profile: ModelProfile, arm: Arm, pulled: Pulled) -> ModelProfile:
-    """The profile with computing and disk speeds scaled so that the simulated token of an arm takes what was measured.
+def adapted(profile: ModelProfile, rows: Sequence[Row]) -> ModelProfile:
+    """The profile with computing and disk speeds scaled so that simulated tokens fit what was measured of some arms.
 
-    Computing: the part of the pass that was not waiting. Disk: by bisection, between 1/16 and 16 times the profile's.
-    A prediction that is off by less than MISFIT is left alone: the bandit learns such errors by itself (see
-    errors_covariance), and one pull cannot tell what they come from.
+    Computing: the part of the passes that was not waiting. Disk: the least squares of the logarithms, from 1/16 to 16
+    times the profile's speed. Predictions that are all off by less than MISFIT are left alone: the bandit learns such
+    errors by itself (see errors_covariance), and few pulls cannot tell what they come from.
     """
 
-    def misfit() -> float:
-        return abs(math.log(pulled.pass_ms / (1000 * token_s(profile, arm))))
+    def misfits(profile: ModelProfile) -> list[float]:
+        return [row.log_ms - math.log(1000 * token_s(profile, row.arm)) for row in rows]
 
-    if misfit() < MISFIT:
+    if max(map(abs, misfits(profile))) < MISFIT:
         return profile
     rates = decode_rates(profile)
     compute_ms = 1000 * (sum(rates.compute_s) + rates.overhead_s)
     if compute_ms:
-        profile = with_compute_time(profile, max(0.05, (pulled.pass_ms - pulled.wait_ms) / compute_ms))
-    if misfit() < SMALL_MISFIT:
+        busy_ms = statistics.median(pulled.pass_ms - pulled.wait_ms for row in rows for pulled in row.pulls)
+        profile = with_compute_time(profile, max(0.05, busy_ms / compute_ms))
+    if max(map(abs, misfits(profile))) < SMALL_MISFIT:
         return profile
-    low, high = -4.0, 4.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        slower = 1000 * token_s(with_disk_speed(profile, 2**middle), arm) > pulled.pass_ms
-        low, high = (middle, high) if slower else (low, middle)
-    return with_disk_speed(profile, 2**high)
+
+    def loss(log2_speed: float) -> float:
+        offs = misfits(with_disk_speed(profile, 2**log2_speed))
+        return sum(row.n * off * off for row, off in zip(rows, offs, strict=True))
+
+    best = min((x / 2 for x in range(-8, 9)), key=loss)
+    for step in (2**-n for n in range(2, 10)):
+        best = min((best - step, best, best + step), key=loss)
+    return with_disk_speed(profile, 2**best)
 
 
 def with_compute_time(profile: ModelProfile, factor: float) -> ModelProfile:
@@ -142,18 +156,18 @@ def with_compute_time(profile: ModelProfile, factor: float) -> ModelProfile:
     return replace(profile, layers=layers, head=head, overhead_s=scaled(profile.overhead_s))
 
 
-def predictions(profile: ModelProfile, arms: Sequence[Arm], always: Arm) -> list[Row]:
-    """A row per arm that is worth a thought, best first; `always` is one of them whatever its prediction."""
+def predictions(profile: ModelProfile, arms: Sequence[Arm], always: Collection[Arm]) -> list[Row]:
+    """A row per arm that is worth a thought, best first; those in `always` are whatever their prediction."""
     total = streamable_bytes(profile)
     rows: list[Row] = []
     best_ms = math.inf
-    for arm in sorted(arms, key=lambda arm: (arm != always, -arm.pinned_bytes)):
-        if arm != always and 1000 * limit_s(profile, total - arm.pinned_bytes) > HOPELESS * best_ms:
+    for arm in sorted(arms, key=lambda arm: (arm not in always, -arm.pinned_bytes)):
+        if arm not in always and 1000 * limit_s(profile, total - arm.pinned_bytes) > HOPELESS * best_ms:
             continue
         rows.append(Row(arm, 1000 * token_s(profile, arm)))
         best_ms = min(best_ms, rows[-1].predicted_ms)
     slow_disk, slow_compute = with_disk_speed(profile, 1 / SLOWER), with_compute_time(profile, SLOWER)
-    worth = [row for row in rows if row.arm == always or row.predicted_ms <= HOPELESS * best_ms]
+    worth = [row for row in rows if row.arm in always or row.predicted_ms <= HOPELESS * best_ms]
     for row in worth:
         row.disk_share = math.log(1000 * token_s(slow_disk, row.arm) / row.predicted_ms) / math.log(SLOWER)
         row.compute_share = math.log(1000 * token_s(slow_compute, row.arm) / row.predicted_ms) / math.log(SLOWER)
@@ -206,6 +220,8 @@ class LiveSearch:
         self._again: Row | None = None  # to be pulled next, whatever the scores say
         self._doubt: Pulled | None = None  # a surprising pull that has not been confirmed
         self._up = self._down = 0.0
+        self._adapted: ModelProfile | None = None  # what the predictions were made with
+        self._n_fitted = 0  # pulls it was adapted to
 
     # --- what is known ------------------------------------------------------------------------------------------
 
@@ -213,6 +229,11 @@ class LiveSearch:
     def noise(self) -> float:
         """Relative standard deviation of one pull, as far as it is known."""
         return max(LEAST_NOISE, math.sqrt(self._noise_squares / self._noise_weight))
+
+    @property
+    def _n_known(self) -> int:
+        """Pulls that count: those since the machine changed last."""
+        return sum(row.n for row in self.rows)
 
     @property
     def is_settled(self) -> bool:
@@ -228,7 +249,7 @@ class LiveSearch:
         n = np.array([row.n for row in self.rows])
         played = np.flatnonzero(n)
         prior = np.log([row.predicted_ms for row in self.rows])
-        off = np.array([statistics.fmean(self.rows[i].logs) - prior[i] for i in played])
+        off = np.array([self.rows[i].log_ms - prior[i] for i in played])
         seen = self._errors[np.ix_(played, played)] + np.diag(self.noise**2 / n[played])
         gain = np.linalg.solve(seen, self._errors[played]).T
         return prior + gain @ off, self._errors - gain @ self._errors[played]
@@ -255,15 +276,13 @@ class LiveSearch:
             return None
         if self._again:
             return self._again.arm
-        if self.is_settled:
-            return None
-        return self._choose().arm
+        return None if self.is_settled else self._choose().arm
 
     def _choose(self) -> Row:
         """The lowest score; when that is the leader's, and it has been played more, its strongest rival."""
         mean, covariance = self._belief()
         leader = self._leader(mean)
-        n_all = max(2, sum(row.n for row in self.rows))
+        n_all = max(2, self._n_known)
         score = mean - C * np.sqrt(2 * math.log(n_all) * np.maximum(0.0, np.diag(covariance)))
         rival = min((i for i in range(len(self.rows)) if i != leader), key=lambda i: float(score[i]))
         if score[leader] < score[rival] and self.rows[leader].n <= self.rows[rival].n:
@@ -276,36 +295,47 @@ class LiveSearch:
         """Take a pull in; a word about it where it was not an ordinary one: "surprise", "noise" or "change"."""
         self.n_pulls += 1
         self._n_left -= 1
-        if self.n_pulls == 1:
-            self._start(arm, [pulled])
-            return ""
         row = next(row for row in self.rows if row.arm == arm)
-        self._again = None
-        word = self._judge(row, pulled) if row.n else self._judge_first(row, pulled)
+        self._again, word = None, ""
+        if self.n_pulls == 1:
+            self._take(row, pulled)
+            self._predict()
+        else:
+            word = self._judge(row, pulled) if row.n else self._judge_first(row, pulled)
+            if self._n_known >= FIT_AGAIN * self._n_fitted:
+                self._predict()
         self.best = self.rows[self._leader(self._belief()[0])].arm
         return word
 
     def _judge_first(self, row: Row, pulled: Pulled) -> str:
-        """The first pull of an arm: when the prediction is far off, a known arm has to show whether the machine is."""
+        """The first pull of an arm. One far from the prediction is repeated before it is believed."""
         log = math.log(pulled.pass_ms)
+        before, self._doubt = self._doubt, None
+        if before:
+            if abs(log - math.log(before.pass_ms)) > SURPRISE * self.noise:
+                self._take(row, pulled)
+                return "noise"
+            self._take(row, before)
+            self._take(row, pulled)
+            self._predict()
+            self._again = max(self.rows, key=lambda other: (other.arm != row.arm, other.n))
+            return ""
         mean, covariance = self._belief()
         i = self.rows.index(row)
-        off = abs(log - mean[i]) / math.sqrt(covariance[i, i] + self.noise**2)
-        self._take(row, log)
-        if off > SURPRISE:
-            self._again = max(self.rows, key=lambda other: (other is not row, other.n))
+        if abs(log - mean[i]) > SURPRISE * math.sqrt(covariance[i, i] + self.noise**2):
+            self._doubt, self._again = pulled, row
             return "surprise"
+        self._take(row, pulled)
         return ""
 
     def _judge(self, row: Row, pulled: Pulled) -> str:
         """A pull of an arm that was measured before: ordinary, a disturbance, or the sign of a change."""
-        log = math.log(pulled.pass_ms)
-        z = (log - statistics.fmean(row.logs)) / (self.noise * math.sqrt(1 + 1 / row.n))
-        if self._doubt:
-            before, self._doubt = self._doubt, None
+        z = (math.log(pulled.pass_ms) - row.log_ms) / (self.noise * math.sqrt(1 + 1 / row.n))
+        before, self._doubt = self._doubt, None
+        if before:
             if abs(z) > SURPRISE / 2 and (z > 0) == (before.pass_ms > row.measured_ms):
-                return self._restart(row.arm, [before, pulled])
-            self._take(row, log)
+                return self._restart(row, [before, pulled])
+            self._take(row, pulled)
             return "noise"
         if abs(z) > SURPRISE:
             self._doubt, self._again = pulled, row
@@ -313,42 +343,46 @@ class LiveSearch:
         self._up = max(0.0, self._up + z - DRIFT_ALLOWED)
         self._down = max(0.0, self._down - z - DRIFT_ALLOWED)
         if max(self._up, self._down) > DRIFT_ALARM:
-            return self._restart(row.arm, [pulled])
-        self._take(row, log)
+            return self._restart(row, [pulled])
+        self._take(row, pulled)
         return ""
 
-    def _take(self, row: Row, log: float) -> None:
+    def _take(self, row: Row, pulled: Pulled) -> None:
         """Add an observation; what it says beyond the arm's mean is noise."""
         if row.n:
-            self._noise_squares += (log - statistics.fmean(row.logs)) ** 2 * row.n / (row.n + 1)
+            self._noise_squares += (math.log(pulled.pass_ms) - row.log_ms) ** 2 * row.n / (row.n + 1)
             self._noise_weight += 1
-        row.logs.append(log)
+        row.pulls.append(pulled)
 
-    def _restart(self, arm: Arm, pulls: list[Pulled]) -> str:
+    def _restart(self, row: Row, pulls: list[Pulled]) -> str:
         """The machine has changed: forget what was measured on the old one."""
         if self.n_restarts >= MOST_RESTARTS:
             for pulled in pulls:
-                self._take(next(row for row in self.rows if row.arm == arm), math.log(pulled.pass_ms))
+                self._take(row, pulled)
             return "noise"
         self.n_restarts += 1
         self._n_left = self._most_pulls - len(pulls)
-        self._start(arm, pulls)
+        self._up = self._down = 0.0
+        self.rows, self._adapted = [Row(row.arm, math.nan)], None
+        for pulled in pulls:
+            self._take(self.rows[0], pulled)
+        self._predict()
         return "change"
 
-    def _start(self, arm: Arm, pulls: list[Pulled]) -> None:
-        """Adapt the profile to the first pulls, and predict every arm with it."""
-        mean = Pulled(
-            statistics.fmean(pulled.pass_ms for pulled in pulls), statistics.fmean(pulled.wait_ms for pulled in pulls)
-        )
-        profile = adapted(self._profile, arm, mean)
+    def _predict(self) -> None:
+        """Adapt the profile to what was measured, and predict every arm with it."""
+        seen = {row.arm: row for row in self.rows if row.n}
+        profile = adapted(self._profile, list(seen.values()))
+        self._n_fitted = self._n_known
+        if profile is self._adapted:
+            return
+        self._adapted = profile
         self.first = offline_arm(profile, self._planned)
-        self.rows = predictions(profile, self._arms, arm)
+        self.rows = predictions(profile, self._arms, seen.keys())
+        for row in self.rows:
+            if row.arm in seen:
+                row.pulls = seen[row.arm].pulls
         self._errors = errors_covariance(self.rows)
-        self._up = self._down = 0.0
-        row = next(row for row in self.rows if row.arm == arm)
-        for pulled in pulls:
-            self._take(row, math.log(pulled.pass_ms))
-        self.best = arm
 
 
 def search(

@@ -1,0 +1,421 @@
+"""The live search on simulated machines, and `h2o plan --live` on processes."""
+
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from test_model_profile import make_profile
+from test_plan_stats import MODEL, PROCESS
+
+from h2o_cli import main as cli
+from planner.arms import Arm, h2o_arms
+from planner.choose import with_disk_speed
+from planner.footprint import streamable_bytes
+from planner.replan import (
+    MOST_PULLS,
+    LiveSearch,
+    Pulled,
+    Row,
+    adapted,
+    offline_arm,
+    search,
+    smaller_windows,
+    with_compute_time,
+)
+from planner.simulator import decode_rates, token_s
+from profiler.model_profile import save_profile
+from profiler.source_format import import_source, load_source
+from runtime import plan_stats
+from runtime.model_file import ModelFile
+from runtime.plan import Layout, Plan
+from runtime.plan_file import read_plan, write_plan
+
+ROOT = Path(__file__).parents[1]
+H2O = [sys.executable, "-m", "h2o_cli.main"]
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
+MB = 10**6
+SHARES = (0.3, 0.6, 0.85)
+FOREIGN = Plan(1, 2, model_hash=MODEL)
+
+
+def synthetic():
+    """Profiles by name: even and unequal layers, bound by the disk, by computing, and by neither alone."""
+    rng = random.Random(1)
+    sizes = [rng.choice([20, 40, 60, 120]) * MB for _ in range(32)]
+    compute = [rng.uniform(0.002, 0.03) for _ in range(32)]
+    return {
+        "even": make_profile([30 * MB] * 24, [0.0026] * 24, disk=4e8, head=270 * MB, head_s=0.02, overhead_s=0.001),
+        "unequal": make_profile(sizes, compute, disk=1e9, head=100 * MB, head_s=0.01),
+        "computing": make_profile([30 * MB] * 28, [0.03] * 28, disk=1e9, head=200 * MB, head_s=0.1),
+        "balance": make_profile([100 * MB] * 40, [0.06] * 40, disk=1e9, head=200 * MB, head_s=0.1),
+    }
+
+
+SYNTHETIC = synthetic()
+
+
+class Machine:
+    """Pulls that are simulated tokens with noise. Its speeds may differ from the profile's, and change at a pull."""
+
+    def __init__(self, profile, share, *, noise=0.03, seed=0, disk=1.0, compute=1.0, change=None):
+        available = max(int(share * streamable_bytes(profile)), profile.memory.min_window_bytes)
+        self.planned = h2o_arms(profile, available)
+        self.more = smaller_windows(profile, self.planned)
+        self.profile = profile
+        self.true = with_compute_time(with_disk_speed(profile, disk), compute)
+        self.change = change
+        self.noise = noise
+        self.rng = random.Random(seed)
+        self.n_pulls = 0
+        self.pulled = []
+        self._times = {}
+
+    def token_ms(self, arm):
+        """What a token really takes now."""
+        key = (self.true.disk.bytes_per_s.mean, arm)
+        if key not in self._times:
+            self._times[key] = 1000 * token_s(self.true, arm)
+        return self._times[key]
+
+    def __call__(self, arm):
+        if self.change and self.n_pulls == self.change[0]:
+            self.true = with_disk_speed(self.true, self.change[1])
+        self.n_pulls += 1
+        self.pulled.append(arm)
+        ms = self.token_ms(arm) * math.exp(self.rng.gauss(0, self.noise))
+        rates = decode_rates(self.true)
+        return Pulled(ms, max(0.0, ms - 1000 * (sum(rates.compute_s) + rates.overhead_s)))
+
+    def search(self):
+        found = LiveSearch(self.profile, self.planned, self.more)
+        words = []
+        search(found, self, lambda arm, pulled, word: words.append(word))
+        found.words = words
+        return found
+
+    def regret(self, found):
+        """How much slower the arm that was found is than the best one."""
+        return self.token_ms(found.best) / min(map(self.token_ms, [*self.planned, *self.more])) - 1
+
+
+def assert_within(machine, limit=0.02):
+    found = machine.search()
+    assert found.n_pulls < 40 * (1 + found.n_restarts)
+    assert machine.regret(found) <= limit, (found.best, found.n_pulls)
+    return found
+
+
+# --- the search on simulated machines -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("noise", "n_worse", "worst"), [(0.01, 0, 0.02), (0.03, 1, 0.03), (0.05, 3, 0.04)])
+def test_within_two_percent_of_the_best_arm_in_under_40_pulls(noise, n_worse, worst):
+    """Under noise as large as the differences between arms luck has a part: at most n_worse of 36 searches miss."""
+    machines = [Machine(p, s, noise=noise, seed=i) for p in SYNTHETIC.values() for s in SHARES for i in range(3)]
+    regrets = []
+    for machine in machines:
+        regrets.append(machine.regret(assert_within(machine, worst)))
+    assert sum(regret > 0.02 for regret in regrets) <= n_worse
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the source system's profiles are not beside the checkout")
+@pytest.mark.parametrize("path", sorted(SHARED.glob("*.json")), ids=lambda path: path.stem)
+def test_profiles_of_the_source_system(path):
+    profile = import_source(load_source(path))
+    for share in SHARES:
+        for seed in range(2):
+            assert_within(Machine(profile, share, noise=0.04, seed=seed))
+
+
+@pytest.mark.parametrize(("disk", "compute"), [(0.5, 1.0), (2.0, 1.0), (0.5, 1.3), (1.0, 0.5)])
+def test_a_profile_of_another_machine(disk, compute):
+    """The offline plan can be far off there."""
+    for name in ("unequal", "computing", "balance"):
+        for seed in range(3):
+            assert_within(Machine(SYNTHETIC[name], 0.6, seed=seed, disk=disk, compute=compute), 0.03)
+
+
+def test_arms_that_are_predicted_to_be_hopeless_are_never_pulled():
+    machine = Machine(SYNTHETIC["balance"], 0.6, noise=0.03)
+    best = min(map(machine.token_ms, machine.planned))
+    machine.search()
+    assert max(map(machine.token_ms, machine.planned)) > 1.5 * best
+    assert max(map(machine.token_ms, machine.pulled)) < 1.2 * best
+
+
+def test_little_noise_is_settled_sooner():
+    """With several arms that differ by less than the tolerance it takes all pulls to tell them apart."""
+    quiet, loud = (Machine(SYNTHETIC["unequal"], 0.6, noise=noise).search() for noise in (0.002, 0.05))
+    assert quiet.is_settled
+    assert quiet.n_pulls < loud.n_pulls
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7, 2.0])
+def test_a_disk_that_changes(factor):
+    for seed in range(3):
+        machine = Machine(SYNTHETIC["even"], 0.6, noise=0.03, seed=seed, change=(3, factor))
+        found = assert_within(machine)
+        assert found.n_restarts == 1
+        assert "change" in found.words[3:11]
+
+
+def test_a_change_of_what_is_best():
+    """A fast disk wants a small window there; on a slow one it is another layout's arm that wins."""
+    profile = SYNTHETIC["computing"]
+    machine = Machine(profile, 0.6, change=(6, 0.3))
+    before = machine.token_ms(machine.planned[0])
+    found = assert_within(machine)
+    assert found.n_restarts == 1
+    assert machine.token_ms(machine.planned[0]) > 1.5 * before
+
+
+def test_one_disturbed_pull_is_repeated_and_forgotten():
+    machine = Machine(SYNTHETIC["even"], 0.6, noise=0.005)
+
+    def pull(arm):
+        pulled = machine(arm)
+        return Pulled(2 * pulled.pass_ms, pulled.wait_ms) if machine.n_pulls == 6 else pulled
+
+    found = LiveSearch(machine.profile, machine.planned, machine.more)
+    words = []
+    search(found, pull, lambda arm, pulled, word: words.append(word))
+    assert "surprise" in words[:6]
+    assert found.n_restarts == 0
+    assert machine.regret(found) < 0.02
+    assert max(row.measured_ms for row in found.rows if row.n) < 1.5 * machine.token_ms(found.best)
+
+
+def test_a_machine_that_never_rests_ends_the_search():
+    rng = random.Random(2)
+    found = LiveSearch(SYNTHETIC["even"], Machine(SYNTHETIC["even"], 0.6).planned)
+    search(found, lambda arm: Pulled(1000 * math.exp(rng.gauss(0, 1.0)), 500.0))
+    assert found.n_pulls <= 4 * MOST_PULLS
+
+
+def test_the_planners_choice_is_kept_among_equals():
+    profile = SYNTHETIC["even"]
+    machine = Machine(profile, 0.6)
+    found = LiveSearch(profile, machine.planned, machine.more)
+    search(found, lambda arm: Pulled(1000.0, 900.0))
+    assert found.best == offline_arm(profile, machine.planned) == found.first
+
+
+def test_one_arm_is_measured_once():
+    profile = SYNTHETIC["even"]
+    found = LiveSearch(profile, h2o_arms(profile, streamable_bytes(profile)))
+    search(found, lambda arm: Pulled(50.0, 0.0))
+    assert (found.n_pulls, found.best_row.measured_ms, found.is_settled) == (1, pytest.approx(50.0), True)
+
+
+def test_smaller_windows_stay_within_the_budget():
+    profile = SYNTHETIC["even"]
+    for share in (0.05, 0.3, 0.9):
+        planned = h2o_arms(profile, int(share * streamable_bytes(profile)))
+        for arm in smaller_windows(profile, planned):
+            assert arm.pinned_bytes + arm.window_bytes == planned[0].pinned_bytes + planned[0].window_bytes
+            assert profile.memory.min_window_bytes <= arm.window_bytes
+    assert smaller_windows(profile, h2o_arms(profile, streamable_bytes(profile))) == []
+    assert smaller_windows(profile, [Arm(3, 1, Layout.PREFIX, 10, 10)]) == []
+
+
+@pytest.mark.parametrize(("disk", "compute"), [(0.4, 1.0), (3.0, 1.0), (0.5, 1.5)])
+def test_adapting_a_profile(disk, compute):
+    profile = SYNTHETIC["even"]
+    machine = Machine(profile, 0.5, noise=0.0, disk=disk, compute=compute)
+    arm = machine.planned[0]
+    found = adapted(profile, [Row(arm, math.nan, pulls=[machine(arm)])])
+    for other in machine.planned:
+        assert 1000 * token_s(found, other) == pytest.approx(machine.token_ms(other), rel=0.05)
+    assert adapted(profile, [Row(arm, math.nan, pulls=[Pulled(1010 * token_s(profile, arm), 0.0)])]) is profile
+
+
+# --- h2o plan --live ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    return tmp_path / "plan.bin"
+
+
+@pytest.fixture
+def profile_path(tmp_path):
+    """Ten layers of 100 bytes, for the process of test_plan_stats: 900 bytes for weights."""
+    made = make_profile([100] * 10, [1e-4] * 10, disk=1e5, head=20)
+    info = msgspec.structs.replace(made.model, hash=MODEL)
+    path = tmp_path / "profile.json"
+    save_profile(msgspec.structs.replace(made, model=info), path)
+    return path
+
+
+@pytest.fixture
+def process(plan_file):
+    """process(pass_s): something that follows the plan file."""
+    command = [sys.executable, "-c", PROCESS, str(plan_file)]
+    started = []
+
+    def start(pass_s, n=100000):
+        arguments = [*command, str(pass_s), str(n)]
+        started.append(subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "ready\n"
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+        one.stdout.close()
+
+
+@pytest.fixture
+def live(plan_file, profile_path, capsys, monkeypatch):
+    """live(*flags): exit code, standard output, standard error of `h2o plan --live`, with short pulls.
+
+    live.plans are the plans that were written.
+    """
+    monkeypatch.setattr(plan_stats, "MEASURE_LEAST_S", 0.0)
+    plans = []
+
+    def write(path, plan):
+        plans.append(write_plan(path, plan))
+        return plans[-1]
+
+    monkeypatch.setattr("h2o_cli.cmd_plan.write_plan", write)
+
+    def call(*flags):
+        code = cli.run_command(["plan", "--live", "-c", str(profile_path), "-s", str(plan_file), *map(str, flags)])
+        return code, *capsys.readouterr()
+
+    call.plans = plans
+    return call
+
+
+def test_live_plan_of_a_process(live, process, plan_file):
+    process(0.001)
+    code, out, err = live("--json")
+    assert code == 0, err
+    found = json.loads(out)
+    kept = read_plan(plan_file)
+    assert (kept.budget_bytes, kept.model_hash, kept.generation) == (1000, MODEL, found["generation"])
+    assert (found["k"], found["w"], found["layout"]) == (kept.k, kept.w, kept.layout.label)
+    assert sum(found["ledger"].values()) == found["budget_bytes"] == 1000
+    assert found["ledger"]["fixed_bytes"] == 100
+    assert 0 < found["pulls"] < 40
+    assert found["measured_ms_per_token"] == pytest.approx(1 - kept.k / 10)
+    assert re.search(r"pull 1: k=\d+ w=\d+ \w+, window .*: [0-9.]+ ms per token", err)
+    assert len(live.plans) >= found["pulls"] > 1
+    for plan in live.plans:
+        assert plan.budget_bytes == 1000
+        assert plan.pinned_bytes + plan.window_bytes <= 900
+
+
+def test_live_plan_for_people(live, process, plan_file):
+    process(0.001)
+    code, out, err = live("-m", "950B", "--explain", "--layout", "even")
+    assert code == 0, err
+    assert "layout even" in out
+    assert "measured: " in out
+    assert "tried (ms per token):" in out
+    assert "stays in" in err.splitlines()[-1]
+    assert read_plan(plan_file).budget_bytes == 950
+
+
+def test_live_without_a_process(live, plan_file):
+    code, out, err = live()
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 2
+    assert "no running process follows" in err
+    assert not plan_file.exists()
+
+
+def test_live_with_too_little_memory(live, process, plan_file):
+    process(0.001)
+    code, _, err = live("-m", "110B")
+    assert code == 1
+    assert "too little for process" in err
+    assert live.plans == []
+    assert not plan_file.exists()
+
+
+@pytest.mark.parametrize("flags", [("--set", "3,1"), ("--show",)])
+def test_live_with_flags_that_do_not_go_with_it(live, flags):
+    assert live(*flags)[0] == 2
+
+
+def test_live_with_a_process_that_ends(live, process, plan_file):
+    process(0.02, 20)
+    code, out, err = live()
+    assert (code, out) == (1, "")
+    assert "has ended" in err
+    assert re.search(r"stopped after \d+ pulls; the best plan so far stays", err)
+    assert read_plan(plan_file).model_hash == MODEL
+
+
+def test_live_leaves_a_foreign_plan_alone(live, process, plan_file, monkeypatch):
+    process(0.001)
+
+    def write_two(path, plan):
+        written = write_plan(path, plan)
+        write_plan(path, FOREIGN)
+        return written
+
+    monkeypatch.setattr("h2o_cli.cmd_plan.write_plan", write_two)
+    code, _, err = live()
+    assert code == 1
+    assert "another plan was written" in err
+    assert read_plan(plan_file).k == FOREIGN.k
+
+
+def test_ctrl_c_leaves_the_best_plan_so_far(process, plan_file, profile_path):
+    process(0.005)
+    command = [*H2O, "plan", "--live", "-c", str(profile_path), "-s", str(plan_file)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as planner:
+        lines = [planner.stderr.readline() for _ in range(2)]
+        planner.send_signal(signal.SIGINT)
+        out, err = planner.communicate(timeout=30)
+    assert (planner.returncode, out) == (130, "")
+    assert "stopped after" in err
+    pulls = {}
+    for line in (*lines, *err.splitlines()):
+        match = re.match(r"h2o: pull \d+: k=(\d+) .*: ([0-9.]+) ms per token", line)
+        if match:
+            pulls[int(match[1])] = float(match[2])
+    assert read_plan(plan_file).k == min(pulls, key=pulls.__getitem__)
+
+
+def test_live_on_a_model_that_streams(tiny_model, tmp_path, plan_file, capsys, monkeypatch):
+    """The whole way: a run of a real model publishes, plans are tried on it, its tokens stay the same."""
+    monkeypatch.setattr(plan_stats, "MEASURE_LEAST_S", 0.0)
+    model = tiny_model("gemma2")
+    file = ModelFile.open(model)
+    made = make_profile(
+        [sum(piece.span_bytes for piece in layer.pieces) for layer in file.layers],
+        [1e-3] * file.n_layers,
+        head=sum(piece.span_bytes for piece in file.head.pieces),
+        min_window=max(piece.span_bytes for piece in file.pieces),
+    )
+    info = msgspec.structs.replace(made.model, hash=file.hash, path=str(model))
+    save_profile(msgspec.structs.replace(made, model=info), tmp_path / "p.json")
+    run = [*H2O, "run", str(model), "-p", "x", "-n", "20000", "--ctx", "20100", "-s", str(plan_file), "--temp", "0"]
+    with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        stats = None
+        while stats is None and process.poll() is None:
+            stats = plan_stats.StatsReader(plan_stats.stats_path(plan_file)).read()
+        budget = stats.fixed_bytes + streamable_bytes(made) * 7 // 10
+        flags = ["plan", "--live", "-c", str(tmp_path / "p.json"), "-s", str(plan_file), "-m", f"{budget}B", "--json"]
+        code = cli.run_command(flags)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["pulls"] < 40 * (1 + found["restarts"])
+    assert found["measured_ms_per_token"] > 0
+    assert process.returncode == 130
+    assert not plan_stats.stats_path(plan_file).exists()
