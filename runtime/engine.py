@@ -324,9 +324,11 @@ class Engine:
 
     def _before(self, address: int) -> bool:
         """A node is going to be computed: place its weights. True makes llama.cpp report when it is done."""
+        report = self.kv.before(address) if self.kv else False
+        if not self._active and not self.trace:
+            return report
         sources = abi.unpack_src(ctypes.string_at(address + abi.SRC_OFFSET, abi.SRC_BYTES))
-        report = self.trace.before(sources) if self.trace else False
-        if self.kv and self.kv.before(address):
+        if self.trace and self.trace.before(sources):
             report = True
         if self._active.keys().isdisjoint(sources):
             return report

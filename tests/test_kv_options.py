@@ -114,14 +114,19 @@ def test_a_row_keeps_its_slot_as_long_as_it_is_chosen(data):
     for step in range(data.draw(st.integers(1, 6))):
         rows = np.array(sorted(data.draw(st.permutations(range(n_rows)))[:n]), np.int64)
         assert slots.overlap(rows) == pytest.approx(sum(int(row) in where for row in rows) / n)
-        missing, targets = slots.choose(rows)
-        assert [int(row) for row in missing] == [int(row) for row in rows if int(row) not in where]
+        move = slots.choose(rows)
+        missing = [int(row) for row in rows if int(row) not in where]
+        assert (move is None) == (not missing)
+        if move is None:
+            continue
+        assert list(move.rows) == missing
         if step == 0:
-            assert list(targets) == list(range(n))  # rising, as in the cache
+            assert list(move.slots) == list(range(n))  # rising, as in the cache
         kept = {row: slot for row, slot in where.items() if row in rows}
-        where = kept | {int(row): int(slot) for row, slot in zip(missing, targets, strict=True)}
-        assert sorted(where) == list(rows) and sorted(where.values()) == list(range(n))
-        assert all(slots.rows[slot] == row for row, slot in where.items())
+        where = kept | {int(row): int(slot) for row, slot in zip(move.rows, move.slots, strict=True)}
+        assert sorted(where) == list(rows)
+        assert sorted(where.values()) == list(range(n))
+        assert all(move.every[slot] == row for row, slot in where.items())
     slots.forget()
     assert slots.overlap(rows) == 0
 

@@ -8,6 +8,7 @@ nodes are pointed at buffers that hold just those, and so are the writes of new 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ class Filter:
         self._scorer = scorer
         self._sparse: SparseRows | None = None
         if options.method != "full":
-            self._sparse = SparseRows(options, cache, tuple(s.sparse for s in roles.segments), stopped)
+            segments = tuple(segment.sparse for segment in roles.segments)
+            spare_core = scorer.n_threads < len(os.sched_getaffinity(0))
+            self._sparse = SparseRows(options, cache, segments, stopped, spare_core=spare_core)
         self._layers = frozenset(self._sparse.layers) if self._sparse else frozenset()
         self._own = self._sparse.own if self._sparse else set()
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}

@@ -27,7 +27,7 @@ class Scorer:
 
     def __init__(self, n_threads: int, n_heads: int) -> None:
         """n_heads: the most query heads of a layer."""
-        self.n_heads = n_heads
+        self.n_threads, self.n_heads = n_threads, n_heads
         self._backend = abi.ggml_backend_cpu_init()
         abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
         self._keys, self._query, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
@@ -42,8 +42,8 @@ class Scorer:
     def logits(self, query: Floats, keys: abi.Tensor, n_rows: int) -> Floats:
         """q.k without scale [n_heads, n_rows], valid until the next call.
 
-        query [n_heads, head_dim]; keys: the flash-attention node's src[1] [head_dim, n_kv, n_kv_heads], query head h
-        uses key head h // (n_heads / n_kv_heads).
+        query [n_heads, head_dim], contiguous; keys: the flash-attention node's src[1] [head_dim, n_kv, n_kv_heads],
+        query head h uses key head h // (n_heads / n_kv_heads).
         """
         n_heads, head_dim = query.shape
         self._reserve(n_heads * n_rows * 4)
@@ -51,8 +51,6 @@ class Scorer:
         self._keys.op, self._keys.view_src, self._keys.src = abi.OP_NONE, None, (ctypes.c_void_p * 10)()
         self._keys.ne[1] = n_rows
         _describe(self._query, query.ctypes.data, (head_dim, 1, n_heads))
-        self._query.nb[1] = self._query.nb[2] = query.strides[0]
-        self._query.nb[3] = self._query.nb[2] * n_heads
         _describe(self._output, self._result.address, (n_rows, 1, n_heads))
         status = abi.ggml_backend_graph_compute(self._backend, self._graph)
         if status != 0:
@@ -126,8 +124,8 @@ def weights(logits: Floats, scale: float, softcap: float = 0.0) -> None:
 def top_rows(scores: Floats, n: int, kept: Sequence[tuple[int, int]] = (), block: int = 1) -> Rows:
     """The n rows with the highest scores [n_rows], rising. kept: ranges [start, end) that are taken in any case.
 
-    With blocks, the score of a block is the highest of its rows; blocks are taken by score, the last of them in part
-    where the budget ends inside it.
+    Of equal scores the first ones count. With blocks, the score of a block is the highest of its rows; blocks are taken
+    by score, the last of them in part where the budget ends inside it.
     """
     n = min(n, len(scores))
     if kept:
@@ -135,9 +133,7 @@ def top_rows(scores: Floats, n: int, kept: Sequence[tuple[int, int]] = (), block
         for start, end in kept:
             scores[start:end] = np.inf
     if block == 1:
-        found: Rows = np.argpartition(scores, len(scores) - n)[len(scores) - n :]
-        found.sort()
-        return found.astype(np.int64, copy=False)
+        return _best(scores, n)
     n_blocks = -(-len(scores) // block)
     padded = np.full(n_blocks * block, -np.inf, np.float32)
     padded[: len(scores)] = scores
@@ -146,3 +142,13 @@ def top_rows(scores: Floats, n: int, kept: Sequence[tuple[int, int]] = (), block
     rows = rows[rows < len(scores)][:n]
     rows.sort()
     return rows.astype(np.int64, copy=False)
+
+
+def _best(scores: Floats, n: int) -> Rows:
+    """The n rows with the highest scores, rising."""
+    least = np.partition(scores, len(scores) - n)[len(scores) - n]
+    found: Rows = np.flatnonzero(scores >= least)
+    if len(found) > n:  # several rows have the lowest score that still counts
+        equal = np.flatnonzero(scores[found] == least)
+        found = np.delete(found, equal[n - len(found) :])
+    return found

@@ -15,7 +15,7 @@ from runtime.kv.compact import Compact
 from runtime.kv.jobs import Job, Jobs, Stopped, settle
 from runtime.kv.options import KvFilter
 from runtime.kv.scores import Floats, Scorer, raw_scores, softmax_scores, top_rows
-from runtime.kv.slots import Rows, Slots
+from runtime.kv.slots import Move, Rows, Slots
 from runtime.kv.store import Store
 
 Queries = deque[tuple[int, Floats]]  # positions and queries [n_heads, head_dim] of the last tokens
@@ -119,11 +119,11 @@ def fixed_rows(options: KvFilter, n_prompt: int, number: int) -> Rows:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Where chosen rows go, where they come from, and the threads that bring them (None: who asks does)."""
+    """Where chosen rows go, where they come from, and the threads that bring them."""
 
     compact: Mapping[int, Compact]
     store: Store
-    jobs: Jobs | None
+    jobs: Jobs
     stopped: Stopped
 
 
@@ -138,10 +138,10 @@ class Selection:
         buffers: Buffers,
     ) -> None:
         self._strategy, self._threshold = options.strategy, options.lazy_threshold
-        self._layers, self._buffers = layers, buffers
+        self._layers, self._buffers, self._store = layers, buffers, buffers.store
         self._slots = Slots(options.n_rows(n_prompt), n_prompt)
         self._filled = False
-        self._put_off: dict[int, tuple[Rows, Rows]] = {}
+        self._put_off: dict[int, Move] = {}
         self._running: dict[int, Job] = {}
         self._stale: list[Job] = []
 
@@ -152,20 +152,29 @@ class Selection:
         if self._strategy in ("without_pack", "brutal"):
             self._slots.forget()
         self.settle()
-        missing, slots = self._slots.choose(rows)
+        move = self._slots.choose(rows)
         self._filled = True
-        if not len(missing):
+        if not move:
             return
-        for layer in self._layers:
-            if self._strategy == "without_pack":
-                self._put_off[layer] = (missing, slots)
-            elif self._buffers.jobs:
-                self._running[layer] = self._buffers.jobs.start(partial(self._fetch, layer, missing, slots))
-            else:
-                self._fetch(layer, missing, slots)
+        if self._strategy == "without_pack":
+            self._put_off = dict.fromkeys(self._layers, move)
+        elif self._store.aside:
+            for layer in self._layers:
+                self._running[layer] = self._buffers.jobs.start(partial(self._fetch, layer, move))
+        else:
+            self._fetch_now(move)
 
-    def _fetch(self, layer: int, rows: Rows, slots: Rows) -> None:
-        self._buffers.store.fetch(self._buffers.compact[layer], layer, rows, slots)
+    def _fetch_now(self, move: Move) -> None:
+        """Have half of the layers fetched by a thread, fetch the others meanwhile."""
+        half = len(self._layers) // 2
+        jobs = [self._buffers.jobs.start(partial(self._fetch, layer, move)) for layer in self._layers[:half]]
+        for layer in self._layers[half:]:
+            self._fetch(layer, move)
+        for job in jobs:
+            job.wait(self._buffers.stopped)
+
+    def _fetch(self, layer: int, move: Move) -> None:
+        self._store.fetch(self._buffers.compact[layer], layer, move)
 
     def is_ready(self, layer: int) -> bool:
         """Whether nothing is on its way to this layer's buffer."""
@@ -175,7 +184,7 @@ class Selection:
         """Return when the rows of a layer are there."""
         late = self._put_off.pop(layer, None)
         if late:
-            self._fetch(layer, *late)
+            self._fetch(layer, late)
         job = self._running.get(layer)
         if job:
             job.wait(self._buffers.stopped)

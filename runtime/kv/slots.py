@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Rows (rising) that go into slots; `every`: the row each slot has afterwards."""
+
+    rows: Rows
+    slots: Rows
+    every: Rows
 
 
 class Slots:
@@ -17,20 +28,15 @@ class Slots:
         self._slot_of = np.full(n_rows, -1, np.int64)
         self._chosen = np.zeros(n_rows + 1, bool)  # the last one stands for an empty slot
 
-    @property
-    def rows(self) -> Rows:
-        """The row in every slot [n_slots]; -1: none."""
-        return self._row_of
-
     def overlap(self, rows: Rows) -> float:
         """The share of these rows that has a slot."""
         return float(np.count_nonzero(self._slot_of[rows] >= 0)) / max(1, len(rows))
 
-    def choose(self, rows: Rows) -> tuple[Rows, Rows]:
-        """Make n_slots rows (rising, different) the chosen ones; (rows to fetch, rising, and the slots they go to)."""
+    def choose(self, rows: Rows) -> Move | None:
+        """Make n_slots rows (rising, different) the chosen ones; what has to be fetched for that, None: nothing."""
         missing = rows[self._slot_of[rows] < 0]
         if not len(missing):
-            return missing, missing
+            return None
         self._chosen[rows] = True
         free = np.flatnonzero(~self._chosen[self._row_of])[: len(missing)]
         self._chosen[rows] = False
@@ -38,7 +44,7 @@ class Slots:
         self._slot_of[old[old >= 0]] = -1
         self._row_of[free] = missing
         self._slot_of[missing] = free
-        return missing, free
+        return Move(missing, free, self._row_of.copy())
 
     def forget(self) -> None:
         """No row has a slot."""

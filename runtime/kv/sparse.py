@@ -23,7 +23,13 @@ class SparseRows:
     """Rows of the sparse layers in `segments`, each a group that attends to the same selection."""
 
     def __init__(
-        self, options: KvFilter, cache: Cache, segments: tuple[tuple[int, ...], ...], stopped: Stopped
+        self,
+        options: KvFilter,
+        cache: Cache,
+        segments: tuple[tuple[int, ...], ...],
+        stopped: Stopped,
+        *,
+        spare_core: bool,
     ) -> None:
         self.stored = self.kept = 0
         self.layers = tuple(layer for segment in segments for layer in segment)
@@ -33,13 +39,11 @@ class SparseRows:
         self._selections: list[Selection] = []
         self._mask = Mask(self._n_cells)
         self._slot: PromptSlot | None = None
-        self.store: Store = RamStore(cache)
-        jobs = None
-        if options.store == "disk":
-            disk = DiskStore(cache, self.layers, options.folder)
-            jobs = Jobs(disk.n_threads)
+        disk = DiskStore(cache, self.layers, options.folder) if options.store == "disk" else None
+        self.store: Store = disk or RamStore(cache, aside=spare_core)
+        jobs = Jobs(self.store.n_threads)
+        if disk:
             self._slot = PromptSlot(disk, self.layers, jobs, stopped)
-            self.store = disk
         compact = {n: Compact(cache.layers[n], self._n_cells) for n in self.layers}
         self._buffers = Buffers(compact, self.store, jobs, stopped)
 
@@ -138,7 +142,7 @@ class SparseRows:
 
     def close(self) -> None:
         """Free everything; memory that a hanging disk may still write to stays until the process ends."""
-        if self._buffers.jobs and not self._buffers.jobs.close():
+        if not self._buffers.jobs.close():
             return
         for compact in self._buffers.compact.values():
             compact.free()

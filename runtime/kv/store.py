@@ -16,12 +16,13 @@ import numpy as np
 from runtime.errors import DiskError
 from runtime.kv.cache import Cache, CacheLayer
 from runtime.kv.compact import Compact, RowArray, rows_at
-from runtime.kv.slots import Rows
+from runtime.kv.slots import Move, Rows
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
 READERS = 4
 _BOUNCE_BYTES = 2**20  # of each thread that reads
+_MOST_NEW = 3  # all rows are copied when more than one in so many is new
 _GAP_PAGES = 2  # pages read for nothing when that saves a request
 _OTHER_FOLDER = "set TMPDIR to a folder on a disk with room, lower --ctx, or use --kv-store ram"
 
@@ -30,11 +31,12 @@ class Store(Protocol):
     """Rows of sparse layers. Positions of the prompt are rows; a part is keys (0) or values (1)."""
 
     n_threads: int
+    aside: bool  # fetch beside the computation: with a disk or a core that has nothing else to do
     fetched_bytes: int
     read_bytes: int
 
-    def fetch(self, compact: Compact, layer: int, rows: Rows, slots: Rows) -> None:
-        """Bring rows (rising) of a layer into slots of its buffer."""
+    def fetch(self, compact: Compact, layer: int, move: Move) -> None:
+        """Bring rows of a layer into slots of its buffer."""
 
     def put(self, layer: int, part: int, first_row: int, rows: RowArray) -> None:
         """Keep rows [first_row, first_row + len(rows)) of one part of a layer."""
@@ -44,19 +46,29 @@ class Store(Protocol):
 
 
 class RamStore:
-    """Rows stay in llama.cpp's own cache. Copies are short, so nothing is gained by making them aside."""
+    """Rows stay in llama.cpp's own cache."""
 
-    n_threads = 0
+    n_threads = 1
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, *, aside: bool) -> None:
+        self.aside = aside
         self._layers = cache.layers
+        self._lock = threading.Lock()
         self.fetched_bytes = self.read_bytes = 0
 
-    def fetch(self, compact: Compact, layer: int, rows: Rows, slots: Rows) -> None:
-        """Copy rows of a layer to slots of its buffer."""
+    def fetch(self, compact: Compact, layer: int, move: Move) -> None:
+        """Copy rows of a layer to slots of its buffer; where many are new, all of them: one copy instead of two."""
+        cached = self._layers[layer]
+        n_rows = len(move.rows)
         for part, target in enumerate(compact.rows):
-            target[slots] = self._rows(self._layers[layer], part)[rows]
-        self.fetched_bytes += len(rows) * self._layers[layer].row_bytes
+            source = self._rows(cached, part)
+            if n_rows * _MOST_NEW > len(move.every):
+                n_rows = len(move.every)
+                np.take(source, move.every, out=target[:n_rows], mode="clip")
+            else:
+                target[move.slots] = source[move.rows]
+        with self._lock:
+            self.fetched_bytes += n_rows * cached.row_bytes
 
     def put(self, layer: int, part: int, first_row: int, rows: RowArray) -> None:
         """Write rows into the cache."""
@@ -86,6 +98,7 @@ class DiskStore:
     """
 
     n_threads = READERS
+    aside = True
 
     def __init__(self, cache: Cache, layers: Sequence[int], folder: str) -> None:
         self.fetched_bytes = self.read_bytes = 0
@@ -145,8 +158,9 @@ class DiskStore:
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
-    def fetch(self, compact: Compact, layer: int, rows: Rows, slots: Rows) -> None:
-        """Read rows (rising) of a layer into slots of its buffer; neighbours come in one request."""
+    def fetch(self, compact: Compact, layer: int, move: Move) -> None:
+        """Read rows of a layer into slots of its buffer; neighbours come in one request."""
+        rows, slots = move.rows, move.slots
         for part, target in enumerate(compact.rows):
             place = self._places[layer, part]
             step = _BOUNCE_BYTES // PAGE // (place.row_bytes // PAGE + 2 + _GAP_PAGES)
