@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "Run a model inside a memory budget: one prompt, or a conversation.",
     "plan": "Choose what stays in memory and what is streamed, for a budget.",
     "profile": "Measure a model on this machine: disk, layers, memory.",
+    "kv": "Find the layers of a model that can filter keys and values.",
     "inspect": "Show a model's layers, bytes, architecture and smallest budget.",
     "bench": "Benchmarks, and models with random weights for them.",
 }

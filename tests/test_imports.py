@@ -19,7 +19,7 @@ HEAVY = {
     "llama_cpp": ({"runtime/chat.py"}, {"profiler/bench/make_model.py", "profiler/bench/llama_cpp_run.py"}),
     "jinja2": ({"runtime/chat.py"}, set()),
     "gguf": (set(), {"profiler/bench/make_model.py"}),
-    "matplotlib": (set(), {"profiler/bench/plots.py"}),
+    "matplotlib": (set(), {"profiler/bench/plots.py", "profiler/bench/kv_plots.py"}),
     "torch": (set(), set()),
     "sentencepiece": (set(), set()),
 }

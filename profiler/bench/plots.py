@@ -44,17 +44,17 @@ def draw(rows: Sequence[Row], timelines: Sequence[Timeline], folder: Path) -> li
     budgets = chosen(rows, suite="budgets")
     for setup in setups(budgets):
         at = setup.of(budgets)
-        drawn.append(_picture(folder / f"speed-{setup.stem}.png", partial(draw_speed, rows=at, disk=setup.disk)))
+        drawn.append(picture(folder / f"speed-{setup.stem}.png", partial(draw_speed, rows=at, disk=setup.disk)))
         if any(row.ledger for row in at):
-            drawn.append(_picture(folder / f"memory-{setup.stem}.png", partial(draw_memory, rows=at)))
+            drawn.append(picture(folder / f"memory-{setup.stem}.png", partial(draw_memory, rows=at)))
     for timeline in timelines:
         setup = Setup(timeline.model, timeline.read_bytes_per_s)
         fill = partial(draw_timeline, timeline=timeline, disk=setup.disk)
-        drawn.append(_picture(folder / f"timeline-{setup.stem}.png", fill))
+        drawn.append(picture(folder / f"timeline-{setup.stem}.png", fill))
     return drawn
 
 
-def _picture(path: Path, fill: Callable[[Axes], None]) -> Path:
+def picture(path: Path, fill: Callable[[Axes], None]) -> Path:
     """One picture of one diagram."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

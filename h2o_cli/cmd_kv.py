@@ -1,0 +1,177 @@
+"""`h2o kv`: find the filter layers of a model for `h2o run --kv-filter`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from h2o_cli.cmd_profile import check_writable
+from h2o_cli.defaults import MOST_THREADS, default_budget, default_threads
+from h2o_cli.interrupts import interrupts
+from h2o_cli.models import profiles_folder, read_text, resolve_model
+from h2o_cli.output import Progress, emit, note, table, versions
+from runtime.errors import Cancelled, PromptError, UsageError
+from runtime.kv.options import parse_keep
+from runtime.sizes import parse_size
+
+if TYPE_CHECKING:
+    from profiler.kv_eval.analyze import Search
+    from profiler.kv_eval.layers_file import LayerChoice
+
+EPILOG = """Examples:
+
+\b
+  h2o kv analyze model.gguf                  find the layers, keep them for `h2o run --kv-filter`
+  h2o kv analyze model.gguf --plot curves.png
+  h2o kv analyze model.gguf --length 4000 --prompts 4 --checks 8
+  h2o kv analyze model.gguf --text book.txt  sample prompts from a text of your own
+"""
+_MOST_TEXT = 64 * 2**20
+_SHOWN = 8
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Filter layers of a model.")
+
+
+@app.callback()
+def kv() -> None:
+    """Find out which layers of a model can choose the positions that others attend to."""
+
+
+@app.command("analyze", epilog=EPILOG)
+def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")
+    ] = None,
+    keep: Annotated[str, typer.Option("--keep", metavar="F", help="Share of the prompt that is kept.")] = "0.1",
+    length: Annotated[int, typer.Option("--length", metavar="N", min=64, help="Tokens of a sample prompt.")] = 512,
+    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="Sample prompts.")] = 12,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Cut sample prompts from this text; default: needles.")
+    ] = None,
+    dense: Annotated[
+        float, typer.Option("--dense", metavar="F", min=0, max=1, help="Largest part of the layers that stays dense.")
+    ] = 0.5,
+    filters: Annotated[int, typer.Option("--filters", metavar="N", min=1, help="Most filter layers.")] = 3,
+    checks: Annotated[int, typer.Option("--checks", metavar="N", min=1, help="Choices that are measured.")] = 16,
+    most_kl: Annotated[
+        float,
+        typer.Option("--kl", metavar="NATS", min=0, help="Good enough: divergence per token from full attention."),
+    ] = 0.01,
+    select: Annotated[str, typer.Option("--select", metavar="NAME", help="last, softmax, uniform or exp.")] = "last",
+    memory: Annotated[
+        str | None,
+        typer.Option("-m", "--memory", metavar="SIZE", help="Memory budget. [default: 60 % of what is free]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves into a PNG file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the result to this file only.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Record attention scores, propose filter layers by similarity, measure them, and keep the best for `h2o run`."""
+    from profiler.kv_eval.analyze import Search
+    from runtime.kv.options import KvFilter
+
+    share = parse_keep(keep)
+    if isinstance(share, int):
+        raise UsageError(f"--keep {keep} is not a share", "give a fraction such as 0.1")
+    KvFilter(keep=share, select=select)
+    path = resolve_model(model)
+    for file in (output, plot):
+        check_writable(file, make_folder=False)
+    search = Search(
+        length=length,
+        n_prompts=prompts,
+        keep=share,
+        select=select,
+        most_dense=dense,
+        most_filters=filters,
+        checks=checks,
+        most_kl=most_kl,
+        texts=_texts(text, length, prompts) if text else (),
+        versions=tuple(versions().items()),
+    )
+    found = _analyze(path, search, memory, threads)
+    target = _save(found, output)
+    if plot:
+        _draw(found, plot)
+    if as_json:
+        import msgspec
+
+        emit(msgspec.json.encode(found).decode() + "\n")
+    else:
+        emit(summary(found) + "\n")
+        note(f"the filter layers are in {target}")
+
+
+def _texts(path: Path, length: int, n_prompts: int) -> tuple[str, ...]:
+    """Pieces of a text, evenly spread, each long enough for a sample prompt."""
+    content = read_text(path, "the text", _MOST_TEXT).decode(errors="replace")
+    n_characters = 8 * length  # more than a token has in any common text; what is too long is cut after tokenizing
+    if len(content) < length:
+        raise PromptError(f"{path} holds {len(content)} characters, too few for a prompt", "give a longer text")
+    last = max(0, len(content) - n_characters)
+    starts = sorted({i * last // max(1, n_prompts - 1) for i in range(n_prompts)})
+    return tuple(content[start : start + n_characters] for start in starts)
+
+
+def _analyze(path: Path, search: Search, memory: str | None, threads: int | None) -> LayerChoice:
+    from profiler.kv_eval.analyze import Analysis
+    from profiler.kv_eval.model import EvalModel
+
+    budget_bytes = parse_size(memory) if memory else default_budget()
+    model = EvalModel(path, n_threads=threads or default_threads(), budget_bytes=budget_bytes)
+    try:
+        analysis = Analysis(model, search)
+        with Progress(f"analyzing {path.name}", lambda: analysis.share), interrupts.ending(model.cancel):
+            found = analysis.run()
+    finally:
+        model.close()
+    stopped = interrupts.take()
+    if stopped:
+        raise Cancelled(stopped)
+    return found
+
+
+def _save(found: LayerChoice, output: Path | None) -> Path:
+    from profiler.kv_eval.layers_file import layers_path, save_choice
+
+    target = output or layers_path(profiles_folder(), found.model_hash)
+    if output is None:
+        check_writable(target, make_folder=True)
+    save_choice(found, target)
+    return target
+
+
+def _draw(found: LayerChoice, path: Path) -> None:
+    from profiler.bench.kv_plots import draw_choice
+
+    draw_choice(found, path)
+    note(f"the curves are in {path}")
+
+
+def summary(found: LayerChoice) -> str:
+    """The choice, and the best of what was measured."""
+    layers = ",".join(map(str, found.layers))
+    rows = [["layers", "wait", "dense", "similarity", "KL, nats/token"]]
+    for way in found.candidates[:_SHOWN]:
+        mark = " *" if (way.layers, way.wait) == (found.layers, found.wait) else ""
+        kl = "-" if way.kl is None else f"{way.kl:.4f}"
+        names = ",".join(map(str, way.layers)) + mark
+        rows.append([names, str(way.wait), f"{way.dense_share:.0%}", f"{way.similarity:.3f}", kl])
+    return "\n".join(
+        [
+            f"{found.model}: filter layers {layers}, wait {found.wait}"
+            f" ({found.keep:.0%} kept, {found.n_prompts} prompts, {found.n_steps} steps)",
+            "",
+            table(rows, right=(1, 2, 3, 4)),
+            f"measured: {len(found.candidates)}; *: chosen, the smallest dense part that is good enough",
+        ]
+    )

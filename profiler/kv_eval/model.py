@@ -1,0 +1,127 @@
+"""A model under evaluation: opened once, with one engine after another on it, each with a filter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.engine import Engine
+from runtime.errors import Cancelled, UsageError
+from runtime.hollow import HollowModel
+from runtime.kv.options import KvFilter
+from runtime.model_file import ModelFile
+from runtime.plan import Layout, Plan
+from runtime.settings import Settings
+from runtime.tokenizer import Tokenizer
+
+Floats = npt.NDArray[np.float32]
+UBATCH = 256
+_WINDOW_PIECES = 2
+
+
+class EvalModel:
+    """The model at a path; its weights stay in memory as far as budget_bytes allows. Raises H2OError."""
+
+    def __init__(self, path: Path, *, n_threads: int, budget_bytes: int) -> None:
+        self.file = ModelFile.open(path)
+        self._hollow = HollowModel(self.file)
+        self._n_threads, self._budget_bytes = n_threads, budget_bytes
+        self._engine: Engine | None = None
+        self._cancelled = 0
+        self.tokenizer = Tokenizer(self._hollow, self.file)
+
+    @contextmanager
+    def engine(self, kv: KvFilter | None, n_ctx: int, kv_type: str = "f16") -> Iterator[Engine]:
+        """An engine with this filter inside the block."""
+        self._check()
+        largest = max((piece.span_bytes for piece in self.file.pieces), default=0)
+        window = min(_WINDOW_PIECES * largest, self._budget_bytes // 4)
+        plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=self._budget_bytes)
+        settings = Settings(n_ctx=n_ctx, n_ubatch=min(UBATCH, n_ctx), n_threads=self._n_threads, kv_type=kv_type, kv=kv)
+        self._engine = Engine(self.file, self._hollow, plan, settings, lambda _text: None)
+        try:
+            self._check()
+            yield self._engine
+        finally:
+            engine, self._engine = self._engine, None
+            engine.close()
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, without a begin-of-text token."""
+        return len(self.tokenizer.encode(text, add_special=False))
+
+    def answer(self, engine: Engine, prompt: Sequence[int], n_predict: int, *, more: bool = False) -> list[int]:
+        """Greedy tokens after a prompt, until an end token or the end of a sentence; more: go on where the engine is.
+
+        The last token is not computed: the engine stands before it.
+        """
+        if not more:
+            engine.truncate(0)
+        engine.forward(prompt)
+        tokens: list[int] = []
+        while True:
+            tokens.append(int(engine.logits().argmax()))
+            if len(tokens) >= n_predict or self.tokenizer.ends(tokens[-1]) or self._is_sentence(tokens):
+                return tokens
+            engine.forward(tokens[-1:])
+
+    def _is_sentence(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens)
+        return "." in text or "\n" in text.strip(" ")
+
+    def cancel(self, signal_number: int) -> None:
+        """End the work soon (from a signal handler): what is going on raises Cancelled."""
+        self._cancelled = signal_number
+        if self._engine:
+            self._engine.cancel(signal_number)
+
+    def _check(self) -> None:
+        if self._cancelled:
+            raise Cancelled(self._cancelled)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._hollow.free()
+
+
+def check_length(model: EvalModel, n_tokens: int) -> None:
+    """Raise UsageError where a model was not made for so many tokens."""
+    most = model.file.hyper_parameter("context_length")
+    if most and n_tokens > most:
+        raise UsageError(f"{n_tokens} tokens do not fit the context of this model, {most}", "give a smaller --length")
+
+
+def forced(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Floats]:
+    """Log-probabilities [n_vocab] after each of the tokens, which are given one by one after the prompt."""
+    engine.truncate(0)
+    engine.forward(prompt)
+    for token in tokens:
+        engine.forward([token])
+        yield log_softmax(engine.logits())
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Log-probabilities [n_vocab] in nats."""
+    shifted = logits - logits.max()
+    found: Floats = shifted - np.log(np.exp(shifted).sum())
+    return found
+
+
+def divergence(full: Floats, other: Floats) -> float:
+    """Kullback-Leibler divergence in nats of `other` from `full`, log-probabilities [n_vocab]; never below 0."""
+    return max(0.0, float(np.sum(np.exp(full) * (full - other), dtype=np.float64)))
+
+
+def kept_share(engine: Engine, n_prompt: int) -> float:
+    """Part of the keys and values of a prompt that a decode pass attends to, over all layers of the cache."""
+    if engine.kv is None or engine.kv.options.method == "full":
+        return 1.0
+    sparse = set(engine.kv.roles.sparse)
+    n_bytes = {layer: both.row_bytes for layer, both in engine.kv.cache.layers.items()}
+    part = engine.kv.options.n_rows(n_prompt) / n_prompt
+    kept = sum(size * (part if layer in sparse else 1.0) for layer, size in n_bytes.items())
+    return kept / sum(n_bytes.values())

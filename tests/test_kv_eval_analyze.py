@@ -1,0 +1,112 @@
+"""`h2o kv analyze`: filter layers found, measured, kept and found again by a run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from h2o_cli import cmd_kv, kv_layers
+from h2o_cli.main import run_command
+from profiler.kv_eval.analyze import Search, choose, neighbours
+from profiler.kv_eval.layers_file import Candidate, load_choice
+from profiler.kv_eval.model import divergence, log_softmax
+from runtime.model_file import ModelFile
+
+QUICK = ("--length", 160, "--prompts", 2, "--checks", 3, "-t", 2)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    folder = tmp_path / "profiles"
+    monkeypatch.setattr(cmd_kv, "profiles_folder", lambda: folder)
+    monkeypatch.setattr(kv_layers, "profiles_folder", lambda: folder)
+    return folder
+
+
+def run(*arguments):
+    return run_command(["kv", "analyze", *map(str, arguments)])
+
+
+def test_layers_are_kept_where_a_run_finds_them(bundled_model, elsewhere, capsys):
+    assert run(bundled_model, *QUICK) == 0
+    out, err = capsys.readouterr()
+    file = ModelFile.open(bundled_model)
+    layers = kv_layers.find_layers(file.hash)
+    assert f"filter layers {','.join(map(str, layers))}, wait" in out
+    assert str(elsewhere) in err
+    choice = kv_layers.find_choice(file.hash)
+    assert len(choice.candidates) == 3
+    assert sorted(c.kl for c in choice.candidates) == [c.kl for c in choice.candidates]
+    assert all(c.dense_share <= 0.5 for c in choice.candidates)
+    assert np.all(np.diag(choice.similarity) >= np.max(choice.similarity, axis=0) - 1e-3)
+    assert list(choice.curves) == [4, 8]
+
+
+def test_json_file_text_and_plot(bundled_model, tmp_path, elsewhere, capsys):
+    pytest.importorskip("matplotlib")
+    text = tmp_path / "text.txt"
+    text.write_text("One sunny day Anna went to the lake. Tom has the old jar. " * 60)
+    target, plot = tmp_path / "found.json", tmp_path / "curves.png"
+    assert run(bundled_model, *QUICK, "--text", text, "-o", target, "--plot", plot, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(target.read_text())
+    assert load_choice(target).n_prompts == 2
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not elsewhere.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--keep", "12"), "is not a share"),
+        (("--keep", "1.5"), "is not possible"),
+        (("--keep", "x"), "is not a number"),
+        (("--select", "best"), "choose one of last"),
+        (("--dense", "0.1"), "raise --dense"),
+        (("--text", "/nonexistent"), "cannot read the text"),
+        (("-o", "/nonexistent/file"), "cannot be written"),
+        (("--length", "5000"), "context"),
+    ],
+)
+def test_mistakes_are_one_line(bundled_model, flags, words, capsys):
+    assert run(bundled_model, *QUICK, *flags) in (1, 2)
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 2
+
+
+def test_a_short_text(bundled_model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Too short.")
+    assert run(bundled_model, *QUICK, "--text", text) == 1
+    assert "too few" in capsys.readouterr().err
+
+
+def candidate(dense, kl):
+    return Candidate((1,), 0, dense, 0.5, kl)
+
+
+def test_the_cheapest_that_is_good_enough():
+    found = [candidate(0.5, 0.001), candidate(0.3, 0.009), candidate(0.25, 0.2)]
+    assert choose(found, 0.01) is found[1]
+    assert choose(found, 0.0001) is found[0]
+    assert choose(found, 1.0) is found[2]
+
+
+def test_neighbours_are_one_step_away_and_possible():
+    search = Search(most_filters=2)
+    found = neighbours(range(8), Candidate((1, 4), 0, 0.4, 0.5), search, 4)
+    assert ((1, 3), 0) in found
+    assert ((1, 5), 0) in found
+    assert ((1,), 0) in found
+    assert ((2, 4), 0) in found
+    assert ((1, 4), 1) not in found  # five dense layers
+    assert all(len(layers) <= 2 for layers, _ in found)
+
+
+def test_divergence():
+    rng = np.random.default_rng(1)
+    a, b = (log_softmax(rng.normal(size=50).astype(np.float32)) for _ in range(2))
+    assert np.exp(a).sum() == pytest.approx(1, rel=1e-5)
+    assert divergence(a, a) == pytest.approx(0, abs=1e-6)
+    assert divergence(a, b) == pytest.approx(float((np.exp(a) * (a - b)).sum()), rel=1e-4)
