@@ -17,7 +17,6 @@ from runtime import llama_abi as abi
 from runtime.context import Context
 from runtime.embedding import RowTable
 from runtime.errors import Cancelled, EngineError, H2OError, PromptError
-from runtime.head import TiledProduct
 from runtime.head_start import open_store
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
@@ -31,6 +30,7 @@ from runtime.residency import layers_in, resident_pieces, smallest_window, strea
 from runtime.settings import FULL_TILES, SHORT_PASS, Settings
 from runtime.sizes import page_down
 from runtime.small_tensors import SmallTensors
+from runtime.tiled_product import TiledProduct
 from runtime.trace import LayerTrace
 
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ class Engine:
             return False
         if op != abi.OP_MUL_MAT:
             raise EngineError(
-                "the output head of this architecture is not a matrix product", "raise -m until the model fits"
+                f"{weight.pieces[0].tensor.name} is not used as a matrix here", "raise -m until the model fits"
             )
         self._tiled[node] = weight
         self._skip(node)

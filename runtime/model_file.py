@@ -24,9 +24,11 @@ try:
 except ImportError:
     from hashlib import blake2b
 
-HEAD_TILE_BYTES = 8 * 2**20
+TILE_BYTES = 8 * 2**20
+TILED_BYTES = 16 * 2**20  # matrices of a layer larger than this are cut into tiles, like the head
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 _BLOCK_NAME = re.compile(r"^blk\.(\d+)\.(.+)$")
+_PRODUCT_NAME = re.compile(r"^blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(up|gate|down))\.weight$")
 _USE_ORDER = (
     "attn_q.",
     "attn_qkv.",
@@ -346,8 +348,8 @@ class _Indexer:
             layer = _layer(i, blocks[i], number)
             number += len(layer.pieces)
             layers.append(layer)
-        largest = max((p.n_bytes for layer in layers for p in layer.pieces), default=HEAD_TILE_BYTES)
-        tiles = _tiles(head, len(layers), number, min(HEAD_TILE_BYTES, largest))
+        largest = max((p.n_bytes for layer in layers for p in layer.pieces), default=TILE_BYTES)
+        tiles = _tiles(head, len(layers), number, min(TILE_BYTES, largest))
         return tuple(layers), tuple(globals_), tuple(tables), Layer(len(layers), tiles)
 
 
@@ -406,16 +408,21 @@ def _is_small(info: TensorInfo) -> bool:
 
 def _layer(index: int, tensors: list[TensorInfo], number: int) -> Layer:
     large = sorted((t for t in tensors if not _is_small(t)), key=lambda t: (_use_rank(t), t.offset))
-    pieces = tuple(Piece(number + i, index, info, 0, info.n_rows) for i, info in enumerate(large))
-    return Layer(index, pieces, tuple(t for t in tensors if _is_small(t)))
+    pieces: list[Piece] = []
+    for info in large:
+        tiled = info.n_bytes > TILED_BYTES and info.shape[2:] == (1, 1) and _PRODUCT_NAME.match(info.name)
+        pieces += _tiles(info, index, number + len(pieces), TILE_BYTES if tiled else info.n_bytes)
+    return Layer(index, tuple(pieces), tuple(t for t in tensors if _is_small(t)))
 
 
-def _tiles(head: TensorInfo, layer: int, number: int, tile_bytes: int) -> tuple[Piece, ...]:
-    """The output head in pieces of about tile_bytes: whole multiples of 16 rows, the last one what remains."""
-    rows = max(16, tile_bytes // head.row_bytes // 16 * 16)
-    starts = range(0, head.n_rows, rows)
+def _tiles(info: TensorInfo, layer: int, number: int, tile_bytes: int) -> tuple[Piece, ...]:
+    """A matrix in pieces of about tile_bytes: whole multiples of 16 rows, the last one what remains."""
+    if info.n_bytes <= tile_bytes:
+        return (Piece(number, layer, info, 0, info.n_rows),)
+    rows = max(16, tile_bytes // info.row_bytes // 16 * 16)
+    starts = range(0, info.n_rows, rows)
     return tuple(
-        Piece(number + i, layer, head, start, min(rows, head.n_rows - start)) for i, start in enumerate(starts)
+        Piece(number + i, layer, info, start, min(rows, info.n_rows - start)) for i, start in enumerate(starts)
     )
 
 

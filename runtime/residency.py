@@ -94,16 +94,16 @@ def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[
     for group in model.groups:
         seen += layer_bytes(group)
         used += sum(piece.span_bytes for piece in group.pieces if piece in kept)
-        in_order = group is model.head
-        largest_first = sorted(group.pieces, key=lambda p: (p.number not in keep, -p.span_bytes))
-        for piece in group.pieces if in_order else largest_first:
-            fits = used + piece.span_bytes <= share * seen and piece.span_bytes <= room
-            if piece not in kept and fits:
+        closed: set[str] = set()
+        for piece in sorted(group.pieces, key=lambda p: (p.number not in keep, -p.tensor.n_bytes, p.number)):
+            if piece in kept or piece.tensor.name in closed:
+                continue
+            if used + piece.span_bytes <= share * seen and piece.span_bytes <= room:
                 chosen.add(piece)
                 used += piece.span_bytes
                 room -= piece.span_bytes
-            elif piece not in kept and in_order:
-                break
+            else:
+                closed.add(piece.tensor.name)
     return frozenset(chosen)
 
 

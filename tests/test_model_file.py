@@ -12,7 +12,7 @@ import pytest
 from tiny_models import ARCHS, OTHER_ARCHS
 
 from runtime.errors import ModelError
-from runtime.model_file import HEAD_TILE_BYTES, ModelFile
+from runtime.model_file import TILE_BYTES, ModelFile
 from runtime.sizes import PAGE
 
 N_LAYERS = 4
@@ -92,14 +92,14 @@ def test_spans_are_the_pieces_widened_to_pages(tiny_model, arch):
 def test_tiles_cover_the_head_exactly(tiny_model, shape, file_type):
     model = ModelFile.open(tiny_model(shape, file_type))
     tiles = model.head.pieces
-    largest = max((piece.n_bytes for layer in model.layers for piece in layer.pieces), default=HEAD_TILE_BYTES)
+    largest = max((piece.n_bytes for layer in model.layers for piece in layer.pieces), default=TILE_BYTES)
     (info,) = {tile.tensor for tile in tiles}
     assert info.name == ("token_embd.weight" if model.tied_head else "output.weight")
     assert [a.first_row + a.n_rows for a in tiles] == [*(b.first_row for b in tiles[1:]), info.n_rows]
     assert tiles[0].first_row == 0
     assert all(tile.n_rows == tiles[0].n_rows for tile in tiles[:-1])
     assert len(tiles) == 1 or tiles[0].n_rows % 16 == 0
-    assert max(tile.n_bytes for tile in tiles) <= max(min(HEAD_TILE_BYTES, largest), 16 * info.row_bytes)
+    assert max(tile.n_bytes for tile in tiles) <= max(min(TILE_BYTES, largest), 16 * info.row_bytes)
     assert all(b.offset == a.offset + a.n_bytes for a, b in pairwise(tiles))
     assert tiles[-1].offset + tiles[-1].n_bytes == info.offset + info.n_bytes
     assert model.head.small == ()

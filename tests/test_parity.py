@@ -8,9 +8,10 @@ from engines import assert_same, engine, greedy
 from reference import reference_logits_and_tokens
 from tiny_models import ARCHS, OTHER_ARCHS
 
+from runtime import model_file
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
-from runtime.residency import smallest_window
+from runtime.residency import smallest_window, streamable_bytes
 
 THREADS = 2
 
@@ -177,3 +178,26 @@ def test_logits_of_several_positions(tiny_model):
             assert np.allclose(opened.logits(), expected, atol=1e-2)
             if token is not None:
                 opened.forward([token])
+
+
+@pytest.mark.parametrize("file_type", ["f16", "q8_0", "q4_0", "q4_k_m"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "phi3"])
+def test_matrices_of_a_layer_in_tiles(tiny_model, monkeypatch, arch, file_type):
+    """Streamed, partly resident, resident; a prompt longer than a pass, and single tokens after it."""
+    path = tiny_model(arch, file_type)
+    n_whole = len(list(ModelFile.open(path).pieces))
+    monkeypatch.setattr(model_file, "TILED_BYTES", 40_000)
+    monkeypatch.setattr(model_file, "TILE_BYTES", 20_000)
+    file = ModelFile.open(path)
+    assert len(list(file.pieces)) > 2 * n_whole
+    prompt = prompt_of(150)
+    reference = reference_logits_and_tokens(path, prompt, 6, n_ctx=512, n_ubatch=128, n_threads=THREADS)
+    half = streamable_bytes(file) // 2
+    window = 3 * smallest_window(file)
+    for plan in (
+        Plan(0, 1, window_bytes=window),
+        Plan(2, 1, Layout.BALANCED, pinned_bytes=half, window_bytes=window),
+        Plan(2, 1, Layout.PREFIX, pinned_bytes=half),
+        Plan(4, 1, pinned_bytes=2 * half),
+    ):
+        check(path, plan, reference=reference, n_prompt=150, n_predict=6, n_ubatch=128, repack=False)

@@ -50,7 +50,7 @@ class TiledProduct:
         self._output.ne[0] = n_rows
         status = abi.ggml_backend_graph_compute(self._backend, self._graph)
         if status != 0:
-            raise EngineError(f"llama.cpp could not compute a tile of the output head (status {status})", "raise -m")
+            raise EngineError(f"llama.cpp could not compute a tile (status {status})", "raise -m")
 
     def close(self) -> None:
         """Free the backend."""
