@@ -86,7 +86,8 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
     parts = [replace(settings, read_bytes_per_s=int(rate * 10**6))]
     if disk is None and not quick and "budgets" in settings.suites:
         budgets = settings.budgets if budget else UNTHROTTLED_BUDGETS
-        parts.append(replace(settings, read_bytes_per_s=0, suites=("budgets",), budgets=budgets))
+        first = settings.models[:1]
+        parts.append(replace(settings, read_bytes_per_s=0, models=first, suites=("budgets",), budgets=budgets))
     rows_file = _open_output(output, add=add)
     for part in parts:
         _run(part, rows_file, json=json)

@@ -318,14 +318,14 @@ h2o bench
 
 | budget | h2o, ms/token | llama.cpp mmap, ms/token | llama.cpp direct-io, ms/token | h2o faster by |
 | --- | ---: | ---: | ---: | ---: |
-| 60% (600 MB) | 1100 [1000-1200] | 2305 | OOM | 2.10 x |
 | floor (150 MB) | 2400 | timeout | - | - |
+| 60% (600 MB) | 1100 [1000-1200] | 2305 | OOM | 2.10 x |
 
 | budget | engine, runs | ms/token | limit | yield | predicted | read, MB/token | disk wait, ms | first token, s | peak, MB | plan k, w | tokens |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| floor (150 MB) | h2o, 1 | 2400 | 980 | 0.408 | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
 | 60% (600 MB) | h2o, 2 | 1100 [1000-1200] | 980 | 0.898 [0.817-0.980] | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
 | 60% (600 MB) | llama.cpp mmap, 2 | 2305 | - | - | - | 400 | - | 2.50 | 600 | - | f71998fe = |
-| floor (150 MB) | h2o, 1 | 2400 | 980 | 0.408 | 990 | 400 | 900 | 2.50 | 600 | 9, 1 balanced | f71998fe = |
 
 <details><summary>The command of every row</summary>
 

@@ -78,7 +78,7 @@ def llama_cpp_command(job: Job, load: str) -> list[str]:
 
 
 def warm_prefill_command(job: Job) -> list[str]:
-    """h2o's engine with everything in memory: the prompt twice, the second time by the clock."""
+    """h2o's engine with everything in memory: the prompt again and again, by the clock."""
     run = [sys.executable, "-m", "profiler.bench.warm_prefill_run", str(job.model), "--prompt", job.prompt]
     return [*run, "--budget", str(job.budget_bytes), "--ctx", str(job.ctx), "--threads", str(job.threads)]
 

@@ -81,8 +81,8 @@ def draw_speed(axes: Axes, rows: Sequence[Row], disk: str) -> None:
         colour, marker = COLOURS.get(engine, _OTHER), MARKERS.get(engine, "o")
         name = engine if points else f"{engine}: does not run"
         axes.plot([x for x, _ in points], [1000 / ms for _, ms in points], f"{marker}-", color=colour, label=name)
-        heights = [_OOM_STEP * i] * len(ends)
-        axes.plot(ends, heights, "x", color=colour, clip_on=False, transform=axes.get_xaxis_transform())
+        heights = [_OOM_STEP * (i + 1)] * len(ends)
+        axes.plot(ends, heights, "x", color=colour, transform=axes.get_xaxis_transform())
     limit = _points(rows, lambda row: row.limit_ms_per_token)
     axes.plot([x for x, _ in limit], [1000 / ms for _, ms in limit], "k--", linewidth=1.2, label="limit of h2o's plan")
     if row.read_bytes_per_s:
@@ -96,7 +96,7 @@ def draw_speed(axes: Axes, rows: Sequence[Row], disk: str) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.15 * max((1000 / r.ms_per_token for r in rows if r.ms_per_token), default=1.0))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
 
 
 def _draw_ideal(axes: Axes, rows: Sequence[Row]) -> None:

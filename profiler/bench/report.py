@@ -60,7 +60,7 @@ def _engines(rows: Sequence[Row]) -> str:
     """ms per token: a line per budget, a column per engine; how many times llama.cpp's best h2o is."""
     engines = _sorted_engines(rows)
     lines = [["budget", *(f"{engine}, ms/token" for engine in engines), "h2o faster by"]]
-    for budget in distinct(row.budget for row in rows):
+    for budget in _budgets(rows):
         at = chosen(rows, budget=budget)
         cells = [_time_or_end(chosen(at, engine=engine)) for engine in engines]
         lines.append([_budget(at[0]), *cells, _ratio(at)])
@@ -107,7 +107,7 @@ _COLUMNS: tuple[tuple[str, Quantity, str], ...] = (
 def _details(rows: Sequence[Row]) -> str:
     """All figures of the engines that ran, a line per budget and engine, and whether the tokens are the same."""
     lines = [["budget", "engine, runs", *(name for name, _, _ in _COLUMNS), "plan k, w", "tokens"]]
-    for budget in distinct(row.budget for row in rows):
+    for budget in _budgets(rows):
         for engine in _sorted_engines(rows):
             at = chosen(rows, budget=budget, engine=engine)
             if any(row.status == "ok" for row in at):
@@ -115,6 +115,10 @@ def _details(rows: Sequence[Row]) -> str:
                 tokens = parity(chosen(rows, budget=budget), rows, at)
                 lines.append([_budget(at[0]), f"{engine}, {len(at)}", *cells, _plan(at[0]), tokens])
     return markdown_table(lines)
+
+
+def _budgets(rows: Sequence[Row]) -> list[str]:
+    return distinct(row.budget for row in sorted(rows, key=lambda row: row.budget_bytes))
 
 
 def _sorted_engines(rows: Sequence[Row]) -> list[str]:
@@ -156,7 +160,7 @@ def _first_token(rows: Sequence[Row]) -> str:
     lines = [["model, budget", "disk", "engine, runs", "prompt tokens", "first token, s", "limit, s", "tokens"]]
     for setup in setups(rows):
         at_setup = setup.of(rows)
-        for budget in distinct(row.budget for row in at_setup):
+        for budget in _budgets(at_setup):
             at_budget = chosen(at_setup, budget=budget)
             for engine in _sorted_engines(at_budget):
                 at = chosen(at_budget, engine=engine)
