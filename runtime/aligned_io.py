@@ -23,6 +23,7 @@ class WeightFiles:
         self.mode = mode
         self._fds: list[int] = []
         self._sizes: list[int] = []
+        self._times: list[int] = []
         for path in self.paths:
             self._open(path)
         if sizes and tuple(sizes) != tuple(self._sizes):
@@ -46,6 +47,7 @@ class WeightFiles:
             raise DiskError(f"{path}: {error.strerror}", "check the file and its permissions") from None
         self._fds.append(fd)
         self._sizes.append(os.fstat(fd).st_size)
+        self._times.append(os.fstat(fd).st_mtime_ns)
 
     def read(self, file: int, offset: int, address: int, n_bytes: int) -> None:
         """Fill n_bytes at address from the file; what lies behind the end of the file stays as it is.
@@ -70,6 +72,12 @@ class WeightFiles:
             ) from None
         if self.mode == BUFFERED:
             os.posix_fadvise(self._fds[file], offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+    def check_unchanged(self) -> None:
+        """Raise DiskError when a file was written to since it was opened: what was read may be part of two models."""
+        for path, fd, time_ns in zip(self.paths, self._fds, self._times, strict=True):
+            if os.fstat(fd).st_mtime_ns != time_ns:
+                raise DiskError(f"{path} was changed while it was in use", "run again when it is complete")
 
     def close(self) -> None:
         """Close all files."""

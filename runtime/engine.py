@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from runtime import llama_abi as abi
 from runtime.context import Context
 from runtime.embedding import RowTable
-from runtime.errors import Cancelled, EngineError, H2OError, PromptError
+from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.head_start import open_store
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
@@ -268,6 +268,8 @@ class Engine:
         finally:
             self._close_pass(complete=status == 0 and self._stop is None)
         self._raise_stop()
+        if self._store.bytes_read != self.counters.bytes_read:
+            self._check_files()
         if status != 0:
             self.truncate(self.n_past)
             reason = (abi.take_log() or ["no reason given"])[-1]
@@ -302,6 +304,14 @@ class Engine:
             stop, self._stop, self._store.interrupt = self._stop, None, None
             self.truncate(self.n_past)
             raise stop
+
+    def _check_files(self) -> None:
+        """Raise DiskError, and forget the pass, when the model on disk was changed."""
+        try:
+            self._store.files.check_unchanged()
+        except DiskError:
+            self.truncate(self.n_past)
+            raise
 
     def _count(self, n_tokens: int, seconds: float) -> None:
         counters = self.counters

@@ -136,7 +136,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read(own_model, streaming, star
     process = start("slow=0.001", "run", own_model, *streaming[2:])
     assert text_of(process)
     os.truncate(own_model, own_model.stat().st_size // 3)
-    is_disk_error(end(process), "became shorter", own_model)
+    is_disk_error(end(process), "while it was", own_model)
 
 
 def test_a_file_that_is_replaced_or_removed_is_read_to_the_end(own_model, tmp_path, streaming, start):
@@ -151,6 +151,15 @@ def test_a_file_that_is_replaced_or_removed_is_read_to_the_end(own_model, tmp_pa
         assert json.loads(out)["tokens"] == expected
     else:  # it was not open yet
         assert is_one_line((code, out, err))
+
+
+def test_a_file_that_is_written_over_while_it_is_read(own_model, streaming, start):
+    process = start("slow=0.001", "run", own_model, *streaming[2:])
+    assert text_of(process)
+    with own_model.open("r+b") as file:
+        file.seek(own_model.stat().st_size // 2)
+        file.write(bytes(4096))
+    is_disk_error(end(process), "was changed while it was in use", own_model)
 
 
 @pytest.mark.parametrize("mode", [DIRECT, BUFFERED])
