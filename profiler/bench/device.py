@@ -95,6 +95,7 @@ def run_in_device(
     groups = make_groups(device)
     try:
         drop_page_cache(cold)
+        subprocess.run(["/bin/sh", "-c", ":"], stdin=subprocess.DEVNULL, check=False)  # its start is not the command's
         with tempfile.TemporaryFile() as errors:
             return _run(command, groups, errors, env, timeout_s, between)
     finally:
