@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from h2o_cli.bench_kv import EPILOG as KV_EPILOG
+from h2o_cli.bench_kv import bench_kv
 from h2o_cli.defaults import default_threads
 from h2o_cli.output import Progress, duration, emit, note, print_json, table, versions
 from runtime.errors import UsageError
@@ -33,6 +35,7 @@ EPILOG = """Examples:
   h2o bench --model qwen2.5-0.5b/q4_0 --budget 300 --budget 60% --disk 100
   h2o bench --model qwen2.5-0.5b --budget 734 --suite budgets --add    more rows for the same report
   h2o bench report                          the report again, from the rows
+  h2o bench kv --quick                      filtered keys and values: right answers, speed, memory
   h2o bench make-model qwen2.5-0.5b -o model.gguf
   h2o bench make-model llama-7b -o model.gguf --type q4_0
   h2o bench make-model llama:layers=4,dim=256,ffn=512,heads=4,vocab=512 -o tiny.gguf
@@ -268,3 +271,6 @@ def make_model(
     with Progress(f"writing {output}", lambda: written[0] / max(1, written[1])):
         write_model(shape, output, file_type=file_type, seed=seed, progress=count)
     note(f"wrote {output} ({format_size(output.stat().st_size)})")
+
+
+app.command("kv", epilog=KV_EPILOG)(bench_kv)
