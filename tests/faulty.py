@@ -4,7 +4,12 @@ slow: seconds every read of weights takes. after: how many reads are served befo
 fails), `short` (the file has become shorter) or `hang` (the read does not come back).
 """
 
+# ruff: noqa: E402 - a signal can come before the imports are done
 from __future__ import annotations
+
+from _signal import SIG_DFL, SIGINT, signal
+
+signal(SIGINT, SIG_DFL)
 
 import errno
 import itertools
@@ -36,7 +41,7 @@ def install(slow=0.0, after=10**9, fault="error"):
 
 
 if __name__ == "__main__":
-    from h2o_cli.main import main
+    from h2o_cli.start import main
 
     install(**dict(part.split("=") for part in sys.argv[1].split(",") if part))
     sys.argv = ["h2o", *sys.argv[2:]]
