@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from runtime.memory import peak_bytes
 from runtime.sampler import Sampling
 from runtime.sizes import format_size
 from runtime.speculate import OFF
+
+if TYPE_CHECKING:
+    from h2o_cli.kv_config import KvConfig
 
 N_PREDICT = 256
 PROMPT_MOST_BYTES = 16 * 2**20
@@ -140,6 +143,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     kv_block: kv.Block = None,
     kv_strategy: kv.Strategy = None,
     kv_method: kv.Method = None,
+    kv_config: kv.Config = None,
 ) -> None:
     """Run a model inside a memory budget: one prompt, or a conversation when no prompt is given.
 
@@ -159,9 +163,11 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         block=kv_block,
         strategy=kv_strategy,
         method=kv_method,
+        config=kv_config,
     )
+    config = read_kv_config(kv_config)
     options = RunOptions(
-        model=resolve_model(model),
+        model=resolve_model(model or (config.model if config else None)),
         n_predict=n_predict,
         memory=memory,
         plan_file=plan_file,
@@ -170,7 +176,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         ubatch=ubatch,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
         stop=tuple(stop or ()),
-        chat=chat,
+        chat=chat or bool(config and config.chat),
         json=json,
         layout=layout,
         kv_type=kv_type,
@@ -178,7 +184,8 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         draft=draft,
         prefetch_input=prefetch_input,
         repack=repack,
-        kv=kv.build_filter(flags, None),
+        kv=kv.choose_filter(flags, config),
+        max_context=config.max_context if config else 0,
     )
     _check(options)
     if text is None:
@@ -186,6 +193,15 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
         raise typer.Exit(converse(options))
     raise typer.Exit(answer(options, text))
+
+
+def read_kv_config(path: str | None) -> KvConfig | None:
+    """The file that --kv-config names. Raises UsageError."""
+    if path is None:
+        return None
+    from h2o_cli.kv_config import read_config
+
+    return read_config(path)
 
 
 def _check(options: RunOptions) -> None:
@@ -224,6 +240,7 @@ def answer(options: RunOptions, text: str) -> int:
     model = OpenModel(options, note)
     try:
         prompt, stop = _encode(model, options, text)
+        prompt = _shorten(prompt, options.max_context)
         n_predict = N_PREDICT if options.n_predict is None else options.n_predict
         wanted = len(prompt) + n_predict if n_predict >= 0 else model.context_length
         n_ctx = context_for(model, options.ctx, wanted, note)
@@ -236,6 +253,14 @@ def answer(options: RunOptions, text: str) -> int:
             session.close()
     finally:
         model.close()
+
+
+def _shorten(prompt: list[int], most: int) -> list[int]:
+    """The prompt, its middle left out where a configuration file allows fewer tokens (0: any number)."""
+    if not most or len(prompt) <= most:
+        return prompt
+    note(f"the middle of the prompt was left out: {len(prompt)} tokens, max_context_len allows {most}")
+    return kv.cut_middle(prompt, most)
 
 
 def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[list[int], tuple[str, ...]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from h2o_cli.kv_layers import find_choice
 from runtime.errors import UsageError
 from runtime.kv.options import (
     DEFAULT_KEEP,
@@ -21,6 +23,9 @@ from runtime.kv.options import (
     parse_layers,
     parse_strategy,
 )
+
+if TYPE_CHECKING:
+    from h2o_cli.kv_config import KvConfig
 
 _PANEL = "Filtering keys and values"
 
@@ -79,9 +84,26 @@ class KvFlags:
     block: int | None = None
     strategy: str | None = None
     method: str | None = None
+    config: str | None = None
 
 
-def build_filter(flags: KvFlags, base: KvFilter | None) -> KvFilter | None:
+@dataclass(frozen=True)
+class KvChoice:
+    """A filter as the flags and the configuration file want it; layers "auto" are found when the model is known."""
+
+    filter: KvFilter
+    wait_given: bool = False
+
+    def for_model(self, model_hash: int) -> KvFilter:
+        """The filter, its layers those that an analysis of this model found, where there was one."""
+        found = None if self.filter.layers else find_choice(model_hash)
+        if not found:
+            return replace(self.filter, folder=store_folder())
+        wait = self.filter.wait if self.wait_given else found.wait
+        return replace(self.filter, folder=store_folder(), layers=found.layers, wait=wait)
+
+
+def choose_filter(flags: KvFlags, config: KvConfig | None) -> KvChoice | None:
     """The filter the flags ask for, on top of the one in a configuration file. Raises UsageError."""
     values: dict[str, Any] = {
         name: value
@@ -94,12 +116,12 @@ def build_filter(flags: KvFlags, base: KvFilter | None) -> KvFilter | None:
         values["keep"] = parse_keep(flags.keep)
     if flags.strategy is not None:
         values["strategy"], values["lazy_threshold"] = parse_strategy(flags.strategy)
-    if not flags.on and base is None:
+    if not flags.on and config is None:
         if values:
             raise UsageError(f"--kv-{next(iter(values))} does nothing without --kv-filter", "add --kv-filter")
         return None
-    before = {name: getattr(base, name) for name in KvFilter.__dataclass_fields__} if base else {}
-    return KvFilter(**(before | values))
+    base = config.filter if config else KvFilter()
+    return KvChoice(replace(base, **values), flags.wait is not None or bool(config and config.wait_given))
 
 
 def store_folder() -> str:
@@ -109,3 +131,11 @@ def store_folder() -> str:
     import platformdirs
 
     return str(Path(platformdirs.user_cache_dir("h2o-llm")))
+
+
+def cut_middle(tokens: Sequence[int], most: int) -> list[int]:
+    """The first and the last half of `most` tokens of a longer prompt (most 0: all of it)."""
+    if not most or len(tokens) <= most:
+        return list(tokens)
+    head = most // 2
+    return [*tokens[:head], *tokens[len(tokens) - (most - head) :]]

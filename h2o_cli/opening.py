@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, MOST_THREADS, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
-from h2o_cli.kv_flags import store_folder
+from h2o_cli.kv_flags import KvChoice
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
@@ -21,7 +21,6 @@ from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, Usage
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import head_start
 from runtime.hollow import HollowModel
-from runtime.kv.options import KvFilter
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan
@@ -71,7 +70,8 @@ class RunOptions:
     draft: str | None = None
     prefetch_input: bool = False
     repack: str = "auto"
-    kv: KvFilter | None = None
+    kv: KvChoice | None = None
+    max_context: int = 0
 
     def __post_init__(self) -> None:
         for flag, value in (("--ctx", self.ctx), ("--threads", self.threads), ("--ubatch", self.ubatch)):
@@ -102,7 +102,7 @@ class RunOptions:
         """These options, their filter made for answers of at most n_tokens (negative: no limit)."""
         if self.kv is None or n_tokens < 0:
             return self
-        return replace(self, kv=replace(self.kv, tail=n_tokens + 1))
+        return replace(self, kv=replace(self.kv, filter=replace(self.kv.filter, tail=n_tokens + 1)))
 
     @property
     def budget_bytes(self) -> int:
@@ -219,6 +219,8 @@ def open_session(
     start = time.perf_counter()
     _check_context(n_ctx, options.budget_bytes or default_budget())
     settings = _settings(options, n_ctx, n_prompt, model.profile)
+    if options.kv:
+        settings = replace(settings, kv=options.kv.for_model(model.file.hash))
     if options.kv and options.speculate != "off":
         note("speculation is off: a filter of keys and values works on one token per pass")
     with ExitStack() as opened, interrupts.held():
@@ -362,7 +364,6 @@ def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProf
         kv_type=options.kv_type,
         prefetch_input=options.prefetch_input,
         repack=options.repack == "auto",
-        kv=replace(options.kv, folder=store_folder()) if options.kv else None,
     )
     if profile is None:
         return settings

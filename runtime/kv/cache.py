@@ -12,6 +12,7 @@ from runtime.model_file import ModelFile
 
 _NAME = re.compile(r"^cache_([kv])_l(\d+)$")
 K, V = 0, 1
+_F32, _KV_TYPE = 0, "use --kv-type f16 or q8_0"
 OFF = "run without --kv-filter"
 
 
@@ -84,6 +85,8 @@ def _layers(group: Mapping[str, int], file: ModelFile) -> dict[int, CacheLayer]:
         if not match:
             raise ModelError(f"{file.architecture} has a special cache ({name}), which cannot be filtered", OFF)
         tensor = abi.Tensor.from_address(address)
+        if tensor.type == _F32:
+            raise ModelError("keys and values of 32 bits are converted for every token: nothing is gained", _KV_TYPE)
         both = parts.setdefault(int(match[2]), [None, None])
         both["kv".index(match[1])] = Rows2D(address, tensor.nb[1], tensor.ne[1])
     layers = {}

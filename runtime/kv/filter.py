@@ -21,7 +21,16 @@ from runtime.kv.jobs import Stopped
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.kv.roles import Roles, default_filters, layer_roles
 from runtime.kv.scores import Floats, Scorer, queries
-from runtime.kv.selection import Attention, Chooser, LastChooser, Queries, WindowChooser, fixed_rows
+from runtime.kv.selection import (
+    Attention,
+    Chooser,
+    HeavyHitters,
+    LastChooser,
+    Queries,
+    WindowChooser,
+    fixed_rows,
+)
+from runtime.kv.slots import Rows
 from runtime.kv.sparse import SparseRows
 from runtime.model_file import ModelFile
 from runtime.settings import Settings
@@ -68,8 +77,14 @@ class Filter:
         self.options, self.roles, self.cache = options, roles, cache
         self._scorer = scorer
         self._sparse: SparseRows | None = None
+        self._heavy: dict[int, HeavyHitters] = {}
+        self._fixed: list[Rows] = []
         if options.method != "full":
             segments = tuple(segment.sparse for segment in roles.segments)
+            if options.method == "heavy":
+                segments = tuple((layer,) for layer in roles.sparse)
+                n_cells = max(cache.layers[layer].parts[0].n_cells for layer in roles.sparse)
+                self._heavy = {layer: HeavyHitters(n_cells) for layer in roles.sparse}
             spare_core = scorer.n_threads < len(os.sched_getaffinity(0))
             self._sparse = SparseRows(options, cache, segments, stopped, spare_core=spare_core)
         self._layers = frozenset(self._sparse.layers) if self._sparse else frozenset()
@@ -108,6 +123,7 @@ class Filter:
         scores = page_up(n_rows * self._scorer.n_heads * _F32_BYTES)
         if self._windowed:
             scores += n_rows * (self.options.window + 1) * len(self.roles.filters) * _F32_BYTES
+        scores += n_rows * len(self._heavy) * _F32_BYTES
         return scores + (self._sparse.memory_bytes if self._sparse else 0)
 
     @property
@@ -160,13 +176,19 @@ class Filter:
         if self._sparse:
             if self._sparse.begin_decode(n_past):
                 self._choosers = {n: self._chooser(n) for n in self.roles.filters} if self._scored else {}
-            if not self._scored:
-                for i in range(len(self.roles.segments)):
-                    self._sparse.take(i, fixed_rows(self.options, self.stored, i))
+                self._fixed = [] if self._scored else self._fixed_rows()
+            for i, rows in enumerate(self._fixed):
+                self._sparse.take(i, rows)
             if not self._n_decoded:
                 self._read_before = self._sparse.store.read_bytes
                 self._fetched_before = self._sparse.store.fetched_bytes
         self._n_decoded += 1
+
+    def _fixed_rows(self) -> list[Rows]:
+        """The rows of every segment, for a method that does not look at the tokens decoded."""
+        if self._heavy:
+            return [heavy.rows(self.options, self.stored) for heavy in self._heavy.values()]
+        return [fixed_rows(self.options, self.stored, i) for i in range(len(self.roles.segments))]
 
     def _chooser(self, layer: int) -> Chooser:
         if self._windowed:
@@ -247,7 +269,7 @@ class Filter:
             if self._pass.decode:
                 self._sparse.attend_selected(node, layer, self._pass.n_past)
             else:
-                report = self._sparse.attend_prompt(node)
+                report = self._sparse.attend_prompt(node) or bool(self._heavy)
         if report:
             self._asked[address] = layer
         return report
@@ -275,21 +297,27 @@ class Filter:
         layer = self._asked.pop(address, None)
         if layer is None:
             return
-        if self._sparse and layer in self._layers:
-            self._sparse.computed_prompt(layer)
-            return
         node = abi.Tensor.from_address(address)
         query = abi.Tensor.from_address(node.src[0])
+        if self._sparse and layer in self._layers:
+            if self._heavy:
+                found = queries(query, self._pass.n_tokens)
+                self._heavy[layer].see(found, self._pass.n_past, self._attention(node))
+            self._sparse.computed_prompt(layer)
+            return
         if not self._pass.decode:
             self._see_prompt(layer, query)
             return
-        attention = Attention(self._scorer, abi.Tensor.from_address(node.src[1]), self.stored, *_parameters(node))
+        attention = self._attention(node)
         own = queries(query)[0]
         if self._sparse and layer in self._choosers:
             rows = self._choosers[layer].rows(own, self._pass.n_past, attention)
             self._sparse.take(self.roles.filters.index(layer), rows)
         if self._watch and layer in self._watched:
             self._watch(layer, attention.softmax(own))
+
+    def _attention(self, node: abi.Tensor) -> Attention:
+        return Attention(self._scorer, abi.Tensor.from_address(node.src[1]), self.stored, *_parameters(node))
 
     def _see_prompt(self, layer: int, query: abi.Tensor) -> None:
         """Remember the last queries of a prompt at a filter layer."""

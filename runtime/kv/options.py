@@ -13,6 +13,7 @@ STORES = ("ram", "disk")
 STRATEGIES = ("multi", "without_pack", "lazy", "brutal")
 METHODS = ("omnikv", "full", "sinks", "heavy", "random")
 WINDOW = 16  # queries that "uniform" and "exp" look back
+READERS = 4
 LAZY_THRESHOLD = 0.4
 DEFAULT_KEEP = 0.1
 
@@ -24,8 +25,8 @@ class KvFilter:
     layers: the filter layers; empty: chosen for the model. wait: layers behind each filter layer that attend to
     everything. keep: rows kept in the others, a fraction of the prompt (float) or a count (int). select: how scores
     become a choice. sinks, recent: first and last rows of the prompt that are always kept, part of the budget. block:
-    rows that are chosen together. tail: most rows decoded in one answer (0: as many as the context takes); more are
-    taken back into the prompt. folder: where the file of a disk store is made (empty: the user's).
+    rows that are chosen together. readers: threads that read a disk store. tail: most rows decoded in one answer (0: as
+    many as the context takes); more are taken back into the prompt. folder: where the file of a disk store is made.
     """
 
     layers: tuple[int, ...] = ()
@@ -39,6 +40,7 @@ class KvFilter:
     recent: int = 0
     block: int = 1
     window: int = WINDOW
+    readers: int = READERS
     method: str = "omnikv"
     seed: int = 0
     tail: int = 0
@@ -54,6 +56,7 @@ class KvFilter:
         _check_count("--kv-recent", self.recent, 0)
         _check_count("--kv-block", self.block, 1)
         _check_count("window_size", self.window, 1)
+        _check_count("cpu_num_threads", self.readers, 1)
         if isinstance(self.keep, int):
             _check_count("--kv-keep", self.keep, 1)
         elif not 0 < self.keep <= 1:

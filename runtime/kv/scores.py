@@ -88,7 +88,7 @@ def queries(tensor: abi.Tensor, n_last: int = 1) -> Floats:
     n_bytes = (n_tokens - 1) * tensor.nb[1] + (n_heads - 1) * tensor.nb[2] + head_dim * 4
     raw = np.frombuffer(view(tensor.data, n_bytes), np.float32)
     every = np.lib.stride_tricks.as_strided(raw, (n_tokens, n_heads, head_dim), strides)
-    return np.ascontiguousarray(every[n_tokens - n :])
+    return every[n_tokens - n :].copy()
 
 
 def raw_scores(logits: Floats, scale: float) -> Floats:

@@ -14,7 +14,7 @@ from runtime import llama_abi as abi
 from runtime.kv.compact import Compact
 from runtime.kv.jobs import Job, Jobs, Stopped, settle
 from runtime.kv.options import KvFilter
-from runtime.kv.scores import Floats, Scorer, raw_scores, softmax_scores, top_rows
+from runtime.kv.scores import Floats, Scorer, raw_scores, softmax_scores, top_rows, weights
 from runtime.kv.slots import Move, Rows, Slots
 from runtime.kv.store import Store
 
@@ -106,7 +106,7 @@ def _always(options: KvFilter, n_prompt: int) -> list[tuple[int, int]]:
 def fixed_rows(options: KvFilter, n_prompt: int, number: int) -> Rows:
     """The rows of a method that looks at no scores, for segment `number`: "sinks" (first and last rows) and "random".
 
-    The first case is StreamingLLM's (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR
+    The first one is StreamingLLM's (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR
     2024), with positions as they are; without --kv-sinks it keeps 4 sinks.
     """
     n = options.n_rows(n_prompt)
@@ -125,6 +125,33 @@ class Buffers:
     store: Store
     jobs: Jobs
     stopped: Stopped
+
+
+class HeavyHitters:
+    """Attention that every row of a prompt got in one layer, summed over heads and queries.
+
+    After Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", NeurIPS
+    2023: half of the budget is for the rows with the largest sums, half for the last ones. There a row that was dropped
+    never comes back; here it is the same, since the choice is made once for a prompt.
+    """
+
+    def __init__(self, n_cells: int) -> None:
+        self._sums = np.zeros(n_cells, np.float32)
+
+    def see(self, found: Floats, first: int, attention: Attention) -> None:
+        """Add the attention of queries [n, n_heads, head_dim] at positions first, first + 1, ..."""
+        self._sums[first:] = 0
+        for i, query in enumerate(found):
+            n_rows = first + i + 1
+            logits = attention.scorer.logits(query, attention.keys, n_rows)
+            weights(logits, attention.scale, attention.softcap)
+            self._sums[:n_rows] += logits.sum(axis=0)
+
+    def rows(self, options: KvFilter, n_prompt: int) -> Rows:
+        """The rows of a prompt that stay."""
+        n = options.n_rows(n_prompt)
+        kept = [*_always(options, n_prompt), (n_prompt - (options.recent or n // 2), n_prompt)]
+        return top_rows(self._sums[:n_prompt], n, kept, options.block)
 
 
 class Selection:

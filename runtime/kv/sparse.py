@@ -39,7 +39,7 @@ class SparseRows:
         self._selections: list[Selection] = []
         self._mask = Mask(self._n_cells)
         self._slot: PromptSlot | None = None
-        disk = DiskStore(cache, self.layers, options.folder) if options.store == "disk" else None
+        disk = DiskStore(cache, self.layers, options) if options.store == "disk" else None
         self.store: Store = disk or RamStore(cache, aside=spare_core)
         jobs = Jobs(self.store.n_threads)
         if disk:
@@ -67,7 +67,7 @@ class SparseRows:
         buffers = sum(page_up(n_rows * part.row_bytes) for n in self.layers for part in self._cache.layers[n].parts)
         if not isinstance(self.store, DiskStore):
             return buffers
-        return max(buffers, self.store.slot_bytes) + self.store.bounce_bytes()
+        return max(buffers, self.store.slot_bytes) + self.store.bounce_bytes
 
     @property
     def spared_bytes(self) -> int:

@@ -16,11 +16,11 @@ import numpy as np
 from runtime.errors import DiskError
 from runtime.kv.cache import Cache, CacheLayer
 from runtime.kv.compact import Compact, RowArray, rows_at
+from runtime.kv.options import KvFilter
 from runtime.kv.slots import Move, Rows
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
-READERS = 4
 _BOUNCE_BYTES = 2**20  # of each thread that reads
 _MOST_NEW = 3  # all rows are copied when more than one in so many is new
 _GAP_PAGES = 2  # pages read for nothing when that saves a request
@@ -97,10 +97,10 @@ class DiskStore:
     are loaded into it, llama.cpp adds the new ones, and those are saved.
     """
 
-    n_threads = READERS
     aside = True
 
-    def __init__(self, cache: Cache, layers: Sequence[int], folder: str) -> None:
+    def __init__(self, cache: Cache, layers: Sequence[int], options: KvFilter) -> None:
+        self.n_threads = options.readers
         self.fetched_bytes = self.read_bytes = 0
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -114,15 +114,15 @@ class DiskStore:
                 self.n_bytes += page_up(tensor.n_bytes)
                 slots[part] = max(slots[part], page_up(tensor.n_bytes))
         self.slot_bytes = sum(slots)
-        self._fd, self._direct = _open_file(folder, self.n_bytes)
+        self._fd, self._direct = _open_file(options.folder, self.n_bytes)
         self._slots = [Region(n_bytes) for n_bytes in slots]
         for slot in self._slots:
             slot.use_huge_pages(0)
 
-    @staticmethod
-    def bounce_bytes() -> int:
+    @property
+    def bounce_bytes(self) -> int:
         """Memory of the threads that read, and of the one that writes."""
-        return (READERS + 1) * _BOUNCE_BYTES
+        return (self.n_threads + 1) * _BOUNCE_BYTES
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
