@@ -7,6 +7,7 @@ import json
 import pytest
 
 from h2o_cli import main as cli
+from h2o_cli.kv_flags import cut_middle
 
 
 @pytest.fixture
@@ -79,3 +80,90 @@ def test_wrong_flags_end_in_one_line(run, tiny_model, flags, words):
     code, _, err = run(tiny_model("llama"), "-p", "a b c", "-n", 1, *flags)
     assert code == 2 and words in err
     assert "Traceback" not in err
+
+
+FIELDS = {
+    "cpu_num_threads": 2,
+    "use_chat_template": False,
+    "cot": False,
+    "max_context_len": 20,
+    "model_name": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "load_in_8bit": False,
+    "load_in_4bit": False,
+    "model_cls": "multi",
+    "cache_cls": "lazy",
+    "use_flash_attn": True,
+    "do_select_layers": "1",
+    "num_wait_load_layers": 0,
+    "real_offload": True,
+    "dense_more": True,
+    "num_of_selected_tokens": 0.25,
+    "selector_cls": "exp",
+    "window_size": 3,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config(**changes): a file with the source system's fields."""
+
+    def write(**changes):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(FIELDS | changes))
+        return path
+
+    return write
+
+
+def test_a_configuration_file(run, tiny_model, config):
+    path = config()
+    code, out, err = run(tiny_model("llama"), "-p", "a b c d " * 20, "-n", 4, "--json", "--kv-config", path)
+    assert code == 0, err
+    assert "the middle of the prompt was left out" in err
+    facts = json.loads(out)
+    assert len(facts["prompt_tokens"]) == 20
+    expected = {"layers": [1], "wait": 0, "store": "disk", "strategy": "lazy", "select": "exp", "kept_rows": 5}
+    assert {key: facts["kv"][key] for key in expected} == expected
+
+
+def test_flags_come_before_the_configuration_file(run, tiny_model, config):
+    flags = ["--kv-store", "ram", "--kv-layers", "0", "--kv-keep", "7", "--kv-wait", "1"]
+    code, out, err = run(tiny_model("llama"), "-p", "a b c d " * 20, "-n", 2, "--json", "--kv-config", config(), *flags)
+    assert code == 0, err
+    expected = {"layers": [0], "wait": 1, "store": "ram", "select": "exp", "kept_rows": 7}
+    assert {key: json.loads(out)["kv"][key] for key in expected} == expected
+
+
+def test_the_middle_is_cut_out():
+    assert cut_middle(range(10), 4) == [0, 1, 8, 9]
+    assert cut_middle(range(10), 5) == [0, 1, 7, 8, 9]
+    assert cut_middle(range(3), 5) == [0, 1, 2] and cut_middle(range(3), 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"attn_sparsity": 1}, "unknown field `attn_sparsity`"),
+        ({"cache_cls": "magic"}, "cache_cls 'magic'"),
+        ({"selector_cls": "magic"}, "selector_cls 'magic'"),
+        ({"model_cls": "once_offload"}, "model_cls 'once_offload'"),
+        ({"use_flash_attn": False}, "flash attention"),
+        ({"dense_more": False}, "always dense"),
+        ({"load_in_8bit": True}, "the GGUF file's"),
+        ({"cot": True}, "step by step"),
+        ({"do_select_layers": "2,x"}, "not a list"),
+        ({"num_of_selected_tokens": 0}, "--kv-keep 0"),
+        ({"window_size": 0}, "window_size"),
+        ({"max_context_len": "many"}, "Expected `int | null`"),
+    ],
+)
+def test_configuration_files_that_cannot_be_used(run, tiny_model, config, changes, words):
+    code, _, err = run(tiny_model("llama"), "-p", "a b c", "-n", 1, "--kv-config", config(**changes))
+    assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_a_configuration_file_that_is_no_json(run, tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    code, _, err = run(tiny_model("llama"), "-p", "a", "-n", 1, "--kv-config", tmp_path / "config.json")
+    assert code == 2 and "cannot be used" in err
+    assert run(tiny_model("llama"), "-p", "a", "-n", 1, "--kv-config", tmp_path / "missing")[0] == 1
