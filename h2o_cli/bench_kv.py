@@ -58,6 +58,7 @@ class Wanted:
     speed_keeps: tuple[float, ...]
     threads: int
     budget_bytes: int
+    methods: tuple[str, ...] = ()
 
 
 def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -85,6 +86,9 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[str] | None, typer.Option("--other", metavar="I,J,..", help="More filter layers to compare; repeatable.")
     ] = None,
     select: Annotated[str, typer.Option("--select", metavar="NAME", help="last, softmax, uniform or exp.")] = "last",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", metavar="NAME", help="Only this method; repeatable.")
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option("--data", metavar="FILE", help="JSON lines of LongBench or InfiniteBench; repeatable."),
@@ -102,12 +106,13 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
     as_json: Annotated[bool, typer.Option("--json", help="Print every row as a JSON object.")] = False,
 ) -> None:
     """Measure filtered keys and values beside full attention and baselines: answers, divergence, speed, memory."""
+    from profiler.kv_eval.methods import NAMES
     from profiler.kv_eval.needles import TASKS as KNOWN_TASKS
     from profiler.kv_eval.quality import Quality, examples_of
     from profiler.kv_eval.rows import read_rows
     from runtime.kv.options import KvFilter
 
-    for names, known in ((suite, SUITES), (task, KNOWN_TASKS)):
+    for names, known in ((suite, SUITES), (task, KNOWN_TASKS), (method, NAMES)):
         for name in names or ():
             if name not in known:
                 raise UsageError(f"{name!r} is not known", f"choose one of {', '.join(known)}")
@@ -135,6 +140,7 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
         speed_keeps=tuple(k for k in keep or (QUICK_SPEED_KEEPS if quick else SPEED_KEEPS) if k < 1),
         threads=threads or default_threads(),
         budget_bytes=default_budget(),
+        methods=tuple(method or ()),
     )
     rows_file = _open(output, add=add)
     path = Path(model).expanduser() if model else BUNDLED_MODEL
@@ -183,7 +189,8 @@ def _methods(model: EvalModel, wanted: Wanted) -> list[Method]:
         numbers, roles = engine.kv.cache.filterable, engine.kv.roles
         n_dense = sum(layer not in roles.sparse for layer in numbers)
         found = Roles(roles.filters, wait, wanted.select, len(numbers), n_dense)
-    return compared_methods(found, wanted.keeps, wanted.others)
+    methods = compared_methods(found, wanted.keeps, wanted.others)
+    return [method for method in methods if not wanted.methods or method.name in wanted.methods]
 
 
 def _speed_rows(wanted: Wanted, passed: dict[str, object]) -> Iterator[KvRow]:

@@ -9,7 +9,8 @@ from runtime.kv.options import KvFilter
 
 FULL, OMNIKV = "full attention", "omnikv"
 SINKS, HEAVY, RANDOM = "sinks + window", "heavy hitters", "random"
-EVERYWHERE = "sinks + window, all layers"
+EVERYWHERE, OTHERS = "sinks + window, all layers", "omnikv, other layers"
+NAMES = (FULL, OMNIKV, SINKS, HEAVY, RANDOM, EVERYWHERE, OTHERS)
 BASELINES = {SINKS: "sinks", RANDOM: "random"}
 COMPARED = 0.1  # the part of the prompt that baselines keep in every run
 
@@ -25,7 +26,7 @@ class Method:
     @property
     def label(self) -> str:
         """Name and budget for people."""
-        layers = f" ({','.join(map(str, self.kv.layers))})" if self.name == "omnikv, other layers" and self.kv else ""
+        layers = f" ({','.join(map(str, self.kv.layers))})" if self.name == OTHERS and self.kv else ""
         return self.name + layers if self.kv is None else f"{self.name}{layers} {self.keep:.0%}"
 
 
@@ -62,5 +63,5 @@ def compared_methods(roles: Roles, keeps: Sequence[float], others: Sequence[tupl
         if rest < 1:
             methods.append(Method(EVERYWHERE, roles.filter(rest, method="sinks", layers=(0,), wait=0), keep))
     for layers in others:
-        methods.append(Method("omnikv, other layers", roles.filter(COMPARED, layers=layers), COMPARED))
+        methods.append(Method(OTHERS, roles.filter(COMPARED, layers=layers), COMPARED))
     return methods
