@@ -11,7 +11,7 @@ FULL, OMNIKV = "full attention", "omnikv"
 SINKS, HEAVY, RANDOM = "sinks + window", "heavy hitters", "random"
 EVERYWHERE, OTHERS = "sinks + window, all layers", "omnikv, other layers"
 NAMES = (FULL, OMNIKV, SINKS, HEAVY, RANDOM, EVERYWHERE, OTHERS)
-BASELINES = {SINKS: "sinks", RANDOM: "random"}
+BASELINES = {SINKS: "sinks", HEAVY: "heavy", RANDOM: "random"}
 COMPARED = 0.1  # the part of the prompt that baselines keep in every run
 
 
