@@ -348,9 +348,10 @@ class LiveSearch:
         return ""
 
     def _take(self, row: Row, pulled: Pulled) -> None:
-        """Add an observation; what it says beyond the arm's mean is noise."""
+        """Add an observation; what it says beyond the arm's mean is noise, as far as it is no surprise."""
         if row.n:
-            self._noise_squares += (math.log(pulled.pass_ms) - row.log_ms) ** 2 * row.n / (row.n + 1)
+            square = (math.log(pulled.pass_ms) - row.log_ms) ** 2 * row.n / (row.n + 1)
+            self._noise_squares += min(square, (SURPRISE * self.noise) ** 2)
             self._noise_weight += 1
         row.pulls.append(pulled)
 

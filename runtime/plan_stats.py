@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -248,7 +249,7 @@ def _is_locked(fd: int) -> bool:
 
 @dataclass(frozen=True)
 class Measured:
-    """Means over the passes that were measured under one plan."""
+    """Medians over the passes that were measured under one plan: a single pass that was disturbed does not count."""
 
     n_passes: int
     pass_ms: float
@@ -301,16 +302,25 @@ class RunningProcess:
         return self.written
 
     def measure(self, plan: Plan) -> Measured:
-        """Have the process follow a plan, and average some passes under it. Raises PlanError."""
+        """Have the process follow a plan, and time some passes under it. Raises PlanError."""
+        from statistics import median  # megabytes that the running process does not need
+
         self.written = self._write(self.plan_path, plan)
         first = self._wait(lambda stats: stats.passes >= SKIP_PASSES)
-        last = self._wait(lambda stats: _is_enough(stats.passes - first.passes, stats.pass_s - first.pass_s))
-        n = last.passes - first.passes
+        seen = [first]
+
+        def is_enough(stats: PlanStats) -> bool:
+            if stats.passes > seen[-1].passes:
+                seen.append(stats)
+            return _is_enough(stats.passes - first.passes, stats.pass_s - first.pass_s)
+
+        n = self._wait(is_enough).passes - first.passes
+        steps = [(b.passes - a.passes, a, b) for a, b in pairwise(seen)]
         return Measured(
             n,
-            1000 * (last.pass_s - first.pass_s) / n,
-            1000 * (last.wait_s - first.wait_s) / n,
-            (last.bytes_read - first.bytes_read) / n,
+            1000 * median((b.pass_s - a.pass_s) / passes for passes, a, b in steps),
+            1000 * median((b.wait_s - a.wait_s) / passes for passes, a, b in steps),
+            median((b.bytes_read - a.bytes_read) / passes for passes, a, b in steps),
         )
 
     def _wait(self, done: Callable[[PlanStats], bool]) -> PlanStats:
