@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +18,7 @@ from h2o_cli.kv_layers import find_choice
 from h2o_cli.models import BUNDLED_MODEL
 from h2o_cli.output import Progress, emit, note, print_json, versions
 from runtime.errors import UsageError
-from runtime.kv.options import parse_layers
+from runtime.kv.options import STORES, parse_layers
 
 if TYPE_CHECKING:
     from profiler.kv_eval.methods import Method
@@ -59,6 +59,7 @@ class Wanted:
     threads: int
     budget_bytes: int
     methods: tuple[str, ...] = ()
+    stores: tuple[str, ...] = STORES
 
 
 def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -97,6 +98,9 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
     context: Annotated[
         list[int] | None, typer.Option("--context", metavar="N", min=64, help="Context for the speed; repeatable.")
     ] = None,
+    store: Annotated[
+        list[str] | None, typer.Option("--store", metavar="NAME", help="ram or disk for the speed; repeatable.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads.")
     ] = None,
@@ -112,7 +116,7 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from profiler.kv_eval.rows import read_rows
     from runtime.kv.options import KvFilter
 
-    for names, known in ((suite, SUITES), (task, KNOWN_TASKS), (method, NAMES)):
+    for names, known in ((suite, SUITES), (task, KNOWN_TASKS), (method, NAMES), (store, STORES)):
         for name in names or ():
             if name not in known:
                 raise UsageError(f"{name!r} is not known", f"choose one of {', '.join(known)}")
@@ -141,6 +145,7 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
         threads=threads or default_threads(),
         budget_bytes=default_budget(),
         methods=tuple(method or ()),
+        stores=tuple(store or STORES),
     )
     rows_file = _open(output, add=add)
     path = Path(model).expanduser() if model else BUNDLED_MODEL
@@ -207,7 +212,8 @@ def _speed_rows(wanted: Wanted, passed: dict[str, object]) -> Iterator[KvRow]:
         make_model(SHAPE, path)
     stores = Path(store_folder())
     stores.mkdir(parents=True, exist_ok=True)
-    run = SpeedRun(path, wanted.contexts, wanted.speed_keeps, ("ram", "disk"), wanted.threads, str(stores))
+    run = SpeedRun(path, wanted.contexts, wanted.speed_keeps, wanted.stores, wanted.threads, str(stores))
+    run = replace(run, methods=wanted.methods or run.methods)
     done = [0]
     n = len(wanted.contexts) * len(run.ways())
     with Progress("decoding", lambda: done[0] / n):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from profiler.kv_eval.methods import FULL, OMNIKV
 from profiler.kv_eval.rows import KvRow
 from profiler.kv_eval.speed_run import Speed
 from runtime.errors import EngineError
@@ -32,10 +33,12 @@ class SpeedRun:
     threads: int
     folder: str
     n_tokens: int = 32
+    methods: tuple[str, ...] = (FULL, OMNIKV)
 
     def ways(self) -> list[tuple[float, str]]:
         """(keep, store) of every method; full attention has no store."""
-        return [(0.0, ""), *((keep, store) for store in self.stores for keep in self.keeps)]
+        every = [(0.0, ""), *((keep, store) for store in self.stores for keep in self.keeps)]
+        return [(keep, store) for keep, store in every if (OMNIKV if keep else FULL) in self.methods]
 
     def rows(self, passed: dict[str, object]) -> Iterator[KvRow]:
         """Rows as they are measured, contexts outside, methods inside. Raises EngineError."""
@@ -45,8 +48,8 @@ class SpeedRun:
                 fields: dict[str, object] = {
                     "suite": "speed",
                     "model": self.model.name,
-                    "method": "omnikv" if keep else "full attention",
-                    "label": f"omnikv {keep:.0%}, {store}" if keep else "full attention",
+                    "method": OMNIKV if keep else FULL,
+                    "label": f"omnikv {keep:.0%}, {store}" if keep else FULL,
                     "layers": LAYERS if keep else (),
                     "store": store,
                     "keep": keep or 1.0,
