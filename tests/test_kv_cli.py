@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
+from cgroups import memory_limit
 
 from h2o_cli import main as cli
 from h2o_cli.kv_flags import cut_middle
@@ -167,3 +172,33 @@ def test_a_configuration_file_that_is_no_json(run, tiny_model, tmp_path):
     code, _, err = run(tiny_model("llama"), "-p", "a", "-n", 1, "--kv-config", tmp_path / "config.json")
     assert code == 2 and "cannot be used" in err
     assert run(tiny_model("llama"), "-p", "a", "-n", 1, "--kv-config", tmp_path / "missing")[0] == 1
+
+
+def smallest_budget(command, tmp_path):
+    """The floor that the error for a hopeless budget names, in MB."""
+    done = subprocess.run([*command, "-m", "20"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    found = re.search(r"-m (\d+)", done.stderr)
+    assert found, done.stderr
+    return int(found[1])
+
+
+@pytest.mark.cgroup
+def test_a_context_that_does_not_fit_runs_from_disk(tiny_model, tmp_path):
+    """134 MB of keys and values inside a limit that is smaller; the answer is that of the store in memory."""
+    model = tiny_model("llama:layers=8,dim=512,ffn=256,heads=8,kv_heads=8,vocab=512,ctx=8192")
+    (tmp_path / "prompt").write_text("the old man and the sea " * 90)
+    command = [sys.executable, "-m", "h2o_cli.main", "run", str(model), "-f", "prompt", "-s", "plan", "--ctx", "8192"]
+    command += ["-n", "8", "--temp", "0", "--json", "-t", "2", "--ubatch", "256"]
+    filtered = [*command, "--kv-filter", "--kv-layers", "0"]
+    on_disk = [*filtered, "--kv-store", "disk"]
+    budget_mb = smallest_budget(on_disk, tmp_path) + 2
+    assert smallest_budget(command, tmp_path) > budget_mb + 50
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with memory_limit(budget_mb * 10**6) as group:
+        done = group.run([*on_disk, "-m", str(budget_mb)], cwd=tmp_path, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert group.kills == 0 and group.peak_bytes <= budget_mb * 10**6
+    found = json.loads(done.stdout)
+    assert found["kv"]["bytes_on_disk"] == len(found["prompt_tokens"]) * 6 * 2048
+    done = subprocess.run([*filtered, "-m", "400"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["tokens"] == found["tokens"]

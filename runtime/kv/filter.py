@@ -312,6 +312,8 @@ class Filter:
         own = queries(query)[0]
         if self._sparse and layer in self._choosers:
             rows = self._choosers[layer].rows(own, self._pass.n_past, attention)
+            if self._windowed:
+                self._queries[layer].append((self._pass.n_past, own))
             self._sparse.take(self.roles.filters.index(layer), rows)
         if self._watch and layer in self._watched:
             self._watch(layer, attention.softmax(own))
@@ -320,7 +322,7 @@ class Filter:
         return Attention(self._scorer, abi.Tensor.from_address(node.src[1]), self.stored, *_parameters(node))
 
     def _see_prompt(self, layer: int, query: abi.Tensor) -> None:
-        """Remember the last queries of a prompt at a filter layer."""
+        """Remember the last queries of a prompt at a filter layer (those of decoded tokens are, too)."""
         found = queries(query, self.options.window)
         end = self._pass.n_past + self._pass.n_tokens
         self._queries[layer].extend(zip(range(end - len(found), end), found, strict=True))

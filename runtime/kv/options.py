@@ -26,7 +26,7 @@ class KvFilter:
     everything. keep: rows kept in the others, a fraction of the prompt (float) or a count (int). select: how scores
     become a choice. sinks, recent: first and last rows of the prompt that are always kept, part of the budget. block:
     rows that are chosen together. readers: threads that read a disk store. tail: most rows decoded in one answer (0: as
-    many as the context takes); more are taken back into the prompt. folder: where the file of a disk store is made.
+    many as the context takes); more are taken back into the prompt. folder: where a disk store has its file.
     """
 
     layers: tuple[int, ...] = ()

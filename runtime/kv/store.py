@@ -114,7 +114,7 @@ class DiskStore:
                 self.n_bytes += page_up(tensor.n_bytes)
                 slots[part] = max(slots[part], page_up(tensor.n_bytes))
         self.slot_bytes = sum(slots)
-        self._fd, self._direct = _open_file(options.folder, self.n_bytes)
+        self._fd, self._direct = _open_file(options.folder or tempfile.gettempdir(), self.n_bytes)
         self._slots = [Region(n_bytes) for n_bytes in slots]
         for slot in self._slots:
             slot.use_huge_pages(0)
