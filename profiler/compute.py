@@ -67,12 +67,12 @@ def measure_compute(
     each pass.
     """
     file, settings = engine.file, engine.settings
-    engine.quiet = True
+    engine.nodes.quiet = True
     decode = _passes(engine, layer_trace(file, model), 1, repeats, progress)
     most = next((tokens for limit_s, tokens in _SLOW_S if decode[0].compute_s > limit_s), PREFILL_TOKENS)
     n_tokens = min(most, settings.n_ubatch, settings.n_ctx)
     prefill = _passes(engine, layer_trace(file, model), n_tokens, repeats, progress)
-    engine.quiet = False
+    engine.nodes.quiet = False
     return ComputeTimes(
         columns([p.group_s for p in decode]),
         columns([p.group_s for p in prefill]),
@@ -87,7 +87,7 @@ def _passes(
 ) -> list[_Pass]:
     """The passes that count, the fastest first."""
     engine.truncate(0)
-    engine.trace = trace
+    engine.nodes.trace = trace
     _timed_pass(engine, n_tokens, 0)
     progress()
     passes: list[_Pass] = []
@@ -96,7 +96,7 @@ def _passes(
         passes.append(_Pass(trace.seconds[-1], max(0.0, rest_s - sum(trace.seconds[-1]))))
         passes.sort(key=lambda p: p.compute_s)
         progress()
-    engine.trace = None
+    engine.nodes.trace = None
     return passes[:repeats]
 
 

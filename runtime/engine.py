@@ -1,13 +1,11 @@
 """The forward pass: the one place where llama.cpp, the layer store and the budget meet.
 
-llama.cpp asks before it computes a node; when the node uses a weight that is not settled in memory, we wait until the
-store has it and point the weight's tensor there. After the node was computed the store gets the slots back. A tensor
-kept in several pieces (the output head) is computed piece by piece instead of by llama.cpp's own node.
+A plan becomes a set of resident pieces and a window inside the budget; tokens become passes. While llama.cpp computes a
+pass, `nodes` puts the weights under it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,16 +20,14 @@ from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
 from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger
 from runtime.memory import resident_bytes_outside
-from runtime.model_file import ModelFile, Piece
+from runtime.model_file import ModelFile
+from runtime.nodes import Nodes
 from runtime.pass_memory import PassMemory, pass_sizes
 from runtime.plan import Plan
-from runtime.repack import Repacker
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS, Settings
 from runtime.sizes import page_down
 from runtime.small_tensors import SmallTensors
-from runtime.tiled_product import TiledProduct
-from runtime.trace import LayerTrace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,15 +49,6 @@ class Counters:
     wait_s: float = 0.0
 
 
-@dataclass(eq=False)
-class Weight:
-    """A weight tensor that is not settled: struct address, its pieces in order (none: an embedding table)."""
-
-    address: int
-    pieces: list[Piece]
-    table: RowTable | None = None
-
-
 class Engine:
     """A model ready to compute, inside a budget. `n_past` positions are in the KV cache."""
 
@@ -79,23 +66,12 @@ class Engine:
         self.n_past = 0
         self.plan_changes = 0
         self.counters = Counters()
-        self.trace: LayerTrace | None = None
-        self.quiet = False  # True: the readers rest while anything is computed (for measuring)
         self._note = note
         self._model = model
-        self._stop: BaseException | None = None
-        self._skipped: dict[int, int] = {}
-        self._tiled: dict[int, Weight] = {}
-        self._aliases: list[int] = []
-        self._asked_bytes = 0
         self._store = store or open_store(file, settings)
         self._small = SmallTensors(file, model, self._store.files)
         self._tables = [RowTable(t, t.n_bytes) for t in file.row_tables]
-        self._weights = self._index_weights()
-        self._active: dict[int, Weight] = {}  # weights that are not in memory for good
-        self._callback = abi.EvalCallback(self._on_node)
-        self._product = TiledProduct(settings.n_threads)
-        self._repacker = Repacker()
+        self.nodes = Nodes(file, model.weights, self._tables, self._store, settings.n_threads)
         self.kv: Filter | None = None
         self._open_context(plan)
         self.n_vocab = self._context.n_vocab
@@ -113,25 +89,14 @@ class Engine:
 
     # --- opening ------------------------------------------------------------------------------------------------
 
-    def _index_weights(self) -> list[Weight]:
-        tables = {table.tensor.name: table for table in self._tables}
-        pieces: dict[str, list[Piece]] = {}
-        for piece in self.file.pieces:
-            pieces.setdefault(piece.tensor.name, []).append(piece)
-        weights = []
-        for name in dict.fromkeys((*pieces, *tables)):
-            for address in self._model.weights.get(name, ()):
-                weights.append(Weight(address, pieces.get(name, []), tables.get(name)))
-        return weights
-
     def _open_context(self, plan: Plan) -> None:
         """A context for passes as long as the prompt needs them and the budget allows."""
         n_tokens = min(self.settings.n_ubatch, self.settings.n_ctx)
         while True:
-            self._context = Context(self._model, self.settings, n_tokens, self._callback)
+            self._context = Context(self._model, self.settings, n_tokens, self.nodes.callback)
             self._pass_memory = PassMemory(self.file, self.settings, self._context)
             try:
-                self.kv = self._open_filter()
+                self.kv = self.nodes.kv = self._open_filter()
             except H2OError:
                 self._context.close()
                 raise
@@ -153,7 +118,7 @@ class Engine:
         from runtime.kv.filter import CacheSource, open_filter  # numpy, which a run without it does not need
 
         source = CacheSource(self._context.buffers.caches, self._model.pointer)
-        return open_filter(self.settings, self.file, source, lambda: self._stop)
+        return open_filter(self.settings, self.file, source, lambda: self.nodes.stop)
 
     def _fixed_ledger(self, *, long: bool) -> Ledger:
         """The ledger without weights while a prompt is computed (long), or for the tokens after it."""
@@ -199,14 +164,13 @@ class Engine:
         streamed = sum(p.span_bytes for p in self.file.pieces if p.number not in resident)
         window = min(page_down(window), streamed)
         pinned = total - streamed
-        for weight in self._weights:
-            if any(piece.number not in resident for piece in weight.pieces):
-                self._repacker.forget(weight.address)
+        self.nodes.forget(resident)
         self._store.apply(resident, window)
-        self._repack = self.settings.repack and streamed == 0 and (everything or not plan.budget_bytes)
-        self._active = {weight.address: weight for weight in self._weights if weight.pieces}
         largest = smallest_window(self.file, resident)
-        self._boundary_bytes = max(0, min(window // 4, (window - 2 * largest) // 2))
+        self.nodes.watch_all(
+            repack=self.settings.repack and streamed == 0 and (everything or not plan.budget_bytes),
+            boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)),
+        )
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
         self.plan = replace(plan, k=layers_in(self.file, pinned) if plan.budget_bytes else plan.k)
         self.streamed_bytes = streamed
@@ -254,19 +218,14 @@ class Engine:
         start = time.perf_counter()
         status = -1
         try:
-            self._fetch_rows(tokens)
-            watched = bool(self._active or self.trace or self.kv)
-            self._context.call_back(wanted=len(tokens) > 1 or watched)
-            if self.quiet:
-                self._store.settle()
-            if self.trace:
-                self.trace.begin_pass(self._store.wait_s)
+            self.nodes.begin_pass(tokens)
+            self._context.call_back(wanted=len(tokens) > 1 or self.nodes.are_watched)
             status = self._context.decode(tokens, self.n_past, n_logits)
         except Cancelled:
             self.forget_cancel()
             raise
         finally:
-            self._close_pass(complete=status == 0 and self._stop is None)
+            self.nodes.end_pass(complete=status == 0)
         self._raise_stop()
         if self._store.bytes_read != self.counters.bytes_read:
             self._check_files()
@@ -277,31 +236,10 @@ class Engine:
         self.n_past += len(tokens)
         self._count(len(tokens), time.perf_counter() - start)
 
-    def _fetch_rows(self, tokens: Sequence[int]) -> None:
-        for weight in self._weights:
-            if not weight.table or (weight.pieces and weight.address not in self._active):
-                continue
-            if weight.pieces and all(self._store.is_resident(piece) for piece in weight.pieces):
-                abi.Tensor.from_address(weight.address).data = self._store.home(weight.table.tensor.name).data
-            else:
-                weight.table.fetch(tokens, self._store)
-                abi.Tensor.from_address(weight.address).data = weight.table.data
-
-    def _close_pass(self, *, complete: bool) -> None:
-        if self.trace:
-            self.trace.end_pass(self._store.wait_s)
-        for address in self._aliases:
-            self._active.pop(address, None)
-        self._aliases.clear()
-        self._tiled.clear()
-        self._asked_bytes = 0
-        self._store.end_pass(complete=complete)
-        if self.kv:
-            self._stop = self.kv.end_pass(complete=complete) or self._stop
-
     def _raise_stop(self) -> None:
-        if self._stop is not None:
-            stop, self._stop, self._store.interrupt = self._stop, None, None
+        stop = self.nodes.stop
+        if stop is not None:
+            self.forget_cancel()
             self.truncate(self.n_past)
             raise stop
 
@@ -320,127 +258,15 @@ class Engine:
         counters.seconds += seconds
         counters.bytes_read, counters.wait_s = self._store.bytes_read, self._store.wait_s
 
-    # --- llama.cpp calls back -----------------------------------------------------------------------------------
-
-    def _on_node(self, address: int, ask: bool, _data: int) -> bool:
-        if ask and not (self._active or self._stop or self.trace or self.kv):
-            return False
-        try:
-            if self._stop is None:
-                return self._before(address) if ask else self._after(address)
-        except BaseException as error:  # noqa: BLE001 - ctypes would swallow it: kept, and raised after the pass
-            self._stop = error
-        return self._skip(address) if ask else self._unskip(address)
-
-    def _before(self, address: int) -> bool:
-        """A node is going to be computed: place its weights. True makes llama.cpp report when it is done."""
-        report = self.kv.before(address) if self.kv else False
-        if not self._active and not self.trace:
-            return report
-        sources = abi.unpack_src(ctypes.string_at(address + abi.SRC_OFFSET, abi.SRC_BYTES))
-        if self.trace and self.trace.before(sources):
-            report = True
-        if self._active.keys().isdisjoint(sources):
-            return report
-        for source in sources:
-            weight = self._active.get(source)
-            if weight and self._place(address, source, weight):
-                report = True
-        return report
-
-    def _place(self, node: int, source: int, weight: Weight) -> bool:
-        """Point one weight of a node at its bytes; whether the node's end has to be reported."""
-        op = ctypes.c_int.from_address(node + abi.OP_OFFSET).value
-        if op == abi.OP_GET_ROWS and weight.table:
-            return False  # its rows were fetched before the pass
-        if abi.Tensor.from_address(node).ne[1] == 0:
-            return False  # no outputs are wanted: nothing is computed
-        if len(weight.pieces) > 1:
-            return self._place_tiled(node, op, weight)
-        piece = weight.pieces[0]
-        data = self._store.need(piece)
-        tensor = abi.Tensor.from_address(weight.address)
-        tensor.data = data
-        if source != weight.address:
-            alias = abi.Tensor.from_address(source)
-            alias.data = data + alias.view_offs
-        if op in abi.VIEW_OPS:
-            view_node = abi.Tensor.from_address(node)
-            view_node.data = data + view_node.view_offs
-            self._active[node] = weight
-            self._aliases.append(node)
-        elif self._store.is_resident(piece) and source == weight.address:
-            self._settle(weight)
-        self._asked_bytes += piece.span_bytes
-        return self._asked_bytes > self._boundary_bytes or not self._store.next_is_there()
-
-    def _place_tiled(self, node: int, op: int, weight: Weight) -> bool:
-        """A tensor in pieces: switch its node off and compute it in _after, unless all of it is in one place."""
-        if all(self._store.is_resident(piece) for piece in weight.pieces):
-            abi.Tensor.from_address(weight.address).data = self._store.home(weight.pieces[0].tensor.name).data
-            self._settle(weight)
-            return False
-        if op != abi.OP_MUL_MAT:
-            raise EngineError(
-                f"{weight.pieces[0].tensor.name} is not used as a matrix here", "raise -m until the model fits"
-            )
-        self._tiled[node] = weight
-        self._skip(node)
-        return True
-
-    def _settle(self, weight: Weight) -> None:
-        """The weight is in memory for good: llama.cpp can use it without asking us."""
-        self._active.pop(weight.address, None)
-        if self._repack and weight.table is None:
-            self._repacker.repack(weight.address)
-
-    def _after(self, address: int) -> bool:
-        """Everything up to this node has been computed."""
-        weight = self._tiled.pop(address, None)
-        if weight:
-            self._unskip(address)
-            self._give_back()
-            self._product.begin(address)
-            for piece in weight.pieces:
-                self._product.compute(self._store.need(piece), piece.first_row, piece.n_rows)
-                self._give_back()
-        else:
-            self._give_back()
-        self._asked_bytes = 0
-        if self.kv:
-            self.kv.after(address)
-        if self.trace:
-            self.trace.after(self._store.wait_s)
-        return True
-
-    def _give_back(self) -> None:
-        """Everything asked for has been computed with."""
-        self._store.computed()
-        if self.quiet:
-            self._store.settle()
-
-    def _skip(self, address: int) -> bool:
-        """Switch a node off until it is reported."""
-        op = ctypes.c_int.from_address(address + abi.OP_OFFSET)
-        self._skipped[address] = op.value
-        op.value = abi.OP_NONE
-        return True
-
-    def _unskip(self, address: int) -> bool:
-        op = self._skipped.pop(address, None)
-        if op is not None:
-            ctypes.c_int.from_address(address + abi.OP_OFFSET).value = op
-        return False
-
     # --- around a pass ------------------------------------------------------------------------------------------
 
     def cancel(self, signal_number: int = 2) -> None:
         """End the pass that is running (from a signal handler or another thread); forward() raises Cancelled."""
-        self._stop = self._store.interrupt = Cancelled(signal_number)
+        self.nodes.stop = self._store.interrupt = Cancelled(signal_number)
 
     def forget_cancel(self) -> None:
         """Drop a cancel() that came when no pass was running, so that the next one runs."""
-        self._stop = self._store.interrupt = None
+        self.nodes.stop = self._store.interrupt = None
 
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
@@ -485,8 +311,7 @@ class Engine:
         """Free the context and all weights. The hollow model stays its owner's."""
         self._store.close()
         self._close_context()
-        self._product.close()
-        self._repacker.close()
+        self.nodes.close()
         self._small.free()
         for table in self._tables:
             table.free()

@@ -49,8 +49,8 @@ def test_a_token_computes_without_a_callback_once_every_weight_is_in_memory(tiny
     path = tiny_model("llama")
     with engine(path, Plan(0, 1, budget_bytes=10**9)) as opened:
         calls = []
-        note = opened._before
-        opened._before = lambda address: calls.append(address) or note(address)
+        note = opened.nodes._before
+        opened.nodes._before = lambda address: calls.append(address) or note(address)
         opened.forward([5, 6, 7])
         opened.forward([8])
         asked = len(calls)

@@ -63,7 +63,7 @@ def test_head_is_timed_apart_from_the_layers_when_it_is_the_embedding(opened):
     file = opened("qwen2")
     assert file.tied_head
     with engine(file.path, n_threads=1) as e:
-        trace = e.trace = layer_trace(file, e._model)
+        trace = e.nodes.trace = layer_trace(file, e._model)
         for token in (1, 2, 3):
             e.forward([token])
     assert len(trace.seconds) == 2
@@ -76,7 +76,7 @@ def test_quiet_passes_compute_the_same(opened):
         e.forward([1, 2, 3])
         plain = e.logits().copy()
         e.truncate(0)
-        e.quiet = True
+        e.nodes.quiet = True
         e.forward([1, 2, 3])
         assert (e.logits() == plain).all()
 
@@ -89,7 +89,7 @@ def test_compute_fits_the_context_and_leaves_the_engine_as_it_was(opened):
         assert times.prefill_tokens == 32
         assert len(times.decode) == len(times.prefill) == file.n_layers + 1
         assert len(steps) >= 6  # disturbed passes are made again
-        assert e.trace is None and not e.quiet
+        assert e.nodes.trace is None and not e.nodes.quiet
         e.truncate(0)
         e.forward([1])
 

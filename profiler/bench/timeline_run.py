@@ -68,7 +68,7 @@ def measure(path: Path, plan_file: Path, threads: int) -> Timeline:
     try:
         trace = WallTrace.like(layer_trace(file, hollow))
         engine.forward([1, 2, 3])
-        engine.trace = trace
+        engine.nodes.trace = trace
         for token in range(_WARM_PASSES):
             engine.forward([token])
     finally:
