@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from profiler.bench.plots import picture
 from profiler.kv_eval.layers_file import LayerChoice
-from profiler.kv_eval.methods import COMPARED, EVERYWHERE, FULL, HEAVY, OMNIKV, RANDOM, SINKS
+from profiler.kv_eval.methods import COMPARED, EVERYWHERE, FULL, HEAVY, OMNIKV, OTHERS, RANDOM, SINKS
 from profiler.kv_eval.report import accuracy_of, chosen, distinct
 from profiler.kv_eval.rows import KvRow
 
@@ -67,8 +67,15 @@ def _colour(method: str) -> str:
     return COLOURS.get(method, "#888888")
 
 
+def _length(rows: Sequence[KvRow]) -> int:
+    """The length at which most methods were asked, the longest of them."""
+    return max({row.length for row in rows}, key=lambda n: (len({r.label for r in rows if r.length == n}), n))
+
+
 def _draw_accuracy(axes: Axes, rows: Sequence[KvRow]) -> None:
-    """Right answers against the part of all keys and values, all lengths and depths together."""
+    """Right answers against the part of all keys and values, all depths together, at the length most were asked."""
+    length = _length(rows)
+    rows = [row for row in rows if row.length == length]
     for method in distinct(row.method for row in rows):
         points = []
         for label in distinct(row.label for row in rows if row.method == method):
@@ -79,8 +86,9 @@ def _draw_accuracy(axes: Axes, rows: Sequence[KvRow]) -> None:
         if method == FULL:
             axes.axhline(points[0][1], color=_colour(method), linestyle="--", linewidth=1, label=method)
         else:
-            axes.plot(*zip(*points, strict=True), marker="o", color=_colour(method), label=method)
-    axes.set(title=f"{rows[0].model}: {rows[0].task}, all lengths and depths")
+            line = "" if method == OTHERS else "-"
+            axes.plot(*zip(*points, strict=True), marker="o", linestyle=line, color=_colour(method), label=method)
+    axes.set(title=f"{rows[0].model}: {rows[0].task}, {length} tokens, all depths")
     axes.set(xlabel="keys and values attended to, % of all", ylabel="right answers, %")
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
@@ -88,14 +96,14 @@ def _draw_accuracy(axes: Axes, rows: Sequence[KvRow]) -> None:
 
 
 def _draw_depth(axes: Axes, rows: Sequence[KvRow]) -> None:
-    """Right answers against depth, at the longest length and the compared budget."""
-    longest = max(row.length for row in rows)
-    at = [row for row in rows if row.length == longest and (row.method == FULL or row.keep == COMPARED)]
+    """Right answers against depth, at the length most were asked and the compared budget."""
+    length = _length(rows)
+    at = [row for row in rows if row.length == length and (row.method == FULL or row.keep == COMPARED)]
     for label in distinct(row.label for row in at):
         own = sorted((row for row in at if row.label == label), key=lambda row: row.depth)
         points = [(100 * row.depth, 100 * row.right / row.n) for row in own]
         axes.plot(*zip(*points, strict=True), marker="o", color=_colour(own[0].method), label=label)
-    axes.set(title=f"{rows[0].model}: {rows[0].task}, {longest} tokens, {COMPARED:.0%} kept")
+    axes.set(title=f"{rows[0].model}: {rows[0].task}, {length} tokens, {COMPARED:.0%} kept")
     axes.set(xlabel="depth of the fact, %", ylabel="right answers, %")
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
