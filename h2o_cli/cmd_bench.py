@@ -91,6 +91,8 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
         budgets = settings.budgets if budget else UNTHROTTLED_BUDGETS
         first = settings.models[:1]
         parts.append(replace(settings, read_bytes_per_s=0, models=first, suites=("budgets",), budgets=budgets))
+    for part in parts:
+        _check_devices(part)
     rows_file = _open_output(output, add=add)
     for part in parts:
         _run(part, rows_file, json=json)
@@ -166,13 +168,9 @@ def _run(settings: Settings, rows_file: Path, *, json: bool) -> None:
     import msgspec
 
     from profiler.bench.children import Children
-    from profiler.bench.device import Device, check_rights
     from profiler.bench.rows import append_line
     from profiler.bench.runs import Bench
 
-    for folder in {model.path.parent for model in (*settings.models, *settings.resident_models)}:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_rights(Device(0, settings.read_bytes_per_s, folder))
     _make_models(settings)
     with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
         measuring = Bench(settings, Children(Path(work)))
@@ -186,6 +184,15 @@ def _run(settings: Settings, rows_file: Path, *, json: bool) -> None:
         append_line(rows_file.with_name(TIMELINES), timeline)
     for line in measuring.notes:
         note(line)
+
+
+def _check_devices(settings: Settings) -> None:
+    """Raise H2OError where this process cannot emulate the device, before anything is written."""
+    from profiler.bench.device import Device, check_rights
+
+    for folder in {model.path.parent for model in (*settings.models, *settings.resident_models)}:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_rights(Device(0, settings.read_bytes_per_s, folder))
 
 
 def _make_models(settings: Settings) -> None:
