@@ -73,12 +73,12 @@ def _budget(row: Row) -> str:
 
 
 def _time_or_end(rows: Sequence[Row]) -> str:
-    """The time per token, or how the runs ended: that is a result too."""
+    """The time per token, and how the other runs ended: that is a result too."""
     found = median_of(rows, lambda row: row.ms_per_token)
+    ends = [{"oom": "OOM"}.get(row.status, row.status) for row in rows if row.status != "ok"]
     if found:
-        return shown(found, "{:.0f}")
-    ends = distinct(row.status for row in rows)
-    return {"oom": "OOM"}.get(ends[0], ends[0]) if ends else NONE
+        return shown(found, "{:.0f}") + (f", {len(ends)} of {len(rows)} {ends[0]}" if ends else "")
+    return ends[0] if ends else NONE
 
 
 def _ratio(rows: Sequence[Row]) -> str:
