@@ -11,6 +11,7 @@ import typer
 
 from h2o_cli.bench_kv import EPILOG as KV_EPILOG
 from h2o_cli.bench_kv import bench_kv
+from h2o_cli.bench_speculation import bench_speculation
 from h2o_cli.defaults import default_threads
 from h2o_cli.output import Progress, duration, emit, note, print_json, table, versions
 from runtime.errors import UsageError
@@ -281,3 +282,4 @@ def make_model(
 
 
 app.command("kv", epilog=KV_EPILOG)(bench_kv)
+app.command("speculation")(bench_speculation)

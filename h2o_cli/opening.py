@@ -30,7 +30,7 @@ from runtime.quantize import copy_bytes, low_bit_copy
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, SHORT_PASS, Settings
 from runtime.sizes import MB, format_size, parse_size
-from runtime.speculate import MOST_DRAFTED, Speculation
+from runtime.speculate import Speculation, most_drafted
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class OpenModel:
             self.plan_path = options.plan_file or default_plan_path()
             must_fit = options.plan_file is not None
             self.plan_in_file = _plan_in(self.plan_path, self.file, must_fit=must_fit, note=note)
-            settings = _settings(options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
+            settings = _settings(self.file, options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
             settings = replace(settings, draft_bytes=_expected_draft_bytes(self.file, options))
             plan = _choose(self, options, settings).plan
             plan = replace(plan, budget_bytes=max(0, plan.budget_bytes - settings.draft_bytes))
@@ -218,7 +218,7 @@ def open_session(
     """Choose settings and plan, and open the engine. Raises H2OError."""
     start = time.perf_counter()
     _check_context(n_ctx, options.budget_bytes or default_budget())
-    settings = _settings(options, n_ctx, n_prompt, model.profile)
+    settings = _settings(model.file, options, n_ctx, n_prompt, model.profile)
     if options.kv:
         settings = replace(settings, kv=options.kv.for_model(model.file.hash))
     if options.kv and options.speculate != "off":
@@ -333,6 +333,10 @@ def _open_draft(model: OpenModel, settings: Settings, note: Callable[[str], None
     return draft
 
 
+def _n_vocab(file: ModelFile) -> int:
+    return max((table.n_rows for table in file.row_tables), default=0)
+
+
 def _n_positions(file: ModelFile) -> int:
     return next((t.n_rows for t in file.tensors if t.name == "position_embd.weight"), UNLIMITED)
 
@@ -354,8 +358,10 @@ def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | Non
         return None
 
 
-def _settings(options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProfile | None) -> Settings:
-    n_logits = 1 if options.speculate == "off" or options.kv else MOST_DRAFTED + 1
+def _settings(
+    file: ModelFile, options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProfile | None
+) -> Settings:
+    n_logits = 1 if options.speculate == "off" or options.kv else 1 + most_drafted(_n_vocab(file), file.n_bytes)
     settings = Settings(
         n_ctx=n_ctx,
         n_ubatch=options.ubatch or max(SHORT_PASS, n_logits, min(UBATCH, n_prompt)),

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.engine import Counters
+from runtime.settings import SHORT_PASS
+from runtime.sizes import MB
 
-MOST_DRAFTED = 8
+MOST_DRAFTED = SHORT_PASS - 1
 LOOKUP, DRAFT, OFF = "lookup", "draft", "off"
 
+_LOGITS_SHARE, _LOGITS_FREE = 0.01, MB  # of the model's bytes that the drafts' logits may take; as much always may
 _MEMORY = 16  # observations a running mean remembers
 _OUTLIER = 4  # times the mean
 _MARGIN = 0.02  # predicted gain below which one token per pass is better
@@ -29,6 +32,16 @@ _FADE, _FADE_EVERY = 0.08, 8  # share of an old measurement that is forgotten in
 _GROWTH = 0.5  # computing time of one more position, as a share of the first one's, until it is measured
 _FIRST_RIGHT = {1: 0.3, 2: 0.5, 3: 0.7}  # by grade; how often the first proposal is right, until it is measured
 _NEXT_RIGHT = 0.7
+
+
+def most_drafted(n_vocab: int, model_bytes: int) -> int:
+    """The most tokens to draft, 2 to MOST_DRAFTED.
+
+    The logits of every drafted token take 4 bytes per entry of the vocabulary from the resident weights, whether
+    drafts are used or not. So they may take no more than a small share of what a pass reads.
+    """
+    allowed = max(_LOGITS_FREE, int(_LOGITS_SHARE * model_bytes))
+    return max(2, min(MOST_DRAFTED, allowed // (4 * max(1, n_vocab))))
 
 
 class Drafter(Protocol):
@@ -137,7 +150,8 @@ class Gauge:
         if self._pass_s is None or self._compute_s is None:
             return
         plain_s, compute_s = self._pass_s.value, self._compute_s.value
-        self._lost_s = max(0.0, self._lost_s + took.seconds - n_tokens * plain_s)
+        worst_s = _OUTLIER * self._ratio(n_drafted) * plain_s  # more is not the draft's doing
+        self._lost_s = max(0.0, self._lost_s + min(took.seconds, worst_s) - n_tokens * plain_s)
         self._growth.see_time((took.compute_s / compute_s - 1) / n_drafted if compute_s else 0.0)
         if self._relative_cost:
             self._drafting = self._drafting or Mean(took.drafting_s / n_drafted / plain_s)

@@ -1,0 +1,221 @@
+"""Speculation on the bundled model, streamed from a slow disk: tokens per pass, speed, whether the tokens are equal.
+
+Every prompt is answered greedily with one token per pass and with each drafter in turn, each run a process of its own
+in the emulated device, in the smallest budget that works for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from profiler.bench.children import Children
+from profiler.bench.device import Device
+from profiler.bench.engines import H2O, Job, tokens_hash
+
+OFF, LOOKUP, DRAFT = "off", "look-up", "draft auto"
+MODES: dict[str, tuple[str, ...]] = {OFF: ("--speculate", "off"), LOOKUP: (), DRAFT: ("--draft", "auto")}
+RECALL, QUOTES, PLAIN = "recall", "quotes", "plain text"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt, how many tokens to generate, and what kind of text it is."""
+
+    kind: str
+    prompt: str
+    n_predict: int
+
+
+# Made by the generators of model_configs/bundled/corpus.py with a seed that the training did not use.
+TEXTS = (
+    Text(
+        RECALL,
+        "Paul's hedgehog is in the purple bag. Sam's coin is in the green box. Once upon a time there was a girl "
+        "named Eva. The gardener gave Eva an old map. It was very quiet near the hill. The map showed a way to the "
+        "hill. Ivy's mirror is in the big hut. Martin's spoon is in the small pot. Lily took a lamp and a long rope. "
+        "They climbed over the hill and through the forest. Adam's lamp is in the grey box. Where is Martin's spoon?",
+        8,
+    ),
+    Text(
+        RECALL,
+        "Long ago, a girl called Alice lived with a gardener near the lake. Molly's hat is in the silver jar. Alice "
+        "and Tina made soup in the kitchen. First she took eggs, milk and honey. Robert's brush is in the small barn. "
+        "Then the pot fell on the floor. Maya's button is in the red tower. Tom's lamb is in the pink jar. They "
+        "laughed and tried once more. At last it tasted very good. Where is Robert's brush?",
+        8,
+    ),
+    Text(
+        RECALL,
+        "It was a rainy day and Henry felt tired. Emma's scarf is in the green pot. Henry found an old map in a tin. "
+        "George's book is in the yellow bucket. The map showed a way to the museum. Zoe's frog is in the red drawer. "
+        "Henry and Molly packed tea and a drum. Bill's shell is in the small tent. They walked for hours. Where is "
+        "Zoe's frog?",
+        8,
+    ),
+    Text(
+        QUOTES,
+        "grey milk lonely proud teacher tin harbour goat farmer frog red blue mill brave drum silver spoon afraid. "
+        "Again: grey",
+        18,
+    ),
+    Text(QUOTES, "doll proud shepherd drum fox hill spoon soup wooden pony worried orange. Again: doll", 12),
+    Text(QUOTES, "locker blue museum green bird market sad turtle hedgehog red. Again: locker", 10),
+    Text(PLAIN, "In a village by the island lived a girl called Clara. Clara wanted to learn to swim.", 40),
+    Text(PLAIN, "Tom lived in a green house near the park. Tom and Ivy made cookies in the kitchen.", 40),
+    Text(PLAIN, "One foggy summer Simon went to the castle.", 40),
+)
+
+
+class SpeculationRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One answer. Times in ms per token; limit_ms_per_token is that of one token per pass."""
+
+    kind: str
+    prompt: int
+    mode: str
+    status: str
+    note: str = ""
+    budget_bytes: int = 0
+    read_bytes_per_s: int = 0
+    n_tokens: int = 0
+    tokens_per_pass: float | None = None
+    drafted: int = 0
+    accepted: int = 0
+    ms_per_token: float | None = None
+    limit_ms_per_token: float | None = None
+    peak_bytes: int = 0
+    tokens_hash: str = ""
+
+
+def measure(
+    children: Children, model: Path, device: Device, threads: int, texts: Sequence[Text] = TEXTS
+) -> Iterator[SpeculationRow]:
+    """A row per text and mode, every mode in turn. Raises H2OError where there is no device or no smallest budget."""
+    longest = max(texts, key=lambda text: len(text.prompt))
+    budgets = {
+        mode: children.floor_bytes(
+            Job(model, 1, longest.prompt, longest.n_predict, threads=threads, flags=flags), device
+        )
+        for mode, flags in MODES.items()
+    }
+    for i, text in enumerate(texts):
+        for mode in list(MODES) if i % 2 == 0 else reversed(MODES):
+            job = Job(model, budgets[mode], text.prompt, text.n_predict, threads=threads, flags=MODES[mode])
+            yield _row(children, job, device, i, text.kind, mode)
+
+
+def _row(children: Children, job: Job, device: Device, i: int, kind: str, mode: str) -> SpeculationRow:
+    _, outcome, found = children.answer(H2O, job, device)
+    row = SpeculationRow(
+        kind=kind,
+        prompt=i,
+        mode=mode,
+        status=found.status,
+        note=found.note,
+        budget_bytes=job.budget_bytes,
+        read_bytes_per_s=device.read_bytes_per_s,
+        peak_bytes=outcome.peak_bytes,
+    )
+    if found.status != "ok":
+        return row
+    figures = msgspec.json.decode(outcome.stdout)
+    return msgspec.structs.replace(
+        row,
+        n_tokens=len(found.tokens),
+        tokens_per_pass=figures["tokens_per_pass"],
+        drafted=figures["drafted"],
+        accepted=figures["accepted"],
+        ms_per_token=figures["decode_ms_per_token"],
+        limit_ms_per_token=figures["limit_ms_per_token"],
+        tokens_hash=tokens_hash(found.tokens),
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All answers of one kind of text in one mode; means are over tokens. ratio: speed against one token per pass."""
+
+    kind: str
+    mode: str
+    tokens_per_pass: float
+    drafted: int
+    accepted: int
+    ms_per_token: float
+    limit_ms_per_token: float
+    ratio: float
+    equal: bool
+
+
+def summaries(rows: Sequence[SpeculationRow]) -> list[Summary]:
+    """A line per kind of text and mode, over the prompts that every mode answered. The limit is of the plain runs."""
+    found = []
+    for kind in dict.fromkeys(row.kind for row in rows):
+        by_mode = {mode: _answered(rows, kind, mode) for mode in MODES}
+        prompts = set.intersection(*(set(answers) for answers in by_mode.values()))
+        if not prompts:
+            continue
+        plain = {i: by_mode[OFF][i] for i in sorted(prompts)}
+        plain_ms = _mean(plain, lambda row: row.ms_per_token)
+        for mode, answers in by_mode.items():
+            seen = {i: answers[i] for i in plain}
+            ms = _mean(seen, lambda row: row.ms_per_token)
+            found.append(
+                Summary(
+                    kind,
+                    mode,
+                    1 / _mean(seen, lambda row: 1 / row.tokens_per_pass if row.tokens_per_pass else None),
+                    sum(row.drafted for row in seen.values()),
+                    sum(row.accepted for row in seen.values()),
+                    ms,
+                    _mean(plain, lambda row: row.limit_ms_per_token),
+                    plain_ms / ms,
+                    all(row.tokens_hash == plain[i].tokens_hash for i, row in seen.items()),
+                )
+            )
+    return found
+
+
+def _answered(rows: Sequence[SpeculationRow], kind: str, mode: str) -> dict[int, SpeculationRow]:
+    return {row.prompt: row for row in rows if (row.kind, row.mode) == (kind, mode) and row.ms_per_token}
+
+
+def _mean(rows: dict[int, SpeculationRow], quantity: Callable[[SpeculationRow], float | None]) -> float:
+    """The mean over tokens; the first token of an answer comes with its prompt and is not counted."""
+    weights = {i: row.n_tokens - 1 for i, row in rows.items()}
+    return sum(weights[i] * (quantity(row) or 0.0) for i, row in rows.items()) / sum(weights.values())
+
+
+HEADER = ("text", "drafts", "tokens/pass", "accepted", "ms/token", "limit", "speed", "tokens")
+
+
+def table_rows(rows: Sequence[SpeculationRow]) -> list[tuple[str, ...]]:
+    """The summaries as text, the header first."""
+    lines: list[tuple[str, ...]] = [HEADER]
+    for line in summaries(rows):
+        accepted = f"{line.accepted} of {line.drafted}" if line.drafted else "-"
+        times = (f"{line.ms_per_token:.0f}", f"{line.limit_ms_per_token:.0f}", f"{line.ratio:.2f}x")
+        equal = "=" if line.equal else "differ"
+        lines.append((line.kind, line.mode, f"{line.tokens_per_pass:.2f}", accepted, *times, equal))
+    return lines
+
+
+def report(rows: Sequence[SpeculationRow], model: str) -> str:
+    """The summaries as Markdown."""
+    rate = max((row.read_bytes_per_s for row in rows), default=0)
+    header, *lines = table_rows(rows)
+    return "\n".join(
+        [
+            f"# Speculation: {model}, disk at {rate / 1e6:.0f} MB/s, smallest budgets",
+            "",
+            "Greedy answers. **limit**: ms per token that no schedule beats with one token per pass (of runs without "
+            "drafts). **speed**: against the runs without drafts. **tokens**: `=`, the same as without drafts.",
+            "",
+            f"| {' | '.join(header)} |",
+            "|---|---|" + "---:|" * (len(header) - 3) + "---|",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+        ]
+    )

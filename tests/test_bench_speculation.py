@@ -1,0 +1,83 @@
+"""`h2o bench speculation`: which runs it makes, and what its report says of them."""
+
+import json
+
+import pytest
+
+from h2o_cli import main as cli
+from profiler.bench.device import Outcome
+from profiler.bench.engines import Result
+from profiler.bench.speculation import MODES, OFF, TEXTS, SpeculationRow, measure, report, summaries, table_rows
+
+MB = 10**6
+
+
+class FakeChildren:
+    """Answers every job: without drafts in ms of 100, with drafts in a third of it."""
+
+    def __init__(self):
+        self.jobs = []
+
+    def floor_bytes(self, job, device):
+        return (60 if "--draft" in job.flags else 40) * MB
+
+    def answer(self, engine, job, device):
+        self.jobs.append(job)
+        drafts = job.flags != MODES[OFF]
+        figures = {"tokens_per_pass": 3.0 if drafts else 1.0, "drafted": 9 * drafts, "accepted": 6 * drafts}
+        figures |= {"decode_ms_per_token": 33.0 if drafts else 100.0, "limit_ms_per_token": 98.0}
+        outcome = Outcome(0, 1.0, 1.0, 50 * MB, 0, 0.0, stdout=json.dumps(figures))
+        tokens = (7, 8) if job.prompt == TEXTS[0].prompt and drafts else tuple(range(job.n_predict))
+        return [], outcome, Result("ok", tokens=tokens)
+
+
+@pytest.fixture
+def rows(bundled_model):
+    device = type("Device", (), {"read_bytes_per_s": 16 * MB})()
+    return list(measure(FakeChildren(), bundled_model, device, 2))
+
+
+def test_every_text_in_every_mode_in_its_smallest_budget(bundled_model):
+    children = FakeChildren()
+    device = type("Device", (), {"read_bytes_per_s": 16 * MB})()
+    rows = list(measure(children, bundled_model, device, 2))
+    assert {(row.prompt, row.mode) for row in rows} == {(i, mode) for i in range(len(TEXTS)) for mode in MODES}
+    for job in children.jobs:
+        assert job.budget_bytes == (60 if "--draft" in job.flags else 40) * MB
+
+
+def test_summaries(rows):
+    found = {(line.kind, line.mode): line for line in summaries(rows)}
+    assert len(found) == 9
+    line = found["quotes", "look-up"]
+    assert (line.tokens_per_pass, line.drafted, line.accepted) == (pytest.approx(3), 27, 18)
+    assert (line.ratio, line.limit_ms_per_token) == (pytest.approx(100 / 33), pytest.approx(98))
+    assert line.equal
+    assert not found["recall", "look-up"].equal
+
+
+def test_a_run_that_failed_leaves_its_prompt_out(rows):
+    failed = [
+        SpeculationRow(kind=r.kind, prompt=r.prompt, mode=r.mode, status="oom") if r.prompt == 0 else r for r in rows
+    ]
+    assert all(line.equal for line in summaries(failed))
+    assert summaries(failed[:3]) == []
+
+
+def test_report(rows):
+    text = report(rows, "m.gguf")
+    assert "disk at 16 MB/s" in text
+    assert "| quotes | look-up | 3.00 | 18 of 27 | 33 | 98 | 3.03x | = |" in text
+    assert all(len(line) == len(table_rows(rows)[0]) for line in table_rows(rows))
+
+
+def test_command(rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("h2o_cli.bench_speculation._rows", lambda disk: iter(rows))
+    assert cli.run_command(["bench", "speculation", "--output", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert "tokens/pass" in out
+    assert "recall 1, draft auto: 3.00 tokens per pass" in err
+    assert len((tmp_path / "out" / "speculation.jsonl").read_text().splitlines()) == len(rows)
+    assert (tmp_path / "out" / "speculation.md").exists()
+    (tmp_path / "file").write_text("")
+    assert cli.run_command(["bench", "speculation", "--output", str(tmp_path / "file" / "x")]) == 2
