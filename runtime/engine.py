@@ -73,7 +73,12 @@ class Engine:
         self._tables = [RowTable(t, t.n_bytes) for t in file.row_tables]
         self.nodes = Nodes(file, model.weights, self._tables, self._store, settings.n_threads)
         self.kv: Filter | None = None
-        self._open_context(plan)
+        try:
+            self._open_context(plan)
+        except BaseException:
+            self._store.close()
+            self._free_weights()
+            raise
         self.n_vocab = self._context.n_vocab
         self._ledgers = {long: self._fixed_ledger(long=long) for long in (True, False)}
         self._long = True  # memory is laid out for a prompt, not for the next token
@@ -311,6 +316,9 @@ class Engine:
         """Free the context and all weights. The hollow model stays its owner's."""
         self._store.close()
         self._close_context()
+        self._free_weights()
+
+    def _free_weights(self) -> None:
         self.nodes.close()
         self._small.free()
         for table in self._tables:

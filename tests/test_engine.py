@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from engines import engine, greedy
 
-from runtime.errors import Cancelled
+from runtime.errors import Cancelled, H2OError
+from runtime.kv.options import KvFilter
 from runtime.plan import Plan
 
 
@@ -62,3 +63,10 @@ def test_a_token_computes_without_a_callback_once_every_weight_is_in_memory(tiny
         assert len(calls) > asked
         for mine, other in zip(logits, expected, strict=True):
             assert np.array_equal(mine, other)
+
+
+def test_an_engine_that_cannot_be_opened_leaves_nothing_behind(tiny_model):
+    before = set(threading.enumerate())
+    with pytest.raises(H2OError), engine(tiny_model("llama"), Plan(0, 1), kv=KvFilter(layers=(99,))):
+        pass
+    assert set(threading.enumerate()) == before

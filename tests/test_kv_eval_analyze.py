@@ -72,7 +72,8 @@ def test_mistakes_are_one_line(bundled_model, flags, words, capsys):
     err = capsys.readouterr().err
     assert words in err
     assert "Traceback" not in err
-    assert len(err.strip().splitlines()) <= 2
+    lines = [line for line in err.strip().splitlines() if " left" not in line]  # progress, on a slow machine
+    assert len(lines) <= 2
 
 
 def test_a_short_text(bundled_model, tmp_path, capsys):
