@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# Profile, plan and run of the bundled model in the smallest budget for a context of 512: its weights are streamed.
+# Profile, plan and run of the bundled model in the smallest budget that `h2o inspect` names for its whole context.
 # The profile goes to the ignored folder build/.
 demo: export H2O_PROFILES := $(CURDIR)/build/profiles
 demo: setup
