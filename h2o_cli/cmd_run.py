@@ -17,8 +17,9 @@ from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import Progress, emit, note, print_json, styled, tell, versions
 from runtime.errors import DiskError, EngineError, PromptError, UsageError
-from runtime.generate import Meter, Request, Statistics, Step, check_prompt, generate
+from runtime.generate import Request, Step, check_prompt, generate
 from runtime.memory import peak_bytes
+from runtime.meter import Meter, Statistics
 from runtime.sampler import Sampling
 from runtime.sizes import format_size
 from runtime.speculate import OFF

@@ -14,7 +14,8 @@ from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_se
 from h2o_cli.output import emit, is_terminal, note, print_error, styled, tell
 from runtime.chat import Chat, Message
 from runtime.errors import Cancelled, PromptError, UsageError
-from runtime.generate import CANCELLED, LENGTH, Meter, Request, Statistics, generate
+from runtime.generate import CANCELLED, LENGTH, Request, generate
+from runtime.meter import Meter, Statistics
 
 PROMPT = "> "
 LONGEST_TAIL = 1024  # tokens of an answer that a filter keeps apart from the prompt

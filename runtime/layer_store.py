@@ -12,41 +12,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import ClassVar
 
 from runtime.aligned_io import WeightFiles
 from runtime.errors import EngineError
 from runtime.homes import Home
+from runtime.loads import Chunk, Load
 from runtime.model_file import ModelFile, Piece
-from runtime.ring import Ring, Slot
+from runtime.ring import Ring
 from runtime.sizes import PAGE, page_down
 
 _POLL_S = 0.1
-
-
-@dataclass(eq=False)
-class Load:
-    """A piece on its way into memory, or there: in a slot of the ring, or at home (slot None)."""
-
-    piece: Piece
-    pass_number: int
-    address: int
-    slot: Slot | None
-    chunks_left: int = 0
-    asked: bool = False
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One read request. load is None for reads outside the stream (embedding rows)."""
-
-    file: int
-    offset: int
-    address: int
-    n_bytes: int
-    load: Load | None = None
-    batch: list[int] | None = None
 
 
 class LayerStore:

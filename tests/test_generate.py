@@ -10,7 +10,6 @@ from runtime.generate import (
     CANCELLED,
     LENGTH,
     STOP,
-    Meter,
     PlanFollower,
     Request,
     StopFilter,
@@ -18,6 +17,7 @@ from runtime.generate import (
     check_budget,
     generate,
 )
+from runtime.meter import Meter
 from runtime.plan import Layout, Plan
 from runtime.plan_file import write_plan, write_source_plan
 from runtime.plan_watcher import PlanWatcher

@@ -15,8 +15,9 @@ from h2o_cli import main as cli
 from runtime import quantize
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.errors import BudgetError, H2OError, ModelError, UsageError
-from runtime.generate import CANCELLED, EOS, LENGTH, STOP, Meter, Request, TokenSequence, generate
+from runtime.generate import CANCELLED, EOS, LENGTH, STOP, Request, TokenSequence, generate
 from runtime.hollow import HollowModel
+from runtime.meter import Meter
 from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.sampler import Sampler, Sampling
