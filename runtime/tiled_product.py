@@ -10,35 +10,24 @@ from __future__ import annotations
 import ctypes
 
 from runtime import llama_abi as abi
-from runtime.errors import EngineError
-
-_GRAPH_MEMORY = 2**20
+from runtime.own_graph import OwnGraph, cut_off, operate
 
 
 class TiledProduct:
     """Computes row ranges of MUL_MAT nodes on a CPU backend of its own."""
 
     def __init__(self, n_threads: int) -> None:
-        self._backend = abi.ggml_backend_cpu_init()
-        abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
         self._weights, self._input, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
-        self._context = abi.ggml_init(abi.GgmlInitParams(_GRAPH_MEMORY, None, True))
-        self._output.op = abi.OP_MUL_MAT
-        self._output.src[0] = ctypes.addressof(self._weights)
-        self._output.src[1] = ctypes.addressof(self._input)
-        self._graph = abi.ggml_new_graph(self._context)
-        abi.ggml_build_forward_expand(self._graph, ctypes.addressof(self._output))
+        operate(self._output, abi.OP_MUL_MAT, self._weights, self._input)
+        self._graph = OwnGraph(n_threads, [self._output])
 
     def begin(self, node_address: int) -> None:
         """Take over a MUL_MAT node: src[0] weights [n_in, n_rows], src[1] input [n_in, n_tokens]."""
         node = abi.Tensor.from_address(node_address)
         for own, source in ((self._output, node_address), (self._weights, node.src[0]), (self._input, node.src[1])):
             ctypes.memmove(ctypes.addressof(own), source, abi.TENSOR_BYTES)
-            own.op, own.view_src = abi.OP_NONE, None
-            own.src = (ctypes.c_void_p * 10)()
-        self._output.op = abi.OP_MUL_MAT
-        self._output.src[0] = ctypes.addressof(self._weights)
-        self._output.src[1] = ctypes.addressof(self._input)
+            cut_off(own)
+        operate(self._output, abi.OP_MUL_MAT, self._weights, self._input)
         self._result = int(node.data)
 
     def compute(self, data: int, first_row: int, n_rows: int) -> None:
@@ -48,11 +37,8 @@ class TiledProduct:
         self._weights.nb[2] = self._weights.nb[3] = self._weights.nb[1] * n_rows
         self._output.data = self._result + first_row * 4
         self._output.ne[0] = n_rows
-        status = abi.ggml_backend_graph_compute(self._backend, self._graph)
-        if status != 0:
-            raise EngineError(f"llama.cpp could not compute a tile (status {status})", "raise -m")
+        self._graph.compute("a tile", "raise -m")
 
     def close(self) -> None:
         """Free the backend."""
-        abi.ggml_free(self._context)
-        abi.ggml_backend_free(self._backend)
+        self._graph.close()

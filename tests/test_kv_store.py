@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -18,8 +19,8 @@ from runtime.kv import store as kv_store
 from runtime.kv.cache import Cache, CacheLayer, Rows2D, find_cache
 from runtime.kv.compact import Compact
 from runtime.kv.options import KvFilter
-from runtime.kv.slots import Move
-from runtime.kv.store import DiskStore
+from runtime.kv.slots import Move, Slots
+from runtime.kv.store import DiskStore, RamStore
 from runtime.memory import resident_bytes
 from runtime.model_file import ModelFile
 from runtime.plan import Plan
@@ -271,9 +272,43 @@ def test_rows_of_any_size_come_back_from_the_file(data):
             start = end
         chosen = np.array(sorted(data.draw(st.sets(st.integers(0, n_cells - 1), min_size=1))), np.int64)
         slots = np.array(data.draw(st.permutations(range(n_cells)))[: len(chosen)], np.int64)
-        store.fetch(compact, 3, Move(chosen, slots, slots))
+        store.fetch({3: compact}, (3,), Move(chosen, slots, slots))
         for part in (0, 1):
             assert np.array_equal(compact.rows[part][slots].view(np.uint8), rows[part, chosen].ravel())
     finally:
         compact.free()
         store.close()
+
+
+@given(
+    row_bytes=st.tuples(st.integers(1, 40).map(lambda n: 34 * n), st.integers(1, 300).map(lambda n: 4 * n)),
+    n_new=st.integers(0, 40),
+    n_threads=st.sampled_from([1, 2]),
+    data=st.data(),
+)
+def test_rows_of_any_size_come_from_the_cache(row_bytes, n_new, n_threads, data):
+    """Few new rows or all of them, whatever their size: every slot has its row, the other slots what they had."""
+    n_cells, n_slots = 90, 40
+    filled = [np.frombuffer(os.urandom(n_cells * size), np.uint8).reshape(n_cells, size) for size in row_bytes]
+    tensors = [abi.Tensor() for _ in row_bytes]
+    for tensor, rows in zip(tensors, filled, strict=True):
+        tensor.data = rows.ctypes.data
+    parts = (Rows2D(ctypes.addressof(tensor), size, n_cells) for tensor, size in zip(tensors, row_bytes, strict=True))
+    both = tuple(parts)
+    layers = {n: CacheLayer(n, both) for n in (3, 5)}
+    store = RamStore(Cache(layers, (3, 5)), (3, 5), KvFilter(keep=n_slots), n_threads)
+    compact = {n: Compact(layer, n_cells) for n, layer in layers.items()}
+    slots = Slots(n_slots, n_cells)
+    order = np.array(data.draw(st.permutations(range(n_cells))), np.int64)
+    try:
+        for rows in (np.sort(order[:n_slots]), np.sort(order[n_new : n_new + n_slots])):
+            move = slots.choose(rows)
+            if move:
+                store.fetch(compact, (3, 5), move)
+                for layer in compact.values():
+                    for found, source in zip(layer.rows, filled, strict=True):
+                        assert found[:n_slots].tobytes() == source[move.every].tobytes()
+    finally:
+        store.close()
+        for layer in compact.values():
+            layer.free()

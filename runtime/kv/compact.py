@@ -15,6 +15,7 @@ import numpy.typing as npt
 from runtime import llama_abi as abi
 from runtime.kv.cache import CacheLayer
 from runtime.memory import Region, view
+from runtime.own_graph import cut_off
 
 RowArray = npt.NDArray[Any]
 _HALF = 2  # bytes of a mask's elements
@@ -36,7 +37,7 @@ class StandIn:
     def copy(self, original: int) -> None:
         """Become a copy of a tensor that depends on nothing."""
         ctypes.memmove(self.address, original, abi.TENSOR_BYTES)
-        self.tensor.op, self.tensor.view_src, self.tensor.src = abi.OP_NONE, None, (ctypes.c_void_p * 10)()
+        cut_off(self.tensor)
 
 
 class Compact:
@@ -58,6 +59,11 @@ class Compact:
     def addresses(self) -> tuple[int, int]:
         """The tensors that take the places of a node's keys and values."""
         return self._tensors[0].address, self._tensors[1].address
+
+    @property
+    def data(self) -> tuple[int, int]:
+        """Where slot 0 of keys and values is."""
+        return self._regions[0].address, self._regions[1].address
 
     def place(self, node: abi.Tensor, n_rows: int) -> None:
         """Make a flash-attention node read the first n_rows rows from here."""

@@ -8,7 +8,6 @@ nodes are pointed at buffers that hold just those, and so are the writes of new 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -85,8 +84,7 @@ class Filter:
                 segments = tuple((layer,) for layer in roles.sparse)
                 n_cells = max(cache.layers[layer].parts[0].n_cells for layer in roles.sparse)
                 self._heavy = {layer: HeavyHitters(n_cells) for layer in roles.sparse}
-            spare_core = scorer.n_threads < len(os.sched_getaffinity(0))
-            self._sparse = SparseRows(options, cache, segments, stopped, spare_core=spare_core)
+            self._sparse = SparseRows(options, cache, segments, stopped, scorer.n_threads)
         self._layers = frozenset(self._sparse.layers) if self._sparse else frozenset()
         self._own = self._sparse.own if self._sparse else set()
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}

@@ -16,9 +16,9 @@ from runtime import llama_abi as abi
 from runtime.errors import EngineError
 from runtime.kv.slots import Rows
 from runtime.memory import Region, view
+from runtime.own_graph import OwnGraph, cut_off, describe, operate
 
 Floats = npt.NDArray[np.float32]
-_GRAPH_MEMORY = 2**20
 _F32 = 0
 
 
@@ -28,15 +28,9 @@ class Scorer:
     def __init__(self, n_threads: int, n_heads: int) -> None:
         """n_heads: the most query heads of a layer."""
         self.n_threads, self.n_heads = n_threads, n_heads
-        self._backend = abi.ggml_backend_cpu_init()
-        abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
         self._keys, self._query, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
-        self._context = abi.ggml_init(abi.GgmlInitParams(_GRAPH_MEMORY, None, True))
-        self._output.op = abi.OP_MUL_MAT
-        self._output.src[0] = ctypes.addressof(self._keys)
-        self._output.src[1] = ctypes.addressof(self._query)
-        self._graph = abi.ggml_new_graph(self._context)
-        abi.ggml_build_forward_expand(self._graph, ctypes.addressof(self._output))
+        operate(self._output, abi.OP_MUL_MAT, self._keys, self._query)
+        self._graph = OwnGraph(n_threads, [self._output])
         self._result = Region(0)
 
     def logits(self, query: Floats, keys: abi.Tensor, n_rows: int) -> Floats:
@@ -48,13 +42,11 @@ class Scorer:
         n_heads, head_dim = query.shape
         self._reserve(n_heads * n_rows * 4)
         ctypes.memmove(ctypes.addressof(self._keys), ctypes.addressof(keys), abi.TENSOR_BYTES)
-        self._keys.op, self._keys.view_src, self._keys.src = abi.OP_NONE, None, (ctypes.c_void_p * 10)()
+        cut_off(self._keys)
         self._keys.ne[1] = n_rows
-        _describe(self._query, query.ctypes.data, (head_dim, 1, n_heads))
-        _describe(self._output, self._result.address, (n_rows, 1, n_heads))
-        status = abi.ggml_backend_graph_compute(self._backend, self._graph)
-        if status != 0:
-            raise EngineError(f"llama.cpp could not compute scores (status {status})", "run without --kv-filter")
+        describe(self._query, query.ctypes.data, (head_dim, 1, n_heads))
+        describe(self._output, self._result.address, (n_rows, 1, n_heads))
+        self._graph.compute("scores", "run without --kv-filter")
         found = np.frombuffer(view(self._result.address, n_heads * n_rows * 4), np.float32)
         return found.reshape(n_heads, n_rows)
 
@@ -65,17 +57,8 @@ class Scorer:
 
     def close(self) -> None:
         """Free the backend."""
-        abi.ggml_free(self._context)
-        abi.ggml_backend_free(self._backend)
+        self._graph.close()
         self._result.free()
-
-
-def _describe(tensor: abi.Tensor, data: int, ne: tuple[int, int, int]) -> None:
-    """Make a contiguous float32 tensor [ne0, ne1, ne2] of a struct."""
-    tensor.type, tensor.data = _F32, data
-    for i, n in enumerate((*ne, 1)):
-        tensor.ne[i] = n
-        tensor.nb[i] = 4 if i == 0 else tensor.nb[i - 1] * tensor.ne[i - 1]
 
 
 def queries(tensor: abi.Tensor, n_last: int = 1) -> Floats:

@@ -187,21 +187,12 @@ class Selection:
             self._put_off = dict.fromkeys(self._layers, move)
         elif self._store.aside:
             for layer in self._layers:
-                self._running[layer] = self._buffers.jobs.start(partial(self._fetch, layer, move))
+                self._running[layer] = self._buffers.jobs.start(partial(self._fetch, (layer,), move))
         else:
-            self._fetch_now(move)
+            self._fetch(self._layers, move)
 
-    def _fetch_now(self, move: Move) -> None:
-        """Have half of the layers fetched by a thread, fetch the others meanwhile."""
-        half = len(self._layers) // 2
-        jobs = [self._buffers.jobs.start(partial(self._fetch, layer, move)) for layer in self._layers[:half]]
-        for layer in self._layers[half:]:
-            self._fetch(layer, move)
-        for job in jobs:
-            job.wait(self._buffers.stopped)
-
-    def _fetch(self, layer: int, move: Move) -> None:
-        self._store.fetch(self._buffers.compact[layer], layer, move)
+    def _fetch(self, layers: tuple[int, ...], move: Move) -> None:
+        self._store.fetch(self._buffers.compact, layers, move)
 
     def is_ready(self, layer: int) -> bool:
         """Whether nothing is on its way to this layer's buffer."""
@@ -211,7 +202,7 @@ class Selection:
         """Return when the rows of a layer are there."""
         late = self._put_off.pop(layer, None)
         if late:
-            self._fetch(layer, late)
+            self._fetch((layer,), late)
         job = self._running.get(layer)
         if job:
             job.wait(self._buffers.stopped)

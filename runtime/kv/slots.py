@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+_MOST_NEW = 3  # every slot is filled anew when more than one row in so many is new
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,21 @@ class Move:
     rows: Rows
     slots: Rows
     every: Rows
+
+    @property
+    def are_many(self) -> bool:
+        """Whether it is less work to copy the rows of all slots, in order."""
+        return len(self.rows) > most_new(len(self.every))
+
+    @property
+    def copied(self) -> Rows:
+        """The rows that are copied then, or the new ones."""
+        return self.every if self.are_many else self.rows
+
+
+def most_new(n_slots: int) -> int:
+    """The most new rows that are copied one by one."""
+    return n_slots // _MOST_NEW
 
 
 class Slots:

@@ -28,9 +28,9 @@ class SparseRows:
         cache: Cache,
         segments: tuple[tuple[int, ...], ...],
         stopped: Stopped,
-        *,
-        spare_core: bool,
+        n_threads: int,
     ) -> None:
+        """n_threads: that compute."""
         self.stored = self.kept = 0
         self.layers = tuple(layer for segment in segments for layer in segment)
         self._options, self._cache, self._segments = options, cache, segments
@@ -40,7 +40,7 @@ class SparseRows:
         self._mask = Mask(self._n_cells)
         self._slot: PromptSlot | None = None
         disk = DiskStore(cache, self.layers, options) if options.store == "disk" else None
-        self.store: Store = disk or RamStore(cache, aside=spare_core)
+        self.store: Store = disk or RamStore(cache, self.layers, options, n_threads)
         jobs = Jobs(self.store.n_threads)
         if disk:
             self._slot = PromptSlot(disk, self.layers, jobs, stopped)
@@ -65,9 +65,8 @@ class SparseRows:
         """The most memory this takes beside llama.cpp's cache: chosen and decoded rows, or the slot of a prompt."""
         n_rows = min(self._options.n_rows(self._n_cells) + self.most_tail, self._n_cells)
         buffers = sum(page_up(n_rows * part.row_bytes) for n in self.layers for part in self._cache.layers[n].parts)
-        if not isinstance(self.store, DiskStore):
-            return buffers
-        return max(buffers, self.store.slot_bytes) + self.store.bounce_bytes
+        slot_bytes = self.store.slot_bytes if isinstance(self.store, DiskStore) else 0
+        return max(buffers, slot_bytes) + self.store.memory_bytes
 
     @property
     def spared_bytes(self) -> int:

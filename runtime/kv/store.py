@@ -7,22 +7,22 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from runtime.errors import DiskError
-from runtime.kv.cache import Cache, CacheLayer
+from runtime.kv.cache import Cache
 from runtime.kv.compact import Compact, RowArray, rows_at
+from runtime.kv.gather import Gather, OddGather, gather
 from runtime.kv.options import KvFilter
-from runtime.kv.slots import Move, Rows
+from runtime.kv.slots import Move, Rows, most_new
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
 _BOUNCE_BYTES = 2**20  # of each thread that reads
-_MOST_NEW = 3  # all rows are copied when more than one in so many is new
 _GAP_PAGES = 2  # pages read for nothing when that saves a request
 _OTHER_FOLDER = "set TMPDIR to a folder on a disk with room, lower --ctx, or use --kv-store ram"
 
@@ -35,8 +35,12 @@ class Store(Protocol):
     fetched_bytes: int
     read_bytes: int
 
-    def fetch(self, compact: Compact, layer: int, move: Move) -> None:
-        """Bring rows of a layer into slots of its buffer."""
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory it takes beside cache, slot and buffers."""
+
+    def fetch(self, compact: Mapping[int, Compact], layers: Sequence[int], move: Move) -> None:
+        """Bring rows of these layers into slots of their buffers."""
 
     def put(self, layer: int, part: int, first_row: int, rows: RowArray) -> None:
         """Keep rows [first_row, first_row + len(rows)) of one part of a layer."""
@@ -46,40 +50,44 @@ class Store(Protocol):
 
 
 class RamStore:
-    """Rows stay in llama.cpp's own cache."""
+    """Rows stay in llama.cpp's own cache. A core that does not compute copies chosen ones, where there is one."""
 
     n_threads = 1
 
-    def __init__(self, cache: Cache, *, aside: bool) -> None:
-        self.aside = aside
+    def __init__(self, cache: Cache, layers: Sequence[int], options: KvFilter, n_threads: int) -> None:
+        """n_threads: that compute."""
+        self.aside = n_threads < len(os.sched_getaffinity(0))
+        self._copy_threads = 1 if self.aside else n_threads
         self._layers = cache.layers
-        self._lock = threading.Lock()
+        self._gathers: dict[tuple[int, ...], Gather | OddGather] = {}
+        parts = [part for n in layers for part in cache.layers[n].parts]
+        self._staging = Region(max((most_new(options.n_rows(p.n_cells)) * p.row_bytes for p in parts), default=0))
         self.fetched_bytes = self.read_bytes = 0
 
-    def fetch(self, compact: Compact, layer: int, move: Move) -> None:
-        """Copy rows of a layer to slots of its buffer; where many are new, all of them: one copy instead of two."""
-        cached = self._layers[layer]
-        n_rows = len(move.rows)
-        for part, target in enumerate(compact.rows):
-            source = self._rows(cached, part)
-            if n_rows * _MOST_NEW > len(move.every):
-                n_rows = len(move.every)
-                np.take(source, move.every, out=target[:n_rows], mode="clip")
-            else:
-                target[move.slots] = source[move.rows]
-        with self._lock:
-            self.fetched_bytes += n_rows * cached.row_bytes
+    @property
+    def memory_bytes(self) -> int:
+        """Memory beside the cache."""
+        return self._staging.n_bytes
+
+    def fetch(self, compact: Mapping[int, Compact], layers: Sequence[int], move: Move) -> None:
+        """Copy rows of these layers to slots of their buffers."""
+        key = tuple(layers)
+        if key not in self._gathers:
+            cached, buffers = [self._layers[n] for n in key], [compact[n] for n in key]
+            self._gathers[key] = gather(self._copy_threads, cached, buffers, self._staging)
+        self._gathers[key].copy(move)
+        self.fetched_bytes += len(move.copied) * sum(self._layers[n].row_bytes for n in key)
 
     def put(self, layer: int, part: int, first_row: int, rows: RowArray) -> None:
         """Write rows into the cache."""
-        self._rows(self._layers[layer], part)[first_row : first_row + len(rows)] = rows
-
-    def _rows(self, layer: CacheLayer, part: int) -> RowArray:
-        tensor = layer.parts[part]
-        return rows_at(tensor.data, tensor.n_cells, tensor.row_bytes)
+        tensor = self._layers[layer].parts[part]
+        rows_at(tensor.data, tensor.n_cells, tensor.row_bytes)[first_row : first_row + len(rows)] = rows
 
     def close(self) -> None:
-        """Nothing to give back: the memory is llama.cpp's."""
+        """Free what copies; the rows are llama.cpp's."""
+        for copier in self._gathers.values():
+            copier.close()
+        self._staging.free()
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,8 @@ class DiskStore:
             slot.use_huge_pages(0)
 
     @property
-    def bounce_bytes(self) -> int:
-        """Memory of the threads that read, and of the one that writes."""
+    def memory_bytes(self) -> int:
+        """Memory beside the slot: of the threads that read, and of the one that writes."""
         return (self.n_threads + 1) * _BOUNCE_BYTES
 
     # --- prompts ------------------------------------------------------------------------------------------------
@@ -158,8 +166,12 @@ class DiskStore:
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
-    def fetch(self, compact: Compact, layer: int, move: Move) -> None:
-        """Read rows of a layer into slots of its buffer; neighbours come in one request."""
+    def fetch(self, compact: Mapping[int, Compact], layers: Sequence[int], move: Move) -> None:
+        """Read rows of these layers into slots of their buffers; neighbours come in one request."""
+        for layer in layers:
+            self._fetch(compact[layer], layer, move)
+
+    def _fetch(self, compact: Compact, layer: int, move: Move) -> None:
         rows, slots = move.rows, move.slots
         for part, target in enumerate(compact.rows):
             place = self._places[layer, part]

@@ -1,0 +1,56 @@
+"""A small ggml graph over tensor structs of ours, computed by a CPU backend of its own between llama.cpp's nodes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from runtime import llama_abi as abi
+from runtime.errors import EngineError
+
+_GRAPH_MEMORY = 2**20
+_F32, _FLOAT_BYTES = 0, 4
+
+
+class OwnGraph:
+    """Computes `outputs`; their sources, addresses and sizes may change between two computations, their number not."""
+
+    def __init__(self, n_threads: int, outputs: Sequence[abi.Tensor]) -> None:
+        self._outputs = tuple(outputs)  # the graph has their addresses
+        self._backend = abi.ggml_backend_cpu_init()
+        abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
+        self._context = abi.ggml_init(abi.GgmlInitParams(_GRAPH_MEMORY, None, True))
+        self._graph = abi.ggml_new_graph(self._context)
+        for output in self._outputs:
+            abi.ggml_build_forward_expand(self._graph, ctypes.addressof(output))
+
+    def compute(self, what: str, next_step: str) -> None:
+        """Compute everything. Raises EngineError with what could not be computed, and what to do then."""
+        status = abi.ggml_backend_graph_compute(self._backend, self._graph)
+        if status != 0:
+            raise EngineError(f"llama.cpp could not compute {what} (status {status})", next_step)
+
+    def close(self) -> None:
+        """Free the backend."""
+        abi.ggml_free(self._context)
+        abi.ggml_backend_free(self._backend)
+
+
+def operate(output: abi.Tensor, op: int, *sources: abi.Tensor) -> None:
+    """Make a tensor the result of an operation on others."""
+    output.op = op
+    for i, source in enumerate(sources):
+        output.src[i] = ctypes.addressof(source)
+
+
+def cut_off(tensor: abi.Tensor) -> None:
+    """Make a copy of a node a tensor that depends on nothing."""
+    tensor.op, tensor.view_src, tensor.src = abi.OP_NONE, None, (ctypes.c_void_p * 10)()
+
+
+def describe(tensor: abi.Tensor, data: int, ne: Sequence[int], kind: int = _F32) -> None:
+    """Make a contiguous tensor [ne0, ne1, ...] of 4-byte elements of a struct."""
+    tensor.type, tensor.data = kind, data
+    for i in range(4):
+        tensor.ne[i] = ne[i] if i < len(ne) else 1
+        tensor.nb[i] = _FLOAT_BYTES if i == 0 else tensor.nb[i - 1] * tensor.ne[i - 1]
