@@ -16,12 +16,12 @@ import numpy as np
 from runtime.errors import DiskError
 from runtime.kv.cache import Cache, CacheLayer
 from runtime.kv.compact import Compact, RowArray, rows_at
+from runtime.kv.needs import BOUNCE_BYTES
 from runtime.kv.options import KvFilter
 from runtime.kv.slots import Move, Rows
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
-_BOUNCE_BYTES = 2**20  # of each thread that reads
 _MOST_NEW = 3  # all rows are copied when more than one in so many is new
 _GAP_PAGES = 2  # pages read for nothing when that saves a request
 _OTHER_FOLDER = "set TMPDIR to a folder on a disk with room, lower --ctx, or use --kv-store ram"
@@ -113,16 +113,10 @@ class DiskStore:
                 self._places[n, part] = _Place(self.n_bytes, tensor.row_bytes)
                 self.n_bytes += page_up(tensor.n_bytes)
                 slots[part] = max(slots[part], page_up(tensor.n_bytes))
-        self.slot_bytes = sum(slots)
         self._fd, self._direct = _open_file(options.folder or tempfile.gettempdir(), self.n_bytes)
         self._slots = [Region(n_bytes) for n_bytes in slots]
         for slot in self._slots:
             slot.use_huge_pages(0)
-
-    @property
-    def bounce_bytes(self) -> int:
-        """Memory of the threads that read, and of the one that writes."""
-        return (self.n_threads + 1) * _BOUNCE_BYTES
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
@@ -135,8 +129,8 @@ class DiskStore:
         place, address = self._places[layer, part], self._slots[part].address
         n_bytes = n_rows * place.row_bytes
         whole = page_down(n_bytes)
-        for start in range(0, whole, _BOUNCE_BYTES):
-            end = min(whole, start + _BOUNCE_BYTES)
+        for start in range(0, whole, BOUNCE_BYTES):
+            end = min(whole, start + BOUNCE_BYTES)
             self._read(place.offset + start, view(address + start, end - start))
         if whole < n_bytes:
             bounce = self._bounce()
@@ -163,7 +157,7 @@ class DiskStore:
         rows, slots = move.rows, move.slots
         for part, target in enumerate(compact.rows):
             place = self._places[layer, part]
-            step = _BOUNCE_BYTES // PAGE // (place.row_bytes // PAGE + 2 + _GAP_PAGES)
+            step = BOUNCE_BYTES // PAGE // (place.row_bytes // PAGE + 2 + _GAP_PAGES)
             for start in range(0, len(rows), step):
                 self._read_rows(place, rows[start : start + step], slots[start : start + step], target)
         with self._lock:
@@ -209,9 +203,9 @@ class DiskStore:
         """A page-aligned buffer of this thread's own."""
         found: memoryview | None = getattr(self._local, "bounce", None)
         if found is None:
-            region = Region(_BOUNCE_BYTES)
+            region = Region(BOUNCE_BYTES)
             self._bounces.append(region)
-            found = self._local.bounce = view(region.address, _BOUNCE_BYTES)
+            found = self._local.bounce = view(region.address, BOUNCE_BYTES)
         return found
 
     def _read(self, offset: int, target: memoryview) -> None:
