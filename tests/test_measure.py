@@ -1,10 +1,12 @@
 import math
 import signal
+import time
 
 import pytest
 from engines import engine
 
 from profiler import compute, disk, measure
+from profiler.awake import Waker
 from profiler.compute import layer_trace, measure_compute
 from profiler.device import device_info
 from profiler.measure import Measurement, default_settings, measure_memory
@@ -76,8 +78,10 @@ def test_quiet_passes_compute_the_same(opened):
         e.forward([1, 2, 3])
         plain = e.logits().copy()
         e.truncate(0)
-        e.nodes.quiet = True
+        waker = Waker(1)
+        e.nodes.quiet = waker.wake
         e.forward([1, 2, 3])
+        waker.close()
         assert (e.logits() == plain).all()
 
 
@@ -89,7 +93,7 @@ def test_compute_fits_the_context_and_leaves_the_engine_as_it_was(opened):
         assert times.prefill_tokens == 32
         assert len(times.decode) == len(times.prefill) == file.n_layers + 1
         assert len(steps) >= 6  # disturbed passes are made again
-        assert e.nodes.trace is None and not e.nodes.quiet
+        assert e.nodes.trace is None and e.nodes.quiet is None
         e.truncate(0)
         e.forward([1])
 
@@ -167,3 +171,14 @@ def test_device_is_the_same_twice_and_names_nobody(tmp_path):
 
 def test_path_inside_the_checkout_is_relative(bundled_model):
     assert measure.model_info(ModelFile.open(bundled_model)).path.startswith("model_configs/bundled/")
+
+
+def test_waking_counts_as_a_wait(opened):
+    file = opened("qwen2")
+    with engine(file.path, n_threads=1) as e:
+        calls = []
+        e.nodes.quiet = lambda: (calls.append(1), time.sleep(0.01))
+        before = e.counters.wait_s
+        e.forward([1])
+        assert len(calls) > file.n_layers
+        assert e.counters.wait_s - before >= 0.01 * len(calls)

@@ -1,0 +1,56 @@
+"""Keeping computing threads and cores awake before something is timed.
+
+After a wait for the disk the threads sleep and the cores are in a state of low power, or a virtual machine's host has
+given them to others. What is computed then is several times slower for about a millisecond, which is no property of a
+layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+
+from runtime import llama_abi as abi
+from runtime.memory import Region
+from runtime.tiled_product import TiledProduct
+
+AWAKE_S = 0.004  # longer made measured passes no faster
+_N_IN, _N_ROWS = 1024, 256  # a megabyte of weights: a small part of a millisecond on any core
+_F32_BYTES = 4
+
+
+class Waker:
+    """Computes with all threads for a moment: a matrix of zeros times a vector."""
+
+    def __init__(self, n_threads: int) -> None:
+        weights_bytes, input_bytes = _F32_BYTES * _N_IN * _N_ROWS, _F32_BYTES * _N_IN
+        self._memory = Region(weights_bytes + input_bytes + _F32_BYTES * _N_ROWS)
+        self._weights = _tensor((_N_IN, _N_ROWS), self._memory.address)
+        self._input = _tensor((_N_IN, 1), self._memory.address + weights_bytes)
+        self._output = _tensor((_N_ROWS, 1), self._memory.address + weights_bytes + input_bytes)
+        self._output.src[0] = ctypes.addressof(self._weights)
+        self._output.src[1] = ctypes.addressof(self._input)
+        self._product = TiledProduct(n_threads)
+        self._product.begin(ctypes.addressof(self._output))
+
+    def wake(self) -> None:
+        """Compute for AWAKE_S."""
+        end_s = time.perf_counter() + AWAKE_S
+        while time.perf_counter() < end_s:
+            self._product.compute(self._memory.address, 0, _N_ROWS)
+
+    def close(self) -> None:
+        """Free everything."""
+        self._product.close()
+        self._memory.free()
+
+
+def _tensor(shape: Sequence[int], address: int) -> abi.Tensor:
+    """A matrix of 32-bit numbers (ggml's type 0) at an address."""
+    tensor = abi.Tensor()
+    tensor.ne[:] = (*shape, 1, 1)
+    row_bytes = _F32_BYTES * shape[0]
+    tensor.nb[:] = (_F32_BYTES, row_bytes, row_bytes * shape[1], row_bytes * shape[1])
+    tensor.data = address
+    return tensor
