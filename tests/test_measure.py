@@ -5,6 +5,7 @@ import time
 import pytest
 from engines import engine
 
+from h2o_cli.run_memory import measure_run_memory
 from profiler import compute, disk, measure
 from profiler.awake import Waker
 from profiler.compute import layer_trace, measure_compute
@@ -182,3 +183,18 @@ def test_waking_counts_as_a_wait(opened):
         e.forward([1])
         assert len(calls) > file.n_layers
         assert e.counters.wait_s - before >= 0.01 * len(calls)
+
+
+def test_disturbed_times_through_the_model_are_made_again(opened, monkeypatch):
+    rows = iter([[1.0, 2.0], [9.0, 2.0], [1.0, 2.1]])
+    run = Measurement("x", 2)
+    monkeypatch.setattr(run, "_stream", lambda *_: next(rows))
+    assert run._streams(None, None, None) == [[1.0, 2.0], [1.0, 2.1]]
+    assert list(rows) == []
+
+
+def test_a_run_takes_less_memory_than_measuring():
+    found = measure_run_memory()
+    assert 10_000_000 < found.process_bytes < 60_000_000
+    assert 2_000_000 < found.filter_bytes < 40_000_000
+    assert found.surplus_bytes > 0  # of this process, the tests
