@@ -12,6 +12,7 @@ from h2o_cli.defaults import MOST_THREADS, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import profiles_folder, remember_model, resolve_model
 from h2o_cli.output import Progress, emit, note, table
+from h2o_cli.run_memory import measure_run_memory
 from profiler.measure import Measurement
 from profiler.model_profile import (
     HeadProfile,
@@ -89,7 +90,13 @@ def profile(
         found = read_foreign(import_file)
     else:
         budget_bytes = parse_size(memory) if memory else 0
-        measurement = Measurement(path, repeats, n_threads=threads or default_threads(), budget_bytes=budget_bytes)
+        measurement = Measurement(
+            path,
+            repeats,
+            n_threads=threads or default_threads(),
+            budget_bytes=budget_bytes,
+            run_memory=measure_run_memory(),
+        )
         found = _measured(measurement)
         resident_release_s = measurement.resident_release_s
     if target != import_file:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from h2o_cli import kv_flags as kv
+from h2o_cli.defaults import N_PREDICT
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
@@ -27,7 +28,6 @@ from runtime.speculate import OFF
 if TYPE_CHECKING:
     from h2o_cli.kv_config import KvConfig
 
-N_PREDICT = 256
 PROMPT_MOST_BYTES = 16 * 2**20
 
 EPILOG = """Examples:

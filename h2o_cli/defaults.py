@@ -9,6 +9,7 @@ from runtime.memory import available_bytes
 from runtime.settings import FULL_TILES
 
 CONVERSATION_CONTEXT = 2048
+N_PREDICT = 256  # most tokens of an answer
 UBATCH = 512  # llama.cpp's default; memory may not allow it, down to LEAST_UBATCH
 LEAST_UBATCH = FULL_TILES
 BUDGET_SHARE = 0.6

@@ -11,6 +11,7 @@ import msgspec
 from planner.arms import Arm, h2o_arms
 from planner.exact import Best, best_arm
 from planner.footprint import Footprint, measure_footprint, streamable_bytes
+from planner.kv import KvUse
 from planner.simulator import decode_rates, first_token_s, limit_s, token_s
 from profiler.model_profile import ModelProfile, Spread
 from runtime.plan import Layout, Plan
@@ -23,6 +24,7 @@ JITTER_ALLOWANCE = 0.01  # a second layer in the window may cost this much of th
 MOST_PLAYED_ARMS = 32  # in the bandit's run that is shown beside the exact search
 EPISODES = 120
 CONFIRM_ARMS = 4
+SAME_SPEED = 1.0005
 WORTH_SAYING = 0.99  # what helps is named when it brings the time below this part of the predicted one
 
 
@@ -49,16 +51,16 @@ def choose(
     ubatch_tokens: int,
     layout: Layout | None = None,
     prompt_tokens: int = 128,
-    kv_bytes: int | None = None,
+    kv: KvUse | None = None,
     seed: int = 0,
 ) -> Choice:
     """The plan for a process of budget_bytes, a context of ctx_tokens and passes of at most ubatch_tokens.
 
-    layout None: the best of all. predicted_ttft_s is for a prompt of prompt_tokens. kv_bytes: of the whole context,
-    where it is not kv_bytes_per_token * ctx_tokens. The bandit and the exact search both look; the exact one decides.
-    Raises BudgetError, with the smallest budget that works, below the floor.
+    layout None: the best of all. predicted_ttft_s is for a prompt of prompt_tokens. kv: how keys and values are kept
+    (None: all of them, f16); what a disk store reads of them is not in the predictions. The bandit and the exact
+    search both look; the exact one decides. Raises BudgetError, with the smallest budget that works, below the floor.
     """
-    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv_bytes)
+    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
     best = prefer_overlap(profile, arms, best_arm(profile, arms))
@@ -78,10 +80,16 @@ def choose(
 
 
 def choose_exactly(
-    profile: ModelProfile, budget_bytes: int, *, ctx_tokens: int, ubatch_tokens: int, layout: Layout | None = None
+    profile: ModelProfile,
+    budget_bytes: int,
+    *,
+    ctx_tokens: int,
+    ubatch_tokens: int,
+    layout: Layout | None = None,
+    kv: KvUse | None = None,
 ) -> Plan:
     """The plan of choose() without its explanations: what a run that has no plan yet starts with."""
-    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens)
+    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
     return _plan(profile, prefer_overlap(profile, arms, best_arm(profile, arms)).arm, budget_bytes)
@@ -122,7 +130,7 @@ def _method(profile: ModelProfile, best: Best, bandit: BanditResult) -> str:
     if bandit.best == best.arm:
         return f"{plays}, confirmed by the exact search"
     bandit_ms = 1000 * token_s(profile, bandit.best)
-    if bandit_ms <= best.token_ms:
+    if bandit_ms <= best.token_ms * SAME_SPEED:
         return f"exact search; the {plays} found an arm as fast that leaves the disk or the window less slack"
     return f"exact search; the {plays} found an arm {bandit_ms / best.token_ms - 1:.1%} slower"
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.kv import KvUse, kv_needs, padded
 from profiler.model_profile import ModelProfile
 from runtime.errors import BudgetError
 from runtime.sizes import MB, format_size
+
+POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes the process needs besides weights that can be streamed.
 
-    compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it.
+    compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it. kv_bytes is without keys and
+    values that a disk store spares; filter_bytes: what filtering them takes beside the cache.
     """
 
     process_bytes: int
@@ -23,11 +27,19 @@ class Footprint:
     margin_bytes: int
     smallest_window_bytes: int
     prompt_bytes: int = 0
+    filter_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
-        """What every plan needs for a token: process, KV cache, compute buffers, small tensors, margin."""
-        return self.process_bytes + self.kv_bytes + self.compute_bytes + self.small_tensor_bytes + self.margin_bytes
+        """What every plan needs for a token: process, KV cache, filter, compute buffers, small tensors, margin."""
+        return (
+            self.process_bytes
+            + self.kv_bytes
+            + self.filter_bytes
+            + self.compute_bytes
+            + self.small_tensor_bytes
+            + self.margin_bytes
+        )
 
     @property
     def floor_bytes(self) -> int:
@@ -45,10 +57,11 @@ class Footprint:
         return budget_bytes - self.fixed_bytes
 
     def ledger(self, budget_bytes: int, pinned_bytes: int, window_bytes: int) -> dict[str, int]:
-        """Part -> bytes; the parts add up to the budget."""
+        """Part -> bytes; the parts add up to the budget. filter_bytes is there where there is a filter."""
         return {
             "process_bytes": self.process_bytes,
             "kv_bytes": self.kv_bytes,
+            **({"filter_bytes": self.filter_bytes} if self.filter_bytes else {}),
             "compute_bytes": self.compute_bytes,
             "small_tensor_bytes": self.small_tensor_bytes,
             "margin_bytes": self.margin_bytes,
@@ -63,26 +76,28 @@ def streamable_bytes(profile: ModelProfile) -> int:
     return sum(layer.bytes for layer in profile.layers) + profile.head.bytes
 
 
-def measure_footprint(
-    profile: ModelProfile, ctx_tokens: int, ubatch_tokens: int, kv_bytes: int | None = None
-) -> Footprint:
+def measure_footprint(profile: ModelProfile, ctx_tokens: int, ubatch_tokens: int, kv: KvUse | None = None) -> Footprint:
     """The footprint of a context of ctx_tokens, in passes of at most ubatch_tokens.
 
-    KV is kv_bytes_per_token * ctx_tokens unless kv_bytes says otherwise (another KV type); compute buffers grow with
-    ubatch_tokens in proportion from the measured point.
+    kv: how keys and values are kept (None: all of them, f16). Compute buffers grow with ubatch_tokens in proportion
+    from the measured point, and with the context by the profile's figures per token.
     """
     memory = profile.memory
-    compute_bytes, prompt_bytes = memory.compute_bytes - memory.prompt_bytes, memory.prompt_bytes
+    needs = kv_needs(profile, kv or KvUse(), ctx_tokens)
+    more_tokens = padded(ctx_tokens) - padded(memory.ctx_tokens) if memory.ctx_tokens else 0
+    prompt_bytes = max(0, memory.prompt_bytes + more_tokens * memory.prompt_bytes_per_token)
+    whole = max(prompt_bytes, memory.compute_bytes + more_tokens * memory.compute_bytes_per_token)
+    compute_bytes = whole - prompt_bytes
     if memory.ubatch_tokens:
-        whole = -(-memory.compute_bytes * ubatch_tokens // memory.ubatch_tokens)
+        whole = -(-whole * ubatch_tokens // memory.ubatch_tokens)
         compute_bytes = min(whole, compute_bytes) if prompt_bytes else whole
-        prompt_bytes = whole - compute_bytes
     return Footprint(
-        process_bytes=memory.process_bytes,
-        kv_bytes=profile.kv_bytes_per_token * ctx_tokens if kv_bytes is None else kv_bytes,
+        process_bytes=memory.process_bytes + needs.process_bytes + max(0, more_tokens) * POSITION_BYTES,
+        kv_bytes=needs.kv_bytes,
         compute_bytes=compute_bytes,
         small_tensor_bytes=sum(layer.resident_bytes for layer in profile.layers),
         margin_bytes=memory.margin_bytes,
         smallest_window_bytes=min(memory.min_window_bytes, streamable_bytes(profile)),
-        prompt_bytes=prompt_bytes,
+        prompt_bytes=whole - compute_bytes,
+        filter_bytes=needs.filter_bytes,
     )

@@ -1,7 +1,8 @@
 """How long the layers and the head compute, measured in real passes of the engine.
 
 The engine streams everything (k = 0, w = 1), so a model larger than memory can be measured; while anything is
-computed the readers rest, so the times are those of the computation alone. Waiting for reads is not in them.
+computed the readers rest, so the times are those of the computation alone. Waiting for reads is not in them, nor is
+what threads and cores need to wake up after it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from profiler.awake import Waker
 from profiler.model_profile import Spread
 from profiler.timing import columns
 from runtime.engine import Engine
@@ -67,12 +69,16 @@ def measure_compute(
     each pass.
     """
     file, settings = engine.file, engine.settings
-    engine.nodes.quiet = True
-    decode = _passes(engine, layer_trace(file, model), 1, repeats, progress)
-    most = next((tokens for limit_s, tokens in _SLOW_S if decode[0].compute_s > limit_s), PREFILL_TOKENS)
-    n_tokens = min(most, settings.n_ubatch, settings.n_ctx)
-    prefill = _passes(engine, layer_trace(file, model), n_tokens, repeats, progress)
-    engine.nodes.quiet = False
+    waker = Waker(settings.n_threads)
+    engine.nodes.quiet = waker.wake
+    try:
+        decode = _passes(engine, layer_trace(file, model), 1, repeats, progress)
+        most = next((tokens for limit_s, tokens in _SLOW_S if decode[0].compute_s > limit_s), PREFILL_TOKENS)
+        n_tokens = min(most, settings.n_ubatch, settings.n_ctx)
+        prefill = _passes(engine, layer_trace(file, model), n_tokens, repeats, progress)
+    finally:
+        engine.nodes.quiet = None
+        waker.close()
     return ComputeTimes(
         columns([p.group_s for p in decode]),
         columns([p.group_s for p in prefill]),

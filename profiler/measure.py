@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
+
 from profiler import disk
 from profiler.compute import ComputeTimes, measure_compute
 from profiler.device import device_info, usable_cores
@@ -21,6 +23,8 @@ from profiler.model_profile import (
     DiskProfile,
     EmbeddingProfile,
     HeadProfile,
+    KvLayer,
+    KvProfile,
     LayerProfile,
     MemoryProfile,
     ModelInfo,
@@ -29,22 +33,26 @@ from profiler.model_profile import (
 )
 from profiler.release import resident_release, slot_release
 from profiler.timing import columns
+from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
+from runtime.context import Context
 from runtime.engine import Engine
-from runtime.errors import Cancelled
+from runtime.errors import Cancelled, ModelError
 from runtime.hollow import HollowModel
+from runtime.kv.cache import K, V, find_cache
 from runtime.ledger import Ledger, below_floor
-from runtime.memory import available_bytes
+from runtime.memory import available_bytes, resident_bytes
 from runtime.model_file import Layer, ModelFile
 from runtime.plan import Plan
 from runtime.residency import layer_bytes, smallest_window, streamable_bytes
-from runtime.settings import Settings
+from runtime.settings import SHORT_PASS, Settings
 from runtime.sizes import MB
 
 CTX_TOKENS = 512
 _ROOT = Path(__file__).resolve().parent.parent
 _N_ROWS = 16
 _UNSTEADY = 0.2
+_DISTURBED = 1.1  # a time through the model that is longer than this times the fastest one was disturbed
 _GUESSED_BYTES_PER_S = 1e9
 _PACKAGES = {"h2o": "h2o-llm", "llama_cpp_python": "llama-cpp-python"}
 
@@ -55,7 +63,21 @@ class Needs:
 
     memory: MemoryProfile
     kv_bytes_per_token: int
+    kv: KvProfile | None
     floor_bytes: int
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes of a process that has loaded the code of a run and no model yet, and what a KV filter's code adds."""
+
+    process_bytes: int
+    filter_bytes: int
+
+    @property
+    def surplus_bytes(self) -> int:
+        """What this process, no model loaded, takes more than a run."""
+        return resident_bytes() - self.process_bytes
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,9 @@ class Measurement:
         *,
         n_threads: int | None = None,
         budget_bytes: int = 0,
+        run_memory: RunMemory | None = None,
     ) -> None:
+        """run_memory: what a run takes without a model; None: as much as this process."""
         self.path, self.repeats = Path(path), max(1, repeats)
         self.share = 0.0
         self.notes: list[str] = []
@@ -98,6 +122,7 @@ class Measurement:
         self._progress = progress
         self._n_threads = n_threads or usable_cores()
         self._budget_bytes = budget_bytes
+        self._run_memory = run_memory or RunMemory(resident_bytes(), 0)
         self._cancelled = 0
         self._engine: Engine | None = None
         self._done_s, self._total_s = 0.0, 1.0
@@ -110,6 +135,7 @@ class Measurement:
 
     def run(self) -> ModelProfile:
         """Measure everything."""
+        self._surplus_bytes = self._run_memory.surplus_bytes
         file = ModelFile.open(self.path)
         hollow = HollowModel(file)
         try:
@@ -130,13 +156,17 @@ class Measurement:
     def _memory(self, file: ModelFile, hollow: HollowModel) -> tuple[Needs, int]:
         """What the process needs besides weights, and the bytes of the window to measure with."""
         self._settings = default_settings(file, self._n_threads)
-        needs = measure_memory(file, hollow, self._settings)
+        needs = measure_memory(file, hollow, self._settings, self._surplus_bytes)
+        needs = replace(
+            needs, memory=msgspec.structs.replace(needs.memory, filter_process_bytes=self._run_memory.filter_bytes)
+        )
         self._check()
+        floor_bytes = needs.floor_bytes + max(0, self._surplus_bytes)
         budget = min(available_bytes(), self._budget_bytes or available_bytes())
-        if budget < needs.floor_bytes:
-            raise below_floor(budget, needs.floor_bytes - MB)
+        if budget < floor_bytes:
+            raise below_floor(budget, floor_bytes - MB)
         least = smallest_window(file)
-        window_bytes = max(least, min(_largest_layer(file), budget - needs.floor_bytes + least))
+        window_bytes = max(least, min(_largest_layer(file), budget - floor_bytes + least))
         return needs, window_bytes
 
     def _disk(self, file: ModelFile, window_bytes: int) -> DiskTimes:
@@ -151,7 +181,7 @@ class Measurement:
         self._expect(file, next(p.bytes_per_s.mean for p in found.points if disk.way_of(p) == found.best))
         files = WeightFiles(file.paths, found.best.mode)
         try:
-            rows = [self._stream(file, files, found.best) for _ in range(self.repeats)]
+            rows = self._streams(file, files, found.best)
             row_s = Spread.of(disk.row_seconds(file, files, _N_ROWS))
         finally:
             files.close()
@@ -160,6 +190,14 @@ class Measurement:
             self.notes.append(f"the disk's speed varied by {rate.sd / rate.mean:.0%}: was it busy with something else?")
         profile = DiskProfile(rate, found.best.mode, found.best.request_bytes, found.best.depth, found.points)
         return DiskTimes(profile, columns(rows), row_s)
+
+    def _streams(self, file: ModelFile, files: WeightFiles, way: disk.Way) -> list[list[float]]:
+        """The model read `repeats` times, the fastest first; disturbed times are made again, up to `repeats` more."""
+        rows: list[list[float]] = []
+        while len(rows) < self.repeats or (len(rows) < 2 * self.repeats and _disturbed(rows[: self.repeats])):
+            rows.append(self._stream(file, files, way))
+            rows.sort(key=sum)
+        return rows[: self.repeats]
 
     def _stream(self, file: ModelFile, files: WeightFiles, way: disk.Way) -> list[float]:
         seconds = disk.group_seconds(file, files, way, lambda: not self._cancelled)
@@ -207,33 +245,61 @@ class Measurement:
             raise Cancelled(self._cancelled)
 
 
+def _disturbed(rows: list[list[float]]) -> bool:
+    """Whether times through the model, the fastest first, differ by more than an idle disk's do."""
+    return sum(rows[-1]) > _DISTURBED * sum(rows[0])
+
+
 def default_settings(file: ModelFile, n_threads: int = 1) -> Settings:
     """The context and batch a profile's memory figures are for."""
     n_ctx = min(CTX_TOKENS, file.hyper_parameter("context_length") or CTX_TOKENS)
     return Settings(n_ctx=n_ctx, n_threads=n_threads)
 
 
-def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings) -> Needs:
-    """Open engines without reading more than a window, at two context sizes: what grows with the context is KV."""
+def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings, surplus_bytes: int = 0) -> Needs:
+    """Open engines without reading more than a window, at two context sizes: what grows with the context is KV.
+
+    surplus_bytes: what this process takes more than a run, whose memory is wanted.
+    """
     plan = Plan(0, 1, window_bytes=smallest_window(file))
     small, prompt_bytes = _ledger(file, hollow, plan, settings)
-    large, _ = _ledger(file, hollow, plan, replace(settings, n_ctx=2 * settings.n_ctx))
+    large, large_prompt_bytes = _ledger(file, hollow, plan, replace(settings, n_ctx=2 * settings.n_ctx))
+    short, _ = _ledger(file, hollow, plan, replace(settings, n_ubatch=SHORT_PASS))
     per_token = max(0, -(-(large.kv_bytes - small.kv_bytes) // settings.n_ctx))
     kv_bytes = min(small.kv_bytes, per_token * settings.n_ctx)
     in_layers = sum(_small_bytes(layer) for layer in file.layers)
-    others = small.embedding_bytes + small.sampler_bytes + small.kv_bytes - kv_bytes
+    others = short.embedding_bytes + small.sampler_bytes + small.kv_bytes - kv_bytes
+    rows_bytes = small.embedding_bytes - short.embedding_bytes  # of the input embedding, for a prompt
     memory = MemoryProfile(
-        process_bytes=max(0, small.process_bytes - in_layers) + others,
+        process_bytes=max(0, small.process_bytes - surplus_bytes - in_layers) + others,
         ctx_tokens=settings.n_ctx,
         ubatch_tokens=settings.n_ubatch,
         kv_bytes=kv_bytes,
-        compute_bytes=small.compute_bytes,
+        compute_bytes=small.compute_bytes + rows_bytes,
         min_window_bytes=smallest_window(file),
         margin_bytes=small.margin_bytes,
-        prompt_bytes=prompt_bytes,
+        prompt_bytes=prompt_bytes + rows_bytes,
+        compute_bytes_per_token=max(0, large.compute_bytes - small.compute_bytes) // settings.n_ctx,
+        prompt_bytes_per_token=max(0, large_prompt_bytes - prompt_bytes) // settings.n_ctx,
     )
-    floor = small.fixed_bytes + smallest_window(file)
-    return Needs(memory, per_token, -(-(floor + MB) // MB) * MB)
+    floor = small.fixed_bytes - surplus_bytes + smallest_window(file)
+    return Needs(memory, per_token, measure_kv(file, hollow, settings), -(-(floor + MB) // MB) * MB)
+
+
+def measure_kv(file: ModelFile, hollow: HollowModel, settings: Settings) -> KvProfile | None:
+    """The cache of keys and values, layer by layer; None where nothing of it can be filtered."""
+    context = Context(hollow, settings, settings.n_ubatch, abi.EvalCallback())
+    try:
+        cache = find_cache(context.buffers.caches, file, hollow.pointer)
+    except ModelError:
+        return None
+    finally:
+        context.close()
+    layers = tuple(
+        KvLayer(n, layer.parts[K].row_bytes, layer.parts[V].row_bytes, n in cache.filterable)
+        for n, layer in sorted(cache.layers.items())
+    )
+    return KvProfile(int(abi.llama.llama_model_n_head(hollow.pointer)), layers)
 
 
 def _ledger(file: ModelFile, hollow: HollowModel, plan: Plan, settings: Settings) -> tuple[Ledger, int]:
@@ -279,6 +345,7 @@ def _profile(
         prefill_tokens=compute.prefill_tokens,
         overhead_s=compute.overhead_s,
         kv_bytes_per_token=needs.kv_bytes_per_token,
+        kv=needs.kv,
         memory=needs.memory,
         floor_bytes=needs.floor_bytes,
     )

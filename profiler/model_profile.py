@@ -19,7 +19,7 @@ import msgspec
 
 from runtime.errors import ProfileError
 
-SCHEMA = 1
+SCHEMA = 2
 _MOST_BYTES = 64 * 2**20
 PROFILE_AGAIN = "measure again with `h2o profile MODEL`"
 
@@ -124,9 +124,11 @@ class EmbeddingProfile(msgspec.Struct, frozen=True):
 
 
 class MemoryProfile(msgspec.Struct, frozen=True):
-    """What the process needs besides weights, measured at ctx_tokens and ubatch_tokens.
+    """What a run needs besides weights, measured at ctx_tokens and ubatch_tokens.
 
-    prompt_bytes is the part of compute_bytes that only a prompt needs: weights take its place afterwards.
+    prompt_bytes is the part of compute_bytes that only a prompt needs: weights take its place afterwards. The two
+    figures per token are what those grow by for each position of the context. filter_process_bytes: what a run that
+    filters keys and values takes on top of process_bytes.
     """
 
     process_bytes: Count
@@ -137,10 +139,29 @@ class MemoryProfile(msgspec.Struct, frozen=True):
     min_window_bytes: Positive
     margin_bytes: Count
     prompt_bytes: Count = 0
+    compute_bytes_per_token: Count = 0
+    prompt_bytes_per_token: Count = 0
+    filter_process_bytes: Count = 0
+
+
+class KvLayer(msgspec.Struct, frozen=True):
+    """Bytes of one position's keys and values (f16) in one layer; all_positions: it has no sliding window."""
+
+    layer: Count
+    key_bytes: Positive
+    value_bytes: Positive
+    all_positions: bool
+
+
+class KvProfile(msgspec.Struct, frozen=True):
+    """A model's cache of keys and values, layer by layer. n_heads: of the queries."""
+
+    n_heads: Positive
+    layers: tuple[KvLayer, ...]
 
 
 class ModelProfile(msgspec.Struct, frozen=True):
-    """Everything measured about one model on one machine."""
+    """Everything measured about one model on one machine. kv: None where its cache cannot be filtered."""
 
     schema: int
     model: ModelInfo
@@ -153,6 +174,7 @@ class ModelProfile(msgspec.Struct, frozen=True):
     prefill_tokens: Positive
     overhead_s: Spread
     kv_bytes_per_token: Count
+    kv: KvProfile | None
     memory: MemoryProfile
     floor_bytes: Count
 

@@ -193,6 +193,7 @@ def _profile(
         prefill_tokens=1,
         overhead_s=zero,
         kv_bytes_per_token=0,
+        kv=None,
         memory=MemoryProfile(0, 0, 0, 0, 0, max(sizes), 0),
         floor_bytes=max(sizes),
     )

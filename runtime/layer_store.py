@@ -228,13 +228,14 @@ class LayerStore:
                 self._pending.clear()
                 self._readable.notify_all()
 
-    def settle(self) -> None:
-        """Wait until the readers have filled the window and rest (for measuring the computation alone)."""
+    def settle(self, then: Callable[[], object] = lambda: None) -> None:
+        """Wait until the readers have filled the window and rest, then call `then`: a wait, too (for measuring)."""
         start = time.perf_counter()
         with self._lock:
             while not self._error and (self._queue or self._in_flight or self._start_load()):
                 self._arrived.wait(_POLL_S)
-            self.wait_s += time.perf_counter() - start
+        then()
+        self.wait_s += time.perf_counter() - start
 
     def end_pass(self, *, complete: bool) -> None:
         """The pass is over (or was ended early: not complete). Pieces that no node used leave the stream."""

@@ -8,7 +8,7 @@ kept in several pieces (a large matrix) is computed piece by piece instead of by
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ class Nodes:
         """addresses: of the ggml_tensor structs of every weight."""
         self.stop: BaseException | None = None
         self.trace: LayerTrace | None = None
-        self.quiet = False  # True: the readers rest while anything is computed (for measuring)
+        self.quiet: Callable[[], object] | None = None  # for measuring: called once the readers rest, before computing
         self.kv: Filter | None = None
         self.callback = abi.EvalCallback(self._on_node)
         self._store = store
@@ -89,7 +89,7 @@ class Nodes:
         """Fetch the embedding rows of the tokens."""
         self._fetch_rows(tokens)
         if self.quiet:
-            self._store.settle()
+            self._store.settle(self.quiet)
         if self.trace:
             self.trace.begin_pass(self._store.wait_s)
 
@@ -214,7 +214,7 @@ class Nodes:
         """Everything asked for has been computed with."""
         self._store.computed()
         if self.quiet:
-            self._store.settle()
+            self._store.settle(self.quiet)
 
     def _skip(self, address: int) -> bool:
         """Switch a node off until it is reported."""

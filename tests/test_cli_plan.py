@@ -7,7 +7,7 @@ from test_model_profile import make_profile
 
 from h2o_cli import main as cli
 from h2o_cli import models
-from profiler.model_profile import save_profile
+from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profile
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan, write_plan
@@ -130,6 +130,65 @@ def test_longer_context_leaves_less_for_weights(plan_json, profile):
     short, long = (plan_json("-c", profile, "-m", 300, "--ctx", n)["ledger"] for n in (1000, 3_000_000))
     assert long["kv_bytes"] > short["kv_bytes"]
     assert long["resident_bytes"] < short["resident_bytes"]
+
+
+@pytest.fixture
+def kv_profile(profile):
+    """The same profile with four heads and 1 KB of keys and values per layer and position."""
+    layers = tuple(KvLayer(n, 512, 512, all_positions=True) for n in range(10))
+    found = msgspec.structs.replace(load_profile(profile), kv=KvProfile(4, layers), kv_bytes_per_token=10240)
+    save_profile(found, profile)
+    return profile
+
+
+def test_kv_type_and_filter(plan, plan_json, kv_profile, plan_file):
+    flags = ("-c", kv_profile, "-m", 400, "--ctx", 16384)
+    plain, half = plan_json(*flags), plan_json(*flags, "--kv-type", "q8_0")
+    assert (plain["kv_type"], plain["kv_filter"]) == ("f16", None)
+    assert plain["ledger"]["kv_bytes"] == 16384 * 10240
+    assert half["ledger"]["kv_bytes"] == plain["ledger"]["kv_bytes"] * 34 // 64
+    filtered = plan_json(*flags, "--kv-filter", "--kv-store", "disk", "--kv-keep", "0.05", "--kv-layers", "1", "-n", 10)
+    wanted = {"method": "omnikv", "layers": [1], "wait": 1, "keep": 0.05, "select": "last", "store": "disk"}
+    assert filtered["kv_filter"] == wanted
+    assert filtered["ledger"]["kv_bytes"] == 16384 * 1024 * 3  # layers 0 to 2 are dense
+    assert sum(filtered["ledger"].values()) == 400 * MB
+    assert filtered["floor_bytes"] < plain["floor_bytes"] - 90 * MB
+    assert "keys and values read from the disk" in plan(*flags, "--kv-filter", "--kv-store", "disk")[1]
+    assert "read from the disk" not in plan(*flags, "--kv-filter")[1]
+    shown = plan_json("--show", "-c", kv_profile, "--kv-type", "q8_0", "--ctx", 16384)
+    assert shown["ledger"]["kv_bytes"] == half["ledger"]["kv_bytes"]
+
+
+def test_a_longer_answer_keeps_more_rows(plan_json, kv_profile):
+    flags = ("-c", kv_profile, "-m", 600, "--ctx", 16384, "--kv-filter")
+    sizes = [plan_json(*flags, "-n", n)["ledger"]["filter_bytes"] for n in (10, 256, 4000, -1)]
+    assert sizes == sorted(set(sizes))
+    assert sizes[1] == plan_json(*flags)["ledger"]["filter_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--kv-keep", "0.1"), "--kv-keep does nothing without --kv-filter"),
+        (("--kv-filter", "--kv-layers", "10"), "there is no layer 10"),
+        (("--kv-filter", "--kv-wait", "9"), "leave no layer to filter"),
+        (("--kv-filter", "--kv-type", "f32"), "--kv-type f32"),
+        (("--kv-type", "q4_0"), "--kv-type q4_0 is not possible"),
+        (("--live", "--kv-filter"), "--live takes the running process as it is"),
+    ],
+    ids=str,
+)
+def test_impossible_filters(flags, said, plan, kv_profile, plan_file):
+    code, out, err = plan("-c", kv_profile, *(() if "--live" in flags else ("-m", 300)), *flags)
+    assert (code, out) == (2, "")
+    assert said in err and "next:" in err
+    assert not plan_file.exists()
+
+
+def test_a_profile_without_layers_to_filter(plan, profile):
+    code, _, err = plan("-c", profile, "-m", 300, "--kv-filter")
+    assert code == 1
+    assert "m has no keys and values that can be filtered" in err
 
 
 def test_explain_shows_the_arms(plan, profile):

@@ -1,10 +1,13 @@
 import math
 import signal
+import time
 
 import pytest
 from engines import engine
 
+from h2o_cli.run_memory import measure_run_memory
 from profiler import compute, disk, measure
+from profiler.awake import Waker
 from profiler.compute import layer_trace, measure_compute
 from profiler.device import device_info
 from profiler.measure import Measurement, default_settings, measure_memory
@@ -76,8 +79,10 @@ def test_quiet_passes_compute_the_same(opened):
         e.forward([1, 2, 3])
         plain = e.logits().copy()
         e.truncate(0)
-        e.nodes.quiet = True
+        waker = Waker(1)
+        e.nodes.quiet = waker.wake
         e.forward([1, 2, 3])
+        waker.close()
         assert (e.logits() == plain).all()
 
 
@@ -89,7 +94,7 @@ def test_compute_fits_the_context_and_leaves_the_engine_as_it_was(opened):
         assert times.prefill_tokens == 32
         assert len(times.decode) == len(times.prefill) == file.n_layers + 1
         assert len(steps) >= 6  # disturbed passes are made again
-        assert e.nodes.trace is None and not e.nodes.quiet
+        assert e.nodes.trace is None and e.nodes.quiet is None
         e.truncate(0)
         e.forward([1])
 
@@ -167,3 +172,29 @@ def test_device_is_the_same_twice_and_names_nobody(tmp_path):
 
 def test_path_inside_the_checkout_is_relative(bundled_model):
     assert measure.model_info(ModelFile.open(bundled_model)).path.startswith("model_configs/bundled/")
+
+
+def test_waking_counts_as_a_wait(opened):
+    file = opened("qwen2")
+    with engine(file.path, n_threads=1) as e:
+        calls = []
+        e.nodes.quiet = lambda: (calls.append(1), time.sleep(0.01))
+        before = e.counters.wait_s
+        e.forward([1])
+        assert len(calls) > file.n_layers
+        assert e.counters.wait_s - before >= 0.01 * len(calls)
+
+
+def test_disturbed_times_through_the_model_are_made_again(opened, monkeypatch):
+    rows = iter([[1.0, 2.0], [9.0, 2.0], [1.0, 2.1]])
+    run = Measurement("x", 2)
+    monkeypatch.setattr(run, "_stream", lambda *_: next(rows))
+    assert run._streams(None, None, None) == [[1.0, 2.0], [1.0, 2.1]]
+    assert list(rows) == []
+
+
+def test_a_run_takes_less_memory_than_measuring():
+    found = measure_run_memory()
+    assert 10_000_000 < found.process_bytes < 60_000_000
+    assert 2_000_000 < found.filter_bytes < 40_000_000
+    assert found.surplus_bytes > 0  # of this process, the tests

@@ -36,7 +36,7 @@ def make_profile(
     )
     rate = spread(float(disk), noise)
     return ModelProfile(
-        schema=1,
+        schema=2,
         model=ModelInfo("m.gguf", "m", 77, "llama", sum(sizes) + head, len(sizes), False),
         device=DeviceInfo("box", "cpu", 4, 2**33, "6.1"),
         versions={"llama-cpp-python": "0.3.36"},
@@ -47,6 +47,7 @@ def make_profile(
         prefill_tokens=100,
         overhead_s=spread(overhead_s),
         kv_bytes_per_token=10,
+        kv=None,
         memory=MemoryProfile(fixed, 100, 50, 1000, 500, min_window or max(sizes) // 4, 20),
         floor_bytes=fixed + 1520 + (min_window or max(sizes) // 4),
     )
@@ -105,8 +106,8 @@ def test_not_a_profile(tmp_path, data):
 
 
 def test_other_schema(tmp_path, profile):
-    path = written(tmp_path, profile, lambda d: d.update(schema=2))
-    with pytest.raises(ProfileError, match="schema 2"):
+    path = written(tmp_path, profile, lambda d: d.update(schema=1))
+    with pytest.raises(ProfileError, match="schema 1"):
         load_profile(path)
 
 

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -10,10 +11,13 @@ from test_model_profile import make_profile
 from planner.arms import Arm, h2o_arms, pinned_per_unit, whole_layers
 from planner.choose import choose
 from planner.exact import best_arm, best_source_arm
-from planner.footprint import measure_footprint, streamable_bytes
+from planner.footprint import POSITION_BYTES, measure_footprint, streamable_bytes
+from planner.kv import KvUse
 from planner.simulator import limit_s, source_token_ms, token_s
+from profiler.model_profile import KvLayer, KvProfile
 from profiler.source_format import SourceProfile, import_source, load_source
-from runtime.errors import BudgetError
+from runtime.errors import BudgetError, ProfileError, UsageError
+from runtime.kv.options import KvFilter
 from runtime.plan import Layout
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
@@ -176,11 +180,54 @@ def test_footprint():
     layers = tuple(msgspec.structs.replace(layer, resident_bytes=7) for layer in profile.layers)
     profile = msgspec.structs.replace(profile, layers=layers)
     footprint = measure_footprint(profile, ctx_tokens=300, ubatch_tokens=75)
-    # KV 10 per token; compute 500 at 50 tokens; two layers' small tensors; margin 20
-    assert (footprint.kv_bytes, footprint.compute_bytes, footprint.small_tensor_bytes) == (3000, 750, 14)
-    assert footprint.fixed_bytes == 5000 + 3000 + 750 + 14 + 20
+    # KV 10 per token, 300 tokens in steps of 256; compute 500 at 50 tokens; two layers' small tensors; margin 20
+    assert (footprint.kv_bytes, footprint.compute_bytes, footprint.small_tensor_bytes) == (5120, 750, 14)
+    assert footprint.process_bytes == 5000 + 256 * POSITION_BYTES  # the profile's context is one step
+    assert footprint.fixed_bytes == footprint.process_bytes + 5120 + 750 + 14 + 20
     assert footprint.floor_bytes == footprint.fixed_bytes + 250
-    assert measure_footprint(profile, 300, 75, kv_bytes=1600).kv_bytes == 1600
+    assert measure_footprint(profile, 300, 75, KvUse("q8_0")).kv_bytes == 512 * (10 // 2 * 34 // 32)
+
+
+def test_buffers_grow_with_the_context():
+    profile = make_profile([1000], [0.1], fixed=5000, min_window=250)
+    memory = msgspec.structs.replace(
+        profile.memory, prompt_bytes=300, compute_bytes_per_token=4, prompt_bytes_per_token=3
+    )
+    footprint = measure_footprint(msgspec.structs.replace(profile, memory=memory), 1024, 50)
+    assert footprint.compute_bytes + footprint.prompt_bytes == 500 + 768 * 4
+    assert footprint.prompt_bytes == 300 + 768 * 3
+
+
+def test_footprint_of_windowed_layers_and_a_filter():
+    profile = make_profile([1000] * 4, [0.1] * 4, fixed=5000, min_window=250)
+    layers = tuple(KvLayer(n, 64, 128, n != 1) for n in range(4))
+    memory = msgspec.structs.replace(profile.memory, filter_process_bytes=777)
+    profile = msgspec.structs.replace(profile, kv=KvProfile(2, layers), memory=memory)
+    plain = measure_footprint(profile, 1000, 50)
+    assert plain.kv_bytes == 4 * 192 * 1024
+    assert plain.filter_bytes == 0 and "filter_bytes" not in plain.ledger(10**6, 0, 0)
+    options = KvFilter(keep=24, store="disk", tail=1000, readers=1)
+    filtered = measure_footprint(profile, 1000, 50, KvUse(filter=options))
+    # default filter layer 0, wait layer 1: layers 2 and 3 are sparse
+    assert filtered.kv_bytes == plain.kv_bytes - 2 * 1024 * 192
+    assert filtered.filter_bytes == 1024 * 2 * 4 + 2 * 1024 * 192 + 2 * 2**20  # scores, rows in memory, 2 buffers
+    assert filtered.process_bytes == plain.process_bytes + 777
+    assert sum(filtered.ledger(10**8, 10, 20).values()) == 10**8
+    smaller = measure_footprint(profile, 1000, 50, KvUse(filter=replace(options, tail=1)))
+    assert smaller.filter_bytes == 1024 * 2 * 4 + 1024 * 192 + 2 * 2**20  # the slot of one layer's prompt is larger
+    in_memory = measure_footprint(profile, 1000, 50, KvUse("q8_0", replace(options, store="ram", tail=1)))
+    assert in_memory.kv_bytes == (34 + 68) * 4 * 1024
+    assert in_memory.filter_bytes == 1024 * 2 * 4 + 2 * (4096 + 4096)  # 25 rows of 34 and of 68 bytes: a page each
+
+
+def test_kv_that_cannot_be():
+    profile = make_profile([1000] * 4, [0.1] * 4)
+    with pytest.raises(ProfileError, match="can be filtered"):
+        measure_footprint(profile, 512, 50, KvUse(filter=KvFilter()))
+    with pytest.raises(UsageError, match="--kv-type q9"):
+        KvUse("q9")
+    with pytest.raises(UsageError, match="f32"):
+        KvUse("f32", KvFilter())
 
 
 def test_below_the_floor():
@@ -188,7 +235,7 @@ def test_below_the_floor():
     floor = measure_footprint(profile, 100, 50).floor_bytes
     with pytest.raises(BudgetError, match="-m 103") as caught:
         choose(profile, floor - 1, **CTX)
-    assert caught.value.floor_bytes == floor == 10**8 + 1000 + 500 + 20 + 2 * 10**6
+    assert caught.value.floor_bytes == floor == 10**8 + 2560 + 500 + 20 + 2 * 10**6
     choice = choose(profile, floor, **CTX)
     assert (choice.plan.k, choice.plan.w, choice.plan.window_bytes) == (0, 1, 2 * 10**6)
 

@@ -17,6 +17,7 @@ from runtime import llama_abi as abi
 from runtime.errors import EngineError, H2OError
 from runtime.kv.cache import OFF, Cache, find_cache
 from runtime.kv.jobs import Stopped
+from runtime.kv.needs import filter_needs
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.kv.roles import Roles, default_filters, layer_roles
 from runtime.kv.scores import Floats, Scorer, queries
@@ -33,10 +34,8 @@ from runtime.kv.slots import Rows
 from runtime.kv.sparse import SparseRows
 from runtime.model_file import ModelFile
 from runtime.settings import Settings
-from runtime.sizes import page_up
 
 Watch = Callable[[int, Floats], None]
-_F32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ class Filter:
     def __init__(self, options: KvFilter, cache: Cache, roles: Roles, scorer: Scorer, stopped: Stopped) -> None:
         self.options, self.roles, self.cache = options, roles, cache
         self._scorer = scorer
+        parts = {n: layer.parts for n, layer in cache.layers.items()}
+        self._needs = filter_needs(options, roles, parts, cache.filterable, scorer.n_heads)
         self._sparse: SparseRows | None = None
         self._heavy: dict[int, HeavyHitters] = {}
         self._fixed: list[Rows] = []
@@ -117,17 +118,12 @@ class Filter:
     @property
     def memory_bytes(self) -> int:
         """The most memory this takes beside llama.cpp's cache."""
-        n_rows = max(self.cache.layers[n].parts[0].n_cells for n in self.cache.filterable)
-        scores = page_up(n_rows * self._scorer.n_heads * _F32_BYTES)
-        if self._windowed:
-            scores += n_rows * (self.options.window + 1) * len(self.roles.filters) * _F32_BYTES
-        scores += n_rows * len(self._heavy) * _F32_BYTES
-        return scores + (self._sparse.memory_bytes if self._sparse else 0)
+        return self._needs.memory_bytes
 
     @property
     def spared_bytes(self) -> int:
         """Bytes of llama.cpp's cache that are never touched."""
-        return self._sparse.spared_bytes if self._sparse else 0
+        return self._needs.spared_bytes
 
     @property
     def summary(self) -> str:

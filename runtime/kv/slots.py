@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from runtime.kv.needs import most_new
+
 Rows = npt.NDArray[np.int64]
-_MOST_NEW = 3  # every slot is filled anew when more than one row in so many is new
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,6 @@ class Move:
     def copied(self) -> Rows:
         """The rows that are copied then, or the new ones."""
         return self.every if self.are_many else self.rows
-
-
-def most_new(n_slots: int) -> int:
-    """The most new rows that are copied one by one."""
-    return n_slots // _MOST_NEW
 
 
 class Slots:

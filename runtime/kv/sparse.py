@@ -11,12 +11,12 @@ from runtime.errors import EngineError
 from runtime.kv.cache import OFF, Cache, K, V
 from runtime.kv.compact import PAD, Compact, Mask
 from runtime.kv.jobs import Jobs, Stopped
+from runtime.kv.needs import most_tail
 from runtime.kv.options import KvFilter
 from runtime.kv.prompt import PromptSlot
 from runtime.kv.selection import Buffers, Selection
 from runtime.kv.slots import Rows
 from runtime.kv.store import DiskStore, RamStore, Store
-from runtime.sizes import page_up
 
 
 class SparseRows:
@@ -55,25 +55,6 @@ class SparseRows:
         own = {compact.addresses[K] for compact in self._buffers.compact.values()}
         return own | ({self._slot.addresses[K]} if self._slot else set())
 
-    @property
-    def most_tail(self) -> int:
-        """Most rows that are decoded before they become part of the prompt."""
-        return min(self._options.tail or self._n_cells, self._n_cells)
-
-    @property
-    def memory_bytes(self) -> int:
-        """The most memory this takes beside llama.cpp's cache: chosen and decoded rows, or the slot of a prompt."""
-        n_rows = min(self._options.n_rows(self._n_cells) + self.most_tail, self._n_cells)
-        buffers = sum(page_up(n_rows * part.row_bytes) for n in self.layers for part in self._cache.layers[n].parts)
-        slot_bytes = self.store.slot_bytes if isinstance(self.store, DiskStore) else 0
-        return max(buffers, slot_bytes) + self.store.memory_bytes
-
-    @property
-    def spared_bytes(self) -> int:
-        """Bytes of llama.cpp's cache that are never touched."""
-        on_disk = isinstance(self.store, DiskStore)
-        return sum(self._cache.layers[n].n_bytes for n in self.layers) if on_disk else 0
-
     def bytes_in_memory(self, n_past: int) -> int:
         """Keys and values of n_past positions that are in memory between two decode passes."""
         bytes_of = {n: layer.row_bytes for n, layer in self._cache.layers.items()}
@@ -109,7 +90,7 @@ class SparseRows:
 
     def begin_decode(self, n_past: int) -> bool:
         """A pass over one token comes. True when the prompt is another one than before, and nothing is chosen yet."""
-        if n_past - self.stored >= self.most_tail:
+        if n_past - self.stored >= most_tail(self._options, self._n_cells):
             self.take_in_tail(n_past)
         if self._selections:
             return False

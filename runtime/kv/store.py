@@ -17,12 +17,12 @@ from runtime.errors import DiskError
 from runtime.kv.cache import Cache
 from runtime.kv.compact import Compact, RowArray, rows_at
 from runtime.kv.gather import Gather, OddGather, gather
+from runtime.kv.needs import BOUNCE_BYTES, staging_bytes
 from runtime.kv.options import KvFilter
-from runtime.kv.slots import Move, Rows, most_new
+from runtime.kv.slots import Move, Rows
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
-_BOUNCE_BYTES = 2**20  # of each thread that reads
 _GAP_PAGES = 2  # pages read for nothing when that saves a request
 _OTHER_FOLDER = "set TMPDIR to a folder on a disk with room, lower --ctx, or use --kv-store ram"
 
@@ -34,10 +34,6 @@ class Store(Protocol):
     aside: bool  # fetch beside the computation: with a disk or a core that has nothing else to do
     fetched_bytes: int
     read_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """The most memory it takes beside cache, slot and buffers."""
 
     def fetch(self, compact: Mapping[int, Compact], layers: Sequence[int], move: Move) -> None:
         """Bring rows of these layers into slots of their buffers."""
@@ -60,14 +56,8 @@ class RamStore:
         self._copy_threads = 1 if self.aside else n_threads
         self._layers = cache.layers
         self._gathers: dict[tuple[int, ...], Gather | OddGather] = {}
-        parts = [part for n in layers for part in cache.layers[n].parts]
-        self._staging = Region(max((most_new(options.n_rows(p.n_cells)) * p.row_bytes for p in parts), default=0))
+        self._staging = Region(staging_bytes(options, [cache.layers[n].parts for n in layers]))
         self.fetched_bytes = self.read_bytes = 0
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory beside the cache."""
-        return self._staging.n_bytes
 
     def fetch(self, compact: Mapping[int, Compact], layers: Sequence[int], move: Move) -> None:
         """Copy rows of these layers to slots of their buffers."""
@@ -121,16 +111,10 @@ class DiskStore:
                 self._places[n, part] = _Place(self.n_bytes, tensor.row_bytes)
                 self.n_bytes += page_up(tensor.n_bytes)
                 slots[part] = max(slots[part], page_up(tensor.n_bytes))
-        self.slot_bytes = sum(slots)
         self._fd, self._direct = _open_file(options.folder or tempfile.gettempdir(), self.n_bytes)
         self._slots = [Region(n_bytes) for n_bytes in slots]
         for slot in self._slots:
             slot.use_huge_pages(0)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory beside the slot: of the threads that read, and of the one that writes."""
-        return (self.n_threads + 1) * _BOUNCE_BYTES
 
     # --- prompts ------------------------------------------------------------------------------------------------
 
@@ -143,8 +127,8 @@ class DiskStore:
         place, address = self._places[layer, part], self._slots[part].address
         n_bytes = n_rows * place.row_bytes
         whole = page_down(n_bytes)
-        for start in range(0, whole, _BOUNCE_BYTES):
-            end = min(whole, start + _BOUNCE_BYTES)
+        for start in range(0, whole, BOUNCE_BYTES):
+            end = min(whole, start + BOUNCE_BYTES)
             self._read(place.offset + start, view(address + start, end - start))
         if whole < n_bytes:
             bounce = self._bounce()
@@ -175,7 +159,7 @@ class DiskStore:
         rows, slots = move.rows, move.slots
         for part, target in enumerate(compact.rows):
             place = self._places[layer, part]
-            step = _BOUNCE_BYTES // PAGE // (place.row_bytes // PAGE + 2 + _GAP_PAGES)
+            step = BOUNCE_BYTES // PAGE // (place.row_bytes // PAGE + 2 + _GAP_PAGES)
             for start in range(0, len(rows), step):
                 self._read_rows(place, rows[start : start + step], slots[start : start + step], target)
         with self._lock:
@@ -221,9 +205,9 @@ class DiskStore:
         """A page-aligned buffer of this thread's own."""
         found: memoryview | None = getattr(self._local, "bounce", None)
         if found is None:
-            region = Region(_BOUNCE_BYTES)
+            region = Region(BOUNCE_BYTES)
             self._bounces.append(region)
-            found = self._local.bounce = view(region.address, _BOUNCE_BYTES)
+            found = self._local.bounce = view(region.address, BOUNCE_BYTES)
         return found
 
     def _read(self, offset: int, target: memoryview) -> None:

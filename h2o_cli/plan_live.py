@@ -1,0 +1,127 @@
+"""`h2o plan --live`: try plans on the process that follows the plan file, keep the fastest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from h2o_cli.defaults import LEAST_UBATCH
+from h2o_cli.interrupts import interrupts
+from h2o_cli.output import emit, note, print_json, table
+from h2o_cli.plan_report import Outlook, as_json, outlook_of, report
+from runtime.errors import BudgetError, H2OError
+from runtime.plan import Layout, Plan
+from runtime.plan_file import write_plan
+from runtime.plan_stats import Overtaken, PlanStats, RunningProcess
+from runtime.sizes import MB, format_size
+
+if TYPE_CHECKING:
+    from planner.arms import Arm
+    from planner.replan import LiveSearch, Pulled
+    from profiler.model_profile import ModelProfile
+
+
+def plan_live(
+    profile: ModelProfile, path: Path, budget_bytes: int, layout: Layout | None, *, show_arms: bool, json: bool
+) -> None:
+    """Try plans on the process that follows the plan file, and leave the best one in force, also after Ctrl-C."""
+    from planner.arms import h2o_arms
+    from planner.replan import LiveSearch, Pulled, search, smaller_windows
+
+    process = RunningProcess(path, profile.model.hash, note, write=_write_whole)
+    stats = process.stats()
+    budget = budget_bytes or stats.budget_bytes
+    least = stats.fixed_bytes + profile.memory.min_window_bytes
+    if budget < least:
+        raise BudgetError(f"{format_size(budget)} is too little for process {stats.pid}", f"give -m {-(-least // MB)}")
+    layouts = tuple(Layout) if layout is None else (layout,)
+    arms = h2o_arms(profile, budget - stats.fixed_bytes, layouts)
+    found = LiveSearch(profile, arms, smaller_windows(profile, arms))
+
+    def as_plan(arm: Arm) -> Plan:
+        return Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget, profile.model.hash)
+
+    def pull(arm: Arm) -> Pulled:
+        measured = process.measure(as_plan(arm))
+        return Pulled(measured.pass_ms, measured.wait_ms)
+
+    try:
+        search(found, pull, lambda arm, pulled, word: note(_pull_line(found, arm, pulled, word)))
+    except Overtaken:
+        raise
+    except H2OError:
+        if process.written:
+            process.keep(as_plan(found.best))
+            note(f"stopped after {found.n_pulls} pulls; the best plan so far stays in {path}")
+        raise
+    outlook = _live_outlook(found, profile, process.keep(as_plan(found.best)), stats)
+    if json:
+        print_json(as_json(outlook, profile, path))
+        return
+    emit(report(outlook, profile) + "\n")
+    if show_arms:
+        emit("\n" + _explain_live(found) + "\n")
+    note(f"plan {outlook.plan.generation} stays in {path}: {outlook.method}")
+
+
+def _write_whole(path: str | os.PathLike[str], wanted: Plan) -> Plan:
+    """Write a plan; a signal waits for the end of it."""
+    with interrupts.held():
+        return write_plan(path, wanted)
+
+
+def _pull_line(found: LiveSearch, arm: Arm, pulled: Pulled, word: str) -> str:
+    said = {
+        "": "",
+        "surprise": ", far from what was expected: looking again",
+        "noise": ", a disturbance",
+        "change": ", the machine has changed: starting again",
+    }
+    times = f"{pulled.pass_ms:.1f} ms per token, {pulled.wait_ms:.1f} of it waiting"
+    return f"pull {found.n_pulls}: {_arm_text(arm)}: {times}{said[word]}"
+
+
+def _arm_text(arm: Arm) -> str:
+    return f"k={arm.k} w={arm.w} {arm.layout.label}, window {format_size(arm.window_bytes)}"
+
+
+def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats: PlanStats) -> Outlook:
+    """The plan the search ended with: predicted from the profile, measured, and where the process's bytes go."""
+    row = found.best_row
+    budget, weights = written.budget_bytes, row.arm.pinned_bytes + row.arm.window_bytes
+    ledger = {
+        "fixed_bytes": stats.fixed_bytes,
+        "resident_bytes": row.arm.pinned_bytes,
+        "window_bytes": row.arm.window_bytes,
+        "free_bytes": budget - stats.fixed_bytes - weights,
+    }
+    facts = {
+        "measured_ms_per_token": row.measured_ms,
+        "pulls": found.n_pulls,
+        "restarts": found.n_restarts,
+        "settled": found.is_settled,
+        "pid": stats.pid,
+    }
+    measured = sum(row.n > 0 for row in found.rows)
+    how = f"{found.n_pulls} pulls of {measured} plans on process {stats.pid}"
+    return replace(
+        outlook_of(profile, written, row.arm, budget, LEAST_UBATCH),
+        budget_bytes=budget,
+        floor_bytes=stats.fixed_bytes + profile.memory.min_window_bytes,
+        ledger=ledger,
+        method=how + (", settled" if found.is_settled else ", others may be as good"),
+        live=facts,
+    )
+
+
+def _explain_live(found: LiveSearch) -> str:
+    """The plans that were tried, best first."""
+    rows: list[Sequence[str]] = [("k", "w", "layout", "resident", "window", "predicted", "measured", "pulls")]
+    for row in sorted((row for row in found.rows if row.n), key=lambda row: row.measured_ms):
+        sizes = (format_size(row.arm.pinned_bytes), format_size(row.arm.window_bytes))
+        times = (f"{row.predicted_ms:.1f}", f"{row.measured_ms:.1f}", str(row.n))
+        rows.append((str(row.arm.k), str(row.arm.w), row.arm.layout.label, *sizes, *times))
+    return "tried (ms per token):\n" + table(rows, right=(0, 1, 3, 4, 5, 6, 7))

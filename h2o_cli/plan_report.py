@@ -1,0 +1,130 @@
+"""What `h2o plan` says about a plan: what it should reach, where the bytes go, what it was compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h2o_cli.defaults import LEAST_UBATCH
+from h2o_cli.output import table
+from runtime.plan import Plan
+from runtime.sizes import format_size
+
+if TYPE_CHECKING:
+    from planner.arms import Arm
+    from planner.choose import Choice
+    from planner.kv import KvUse
+    from profiler.model_profile import ModelProfile
+    from runtime.kv.options import KvFilter
+
+MOST_ARMS_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A plan with what it should reach on the profiled machine. ledger: part -> bytes."""
+
+    plan: Plan
+    ms_per_token: float | None = None
+    ttft_s: float | None = None
+    limit_ms: float | None = None
+    budget_bytes: int = 0
+    floor_bytes: int = 0
+    ledger: dict[str, int] | None = None
+    helps: tuple[str, ...] = ()
+    method: str = ""
+    kv: KvUse | None = None  # how keys and values are kept, where that is known
+    live: dict[str, Any] | None = None  # what --live adds to the JSON object
+
+
+def outlook_of(
+    profile: ModelProfile, wanted: Plan, arm: Arm, budget: int, ctx: int, kv: KvUse | None = None
+) -> Outlook:
+    """What a plan should reach in a context of ctx tokens whose keys and values are kept as kv says."""
+    from planner.footprint import measure_footprint, streamable_bytes
+    from planner.simulator import first_token_s, limit_s, token_s
+
+    footprint = measure_footprint(profile, ctx, LEAST_UBATCH, kv)
+    return Outlook(
+        wanted,
+        1000 * token_s(profile, arm),
+        first_token_s(profile, arm, LEAST_UBATCH, LEAST_UBATCH),
+        1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
+        budget,
+        footprint.floor_bytes,
+        footprint.ledger(budget, arm.pinned_bytes, arm.window_bytes),
+        kv=kv,
+    )
+
+
+def as_json(outlook: Outlook, profile: ModelProfile | None, path: Path) -> dict[str, Any]:
+    """What `--json` prints."""
+    chosen, kv = outlook.plan, outlook.kv
+    return {
+        "k": chosen.k,
+        "w": chosen.w,
+        "layout": chosen.layout.label,
+        "predicted_ms_per_token": outlook.ms_per_token,
+        "predicted_ttft_s": outlook.ttft_s,
+        "limit_ms_per_token": outlook.limit_ms,
+        "budget_bytes": outlook.budget_bytes,
+        "floor_bytes": outlook.floor_bytes,
+        "ledger": outlook.ledger or {},
+        "model": profile.model.path if profile else None,
+        "plan_file": str(path),
+        "generation": chosen.generation,
+        "method": outlook.method,
+        "what_helps": list(outlook.helps),
+        "kv_type": kv.kv_type if kv else None,
+        "kv_filter": _filter_facts(kv.filter) if kv and kv.filter else None,
+        **(outlook.live or {}),
+    }
+
+
+def _filter_facts(options: KvFilter) -> dict[str, Any]:
+    """What of a filter decides about bytes."""
+    names = ("method", "layers", "wait", "keep", "select", "store")
+    return {name: getattr(options, name) for name in names}
+
+
+def report(outlook: Outlook, profile: ModelProfile | None) -> str:
+    """The plan for people."""
+    chosen = outlook.plan
+    where = f" for {profile.model.name} ({profile.model.n_layers} layers)" if profile else ""
+    lines = [f"plan: k={chosen.k} layers resident, window w={chosen.w}, layout {chosen.layout.label}{where}"]
+    if outlook.budget_bytes:
+        lines.append(f"budget: {format_size(outlook.budget_bytes)}")
+    if outlook.ms_per_token and outlook.ttft_s is not None and outlook.limit_ms is not None:
+        share = outlook.limit_ms / outlook.ms_per_token
+        lines += [
+            f"predicted: {outlook.ms_per_token:.1f} ms per token ({1000 / outlook.ms_per_token:.1f} tokens/s), "
+            f"first token after {outlook.ttft_s:.2f} s",
+            f"limit: {outlook.limit_ms:.1f} ms per token ({share:.0%} of it reached)",
+        ]
+    if outlook.kv and outlook.kv.filter and outlook.kv.filter.store == "disk":
+        lines.append("not in these times: keys and values read from the disk")
+    if outlook.live:
+        lines.append(f"measured: {outlook.live['measured_ms_per_token']:.1f} ms per token")
+    if outlook.floor_bytes:
+        lines.append(f"smallest budget: {format_size(outlook.floor_bytes)}")
+    if outlook.ledger:
+        rows = [(part.removesuffix("_bytes").replace("_", " "), format_size(n)) for part, n in outlook.ledger.items()]
+        lines += ["memory:", *(f"  {line}" for line in table(rows, right=(1,)).split("\n"))]
+    if outlook.helps:
+        lines += ["what would help:", *(f"  {line}" for line in outlook.helps)]
+    return "\n".join(lines)
+
+
+def explain_choice(choice: Choice) -> str:
+    """The plans the planner compared, best first."""
+    rows: list[Sequence[str]] = [("k", "w", "layout", "resident", "window", "ms/token", "+-", "plays")]
+    for seen in sorted(choice.statistics, key=lambda s: s.mean_ms)[:MOST_ARMS_SHOWN]:
+        arm = seen.arm
+        sizes = (format_size(arm.pinned_bytes), format_size(arm.window_bytes))
+        times = (f"{seen.mean_ms:.2f}", f"{seen.sd_ms:.2f}", str(seen.n_plays))
+        rows.append((str(arm.k), str(arm.w), arm.layout.label, *sizes, *times))
+    left_out = len(choice.statistics) - MOST_ARMS_SHOWN
+    lines = [f"compared ({choice.method}):", table(rows, right=(0, 1, 3, 4, 5, 6, 7))]
+    return "\n".join(lines + ([f"... and {left_out} more"] if left_out > 0 else []))

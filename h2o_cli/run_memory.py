@@ -1,0 +1,56 @@
+"""What the code of a run takes in memory: `h2o profile` has loaded more, and asks a process that has loaded just that.
+
+`python -m h2o_cli.run_memory` is this process: it loads what `h2o run` loads for a model with a profile, then what a
+filter of keys and values needs, and prints the bytes of both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from runtime.memory import resident_bytes
+
+if TYPE_CHECKING:
+    from profiler.measure import RunMemory
+
+RUN = ("runtime.tokenizer", "profiler.model_profile", "planner.choose", "platformdirs")
+FILTER = ("runtime.kv.filter",)
+_TIMEOUT_S = 60.0
+
+
+def measure_run_memory() -> RunMemory | None:
+    """The bytes; None where no process can be started."""
+    import subprocess  # which the process that is measured shall not load
+
+    from profiler.measure import RunMemory
+
+    command = [sys.executable, "-m", "h2o_cli.run_memory"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=True
+        )
+        process_bytes, filter_bytes = map(int, done.stdout.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return RunMemory(process_bytes, filter_bytes)
+
+
+def main() -> None:
+    """Load, measure, print."""
+    from h2o_cli.main import LazyGroup
+
+    LazyGroup(name="h2o").get_command(None, "run")
+    bytes_after = []
+    for names in (RUN, FILTER):
+        for name in names:
+            importlib.import_module(name)
+        bytes_after.append(resident_bytes())
+    sys.stdout.write(f"{bytes_after[0]} {bytes_after[1] - bytes_after[0]}\n")
+
+
+if __name__ == "__main__":
+    main()

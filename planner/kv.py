@@ -1,0 +1,87 @@
+"""Keys and values in a plan's footprint: their type, a filter, a context, from the facts in a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from profiler.model_profile import PROFILE_AGAIN, KvProfile, ModelProfile
+from runtime.errors import ProfileError, UsageError
+from runtime.kv.needs import filter_needs
+from runtime.kv.options import KvFilter
+from runtime.kv.roles import default_filters, layer_roles
+
+CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
+_F16_BYTES = 2
+_BLOCKS = {"f16": (1, 2), "f32": (1, 4), "q8_0": (32, 34)}  # elements and bytes of a block
+
+
+@dataclass(frozen=True)
+class KvUse:
+    """How a run keeps keys and values: their type (--kv-type), and a filter (None: all are attended to)."""
+
+    kv_type: str = "f16"
+    filter: KvFilter | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_type not in _BLOCKS:
+            raise UsageError(f"--kv-type {self.kv_type} is not possible", f"choose one of {', '.join(_BLOCKS)}")
+        if self.filter and self.kv_type == "f32":
+            raise UsageError("--kv-filter does not work with --kv-type f32", "use --kv-type f16 or q8_0")
+
+
+@dataclass(frozen=True)
+class KvNeeds:
+    """Bytes: llama.cpp's cache without what a disk store spares, a filter's own memory, and its code."""
+
+    kv_bytes: int
+    filter_bytes: int = 0
+    process_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Keys or values of a layer."""
+
+    row_bytes: int
+    n_cells: int
+
+
+def padded(ctx_tokens: int) -> int:
+    """The positions llama.cpp makes room for."""
+    return -(-ctx_tokens // CONTEXT_STEP) * CONTEXT_STEP
+
+
+def kv_needs(profile: ModelProfile, use: KvUse, ctx_tokens: int) -> KvNeeds:
+    """What keys and values of ctx_tokens positions take.
+
+    Raises ProfileError where a filter is wanted and the profile has no layer it could act on, and UsageError where
+    the filter's layers are not possible in this model.
+    """
+    if profile.kv is None:
+        if use.filter:
+            raise ProfileError(f"{profile.model.name} has no keys and values that can be filtered", PROFILE_AGAIN)
+        return KvNeeds(_row_bytes(profile.kv_bytes_per_token, use.kv_type) * padded(ctx_tokens))
+    parts = _parts(profile.kv, use.kv_type, padded(ctx_tokens))
+    kv_bytes = sum(part.n_cells * part.row_bytes for both in parts.values() for part in both)
+    if use.filter is None:
+        return KvNeeds(kv_bytes)
+    filterable = [layer.layer for layer in profile.kv.layers if layer.all_positions]
+    filters = use.filter.layers or default_filters(filterable)
+    roles = layer_roles(profile.model.n_layers, filters, use.filter.wait, filterable)
+    needs = filter_needs(use.filter, roles, parts, filterable, profile.kv.n_heads)
+    return KvNeeds(kv_bytes - needs.spared_bytes, needs.memory_bytes, profile.memory.filter_process_bytes)
+
+
+def _parts(kv: KvProfile, kv_type: str, n_cells: int) -> Mapping[int, Sequence[_Rows]]:
+    """Keys and values of every layer: as many rows in layers with a sliding window, too."""
+    return {
+        layer.layer: tuple(_Rows(_row_bytes(n, kv_type), n_cells) for n in (layer.key_bytes, layer.value_bytes))
+        for layer in kv.layers
+    }
+
+
+def _row_bytes(f16_bytes: int, kv_type: str) -> int:
+    """Bytes of a row in another type."""
+    n_elements, n_bytes = _BLOCKS[kv_type]
+    return f16_bytes // _F16_BYTES * n_bytes // n_elements

@@ -1,0 +1,46 @@
+"""Keeping computing threads and cores awake before something is timed.
+
+After a wait for the disk the threads sleep and the cores are in a state of low power, or a virtual machine's host has
+given them to others. What is computed then is several times slower for about a millisecond, which is no property of a
+layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+from runtime import llama_abi as abi
+from runtime.memory import Region
+from runtime.own_graph import describe, operate
+from runtime.tiled_product import TiledProduct
+
+AWAKE_S = 0.004  # longer made measured passes no faster
+_N_IN, _N_ROWS = 1024, 256  # a megabyte of weights: a small part of a millisecond on any core
+_F32_BYTES = 4
+
+
+class Waker:
+    """Computes with all threads for a moment: a matrix of zeros times a vector."""
+
+    def __init__(self, n_threads: int) -> None:
+        weights_bytes, input_bytes = _F32_BYTES * _N_IN * _N_ROWS, _F32_BYTES * _N_IN
+        self._memory = Region(weights_bytes + input_bytes + _F32_BYTES * _N_ROWS)
+        self._weights, self._input, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
+        describe(self._weights, self._memory.address, (_N_IN, _N_ROWS))
+        describe(self._input, self._memory.address + weights_bytes, (_N_IN,))
+        describe(self._output, self._memory.address + weights_bytes + input_bytes, (_N_ROWS,))
+        operate(self._output, abi.OP_MUL_MAT, self._weights, self._input)
+        self._product = TiledProduct(n_threads)
+        self._product.begin(ctypes.addressof(self._output))
+
+    def wake(self) -> None:
+        """Compute for AWAKE_S."""
+        end_s = time.perf_counter() + AWAKE_S
+        while time.perf_counter() < end_s:
+            self._product.compute(self._memory.address, 0, _N_ROWS)
+
+    def close(self) -> None:
+        """Free everything."""
+        self._product.close()
+        self._memory.free()
