@@ -250,6 +250,9 @@ def _told(row: Row) -> str:
     parts = [f"{row.ms_per_token:.0f} ms per token"] if row.ms_per_token else []
     parts += [f"first token after {row.ttft_s:.1f} s"] if row.ttft_s is not None else []
     parts += [f"{row.yield_:.1%} of the limit"] if row.yield_ else []
+    if row.in_turns:
+        decode, prefill = row.in_turns.decode.ratio, row.in_turns.prefill.ratio
+        parts.append(f"{decode:.3f} x llama.cpp, prompt {prefill:.3f} x")
     return f"{what}: {', '.join(parts)} ({duration(row.wall_s)})"
 
 
