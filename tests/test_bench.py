@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from h2o_cli import cmd_bench
 from profiler.bench import device as device_module
 from profiler.bench.device import ROOT, Device, Outcome, check_rights, run_in_device, talk_in_device
 from profiler.bench.engines import H2O, Job, command, read_result, tokens_hash, turns_commands
@@ -280,6 +282,26 @@ def test_engines_have_turns_and_small_budgets_are_left_out(empty_model):
     assert sum(case.engine == H2O and case.suite == "budgets" for case in found) == 6
     assert sum(case.engine == MMAP and case.suite == "budgets" for case in found) == 4
     assert all(estimate_s(case, 4e8) > 0 for case in found)
+
+
+def test_more_tokens_where_they_take_milliseconds(empty_model):
+    settings = Settings((empty_model,), (), budgets=("100%", "112%"), n_predict=6, n_predict_fitting=24)
+    found = {case.budget: case.n_predict for case in cases(settings, {"m": 500}) if case.suite == "budgets"}
+    assert found == {"100%": 6, "112%": 24}
+
+
+def test_parts_of_a_full_run():
+    settings = cmd_bench._settings(None, None, quick=False)
+    parts = cmd_bench._by_model(settings)
+    assert [[model.name for model in part.models] for part in parts] == [[name] for name in cmd_bench.MODELS]
+    assert [part.budgets for part in parts] == list(cmd_bench.MODELS.values())
+    assert ["resident" in part.suites for part in parts] == [True, False]
+    only = cmd_bench._by_model(replace(settings, suites=("resident",)))
+    assert [part.suites for part in only] == [("resident",)]
+    full_disk = cmd_bench._unthrottled(settings, ("40%",))
+    assert (full_disk.read_bytes_per_s, full_disk.budgets, full_disk.suites) == (0, ("40%",), ("budgets",))
+    assert full_disk.engines == (H2O, MMAP)
+    assert full_disk.repeats == full_disk.llama_repeats > 1
 
 
 def test_model_names(tmp_path):

@@ -144,7 +144,8 @@ def parity(at_budget: Sequence[Row], rows: Sequence[Row], of: Sequence[Row]) -> 
     "=": the same as llama.cpp's in the same budget, or where it gave none, in the others; "differ" would be an error.
     """
     own = {row.tokens_hash for row in of if row.tokens_hash}
-    plain = _plain_hashes(at_budget) or _plain_hashes(rows)
+    lengths = {row.n_tokens for row in of}
+    plain = _plain_hashes(at_budget) or _plain_hashes([row for row in rows if row.n_tokens in lengths])
     if not own:
         return NONE
     if len(own | plain) > 1:

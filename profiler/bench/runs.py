@@ -29,6 +29,7 @@ LONG_PROMPT = _SENTENCE * 9
 MMAP, DIRECT_IO = (f"{LLAMA_CPP} {load}" for load in ("mmap", "direct-io"))
 SHORT_UBATCH, LLAMA_UBATCH = 128, 512  # small buffers are a favour to mmap; 512 is llama.cpp's default
 FLOOR = "floor"
+FITTING = 1.1  # times the file: everything fits
 START_S = 2.5  # a process until its first read, cold
 COMPUTE_BYTES_PER_S = 25e9  # for estimates of time only
 PREFILL_BYTES_PER_S = 5e8  # a long prompt's computing, weights per second
@@ -55,13 +56,14 @@ class Settings:
 
     models: tuple[BenchModel, ...]
     resident_models: tuple[BenchModel, ...] = ()
-    budgets: tuple[str, ...] = (FLOOR, "40%", "60%", "80%", "100%")
+    budgets: tuple[str, ...] = (FLOOR, "40%", "60%", "80%")
     engines: tuple[str, ...] = (H2O, MMAP, DIRECT_IO)
     suites: tuple[Suite, ...] = ("budgets", "first token", "resident")
-    repeats: int = 3
-    llama_repeats: int = 2
+    repeats: int = 2
+    llama_repeats: int = 1
     profile_repeats: int = 2
     n_predict: int = 6
+    n_predict_fitting: int = 24  # where the whole file fits and tokens take milliseconds
     read_bytes_per_s: int = 400 * MB
     threads: int = 2
     flags: tuple[str, ...] = ()
@@ -161,9 +163,11 @@ def _first_token_cases(settings: Settings, model: BenchModel, budgets: dict[str,
 
 def _budget_cases(settings: Settings, model: BenchModel, budgets: dict[str, int], repeat: int) -> Iterator[Case]:
     for text, size in budgets.items():
+        fits = size > FITTING * model.file_bytes
+        n_predict = max(settings.n_predict, settings.n_predict_fitting if fits else 0)
         for engine in _in_turn(settings.engines, repeat):
             if repeat < (settings.repeats if engine == H2O else settings.llama_repeats):
-                yield Case("budgets", model, text, size, engine, repeat, SHORT_PROMPT, settings.n_predict)
+                yield Case("budgets", model, text, size, engine, repeat, SHORT_PROMPT, n_predict)
 
 
 def _in_turn(engines: tuple[str, ...], repeat: int) -> tuple[str, ...]:
