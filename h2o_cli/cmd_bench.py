@@ -38,7 +38,7 @@ EPILOG = """Examples:
 
 \b
   h2o bench --quick                         under 5 minutes
-  h2o bench                                 about 20 minutes, once the models are made
+  h2o bench                                 under 25 minutes, once the models are made
   h2o bench --model qwen2.5-0.5b/q4_0 --budget 300 --budget 60% --disk 100
   h2o bench --model qwen2.5-0.5b --budget 734 --suite budgets --add    more rows for the same report
   h2o bench report                          the report again, from the rows
