@@ -17,18 +17,22 @@ if TYPE_CHECKING:
     from profiler.bench.speculation import SpeculationRow
 
 DISK_MB_PER_S = 16.0
+REPEATS = 3
 
 
 def bench_speculation(
     disk: Annotated[float, typer.Option("--disk", metavar="MB/s", min=1, help="Disk speed.")] = DISK_MB_PER_S,
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", min=1, help="Runs of plain text without drafts and with look-up.")
+    ] = REPEATS,
     output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="For rows and report.")] = Path(
         "bench-results"
     ),
     json: Annotated[bool, typer.Option("--json", help="Print every row as a JSON object instead of a table.")] = False,
 ) -> None:
-    """Measure look-up and --draft auto on the bundled model, streamed from a slow disk. Needs root; a few minutes.
+    """Measure look-up and --draft auto on the bundled model, streamed from a slow disk. Needs root; 4 minutes.
 
-    Recall, quotes and plain text, each also with one token per pass.
+    Recall, quotes and plain text, each also with one token per pass, in turns.
     """
     import msgspec
 
@@ -38,7 +42,7 @@ def bench_speculation(
     try:
         output.mkdir(parents=True, exist_ok=True)
         with (output / "speculation.jsonl").open("wb") as file:
-            for row in _rows(disk):
+            for row in _rows(disk, repeats):
                 rows.append(row)
                 file.write(msgspec.json.encode(row) + b"\n")
                 file.flush()
@@ -51,11 +55,11 @@ def bench_speculation(
             f"{output} cannot be written: {error.strerror}", "choose another folder with --output"
         ) from None
     if not json:
-        emit(table(table_rows(rows), right=(2, 3, 4, 5, 6)) + "\n")
+        emit(table(table_rows(rows), right=(2, 3, 4, 5, 6, 7)) + "\n")
     note(f"rows and report are in {output}")
 
 
-def _rows(disk: float) -> Iterator[SpeculationRow]:
+def _rows(disk: float, repeats: int) -> Iterator[SpeculationRow]:
     """Measure, in a device of this disk speed and without a memory limit of its own: -m is the budget."""
     import tempfile
 
@@ -68,7 +72,7 @@ def _rows(disk: float) -> Iterator[SpeculationRow]:
 
     def rows() -> Iterator[SpeculationRow]:
         with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
-            yield from measure(Children(Path(work)), BUNDLED_MODEL, device, default_threads())
+            yield from measure(Children(Path(work)), BUNDLED_MODEL, device, default_threads(), repeats)
 
     return rows()
 

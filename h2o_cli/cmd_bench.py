@@ -17,13 +17,19 @@ from h2o_cli.output import Progress, duration, emit, note, print_json, table, ve
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from profiler.bench.rows import Row
+    from profiler.bench.rows import Row, Suite
     from profiler.bench.runs import Settings
 
-MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-1.5b/q8_0")
+MODELS = {
+    "qwen2.5-0.5b/f16": ("floor", "40%", "419", "524", "60%", "734", "80%", "100%", "106%", "112%"),
+    "qwen2.5-1.5b/q8_0": ("floor", "40%", "60%", "80%"),
+}
+"""What a full run measures: models, and the budgets of each."""
 RESIDENT_MODELS = ("qwen2.5-0.5b/f16", "qwen2.5-0.5b/q8_0", "qwen2.5-0.5b/q4_0", "qwen2.5-0.5b/q4_k_m")
 QUICK_BUDGETS = ("floor", "40%", "80%")
-UNTHROTTLED_BUDGETS = ("40%", "80%", "100%")
+UNTHROTTLED_BUDGETS = ("40%", "80%", "100%", "106%", "112%")
+UNTHROTTLED_REPEATS, UNTHROTTLED_TOKENS = 3, 12
+UNTHROTTLED_ENGINES = ("h2o", "llama.cpp mmap")
 OUTPUT = Path("bench-results")
 ROWS, TIMELINES = "rows.jsonl", "timelines.jsonl"
 DISK_MB_PER_S = 400.0
@@ -65,7 +71,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[str] | None,
         typer.Option("--suite", metavar="NAME", help="budgets, 'first token' or resident; repeatable."),
     ] = None,
-    repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", min=1, help="Runs of everything.")] = None,
+    repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", min=1, help="Runs in every budget.")] = None,
     disk: Annotated[
         float | None,
         typer.Option(
@@ -84,14 +90,13 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
         return
     settings = _settings(model, budget, quick=quick)
     settings = _only(replace(settings, bench=_this_command()), engine, suite)
-    if repeats:
-        settings = replace(settings, repeats=repeats, llama_repeats=repeats)
     rate = DISK_MB_PER_S if disk is None else disk
-    parts = [replace(settings, read_bytes_per_s=int(rate * 10**6))]
+    settings = replace(settings, read_bytes_per_s=int(rate * 10**6))
+    parts = [settings] if quick or model or budget else _by_model(settings)
     if disk is None and not quick and "budgets" in settings.suites:
-        budgets = settings.budgets if budget else UNTHROTTLED_BUDGETS
-        first = settings.models[:1]
-        parts.append(replace(settings, read_bytes_per_s=0, models=first, suites=("budgets",), budgets=budgets))
+        parts.append(_unthrottled(settings, settings.budgets if budget else UNTHROTTLED_BUDGETS))
+    if repeats:
+        parts = [replace(part, repeats=repeats, llama_repeats=repeats) for part in parts]
     for part in parts:
         _check_devices(part)
     rows_file = _open_output(output, add=add)
@@ -111,6 +116,31 @@ def report_again(
     emit(_summary(_draw(folder)) + "\n")
 
 
+def _by_model(settings: Settings) -> list[Settings]:
+    """A part for each model with its own budgets; what is resident goes with the first."""
+    first, *others = [replace(settings, models=(m,), budgets=MODELS[m.name]) for m in settings.models]
+    return [first, *(replace(part, suites=_streaming(part)) for part in others if _streaming(part))]
+
+
+def _streaming(settings: Settings) -> tuple[Suite, ...]:
+    return tuple(suite for suite in settings.suites if suite != "resident")
+
+
+def _unthrottled(settings: Settings, budgets: tuple[str, ...]) -> Settings:
+    """The first model on the disk as it is: shorter and less even runs, so more of them."""
+    return replace(
+        settings,
+        read_bytes_per_s=0,
+        models=settings.models[:1],
+        suites=("budgets",),
+        budgets=budgets,
+        engines=tuple(engine for engine in settings.engines if engine in UNTHROTTLED_ENGINES),
+        n_predict=UNTHROTTLED_TOKENS,
+        repeats=UNTHROTTLED_REPEATS,
+        llama_repeats=UNTHROTTLED_REPEATS,
+    )
+
+
 def _this_command() -> str:
     from profiler.bench.children import shown_command
 
@@ -124,7 +154,7 @@ def _settings(models: list[str] | None, budgets: list[str] | None, *, quick: boo
     from profiler.bench.runs import Settings, bench_model, check_budget
 
     folder = Path(platformdirs.user_cache_path("h2o")) / "models"
-    names = models or (MODELS[:1] if quick else MODELS)
+    names = models or list(MODELS)[: 1 if quick else None]
     resident = names if models or quick else RESIDENT_MODELS
     settings = Settings(
         models=tuple(bench_model(name, folder) for name in names),
@@ -250,6 +280,9 @@ def _told(row: Row) -> str:
     parts = [f"{row.ms_per_token:.0f} ms per token"] if row.ms_per_token else []
     parts += [f"first token after {row.ttft_s:.1f} s"] if row.ttft_s is not None else []
     parts += [f"{row.yield_:.1%} of the limit"] if row.yield_ else []
+    if row.in_turns:
+        decode, prefill = row.in_turns.decode.ratio, row.in_turns.prefill.ratio
+        parts.append(f"{decode:.3f} x llama.cpp, prompt {prefill:.3f} x")
     return f"{what}: {', '.join(parts)} ({duration(row.wall_s)})"
 
 

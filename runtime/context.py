@@ -76,10 +76,10 @@ class Context:
             abi.llama.llama_memory_clear(self._memory, True)
 
     def has_numbers(self) -> bool:
-        """Whether the last logits are numbers (a damaged model computes NaN)."""
-        pointer = abi.llama.llama_get_logits_ith(self.pointer, -1)
-        row = (ctypes.c_float * self.n_vocab).from_address(ctypes.addressof(pointer.contents))
-        return not any(map(math.isnan, row))
+        """Whether the last logits are numbers (a damaged model computes NaN): the sum of their squares is one then."""
+        row, total = abi.llama.llama_get_logits_ith(self.pointer, -1), ctypes.c_float()
+        abi.ggml_vec_dot_f32(self.n_vocab, ctypes.byref(total), 0, row, 0, row, 0, 1)
+        return not math.isnan(total.value)
 
     def is_number(self, token: int, i: int) -> bool:
         """Whether the logit of one token in the last pass's i-th output is a number."""

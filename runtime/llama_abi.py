@@ -251,6 +251,19 @@ ggml_backend_buft_alloc_buffer = bind(ggml_base, "ggml_backend_buft_alloc_buffer
 ggml_backend_buffer_free = bind(ggml_base, "ggml_backend_buffer_free", None, POINTER)
 ggml_backend_cpu_init = bind(ggml_cpu, "ggml_backend_cpu_init", POINTER)
 ggml_backend_cpu_set_n_threads = bind(ggml_cpu, "ggml_backend_cpu_set_n_threads", None, POINTER, ctypes.c_int)
+ggml_vec_dot_f32 = bind(
+    ggml_cpu,
+    "ggml_vec_dot_f32",
+    None,
+    ctypes.c_int,
+    POINTER,
+    ctypes.c_size_t,
+    POINTER,
+    ctypes.c_size_t,
+    POINTER,
+    ctypes.c_size_t,
+    ctypes.c_int,
+)
 _type_traits_cpu = bind(ggml_cpu, "ggml_get_type_traits_cpu", POINTER, ctypes.c_int)
 
 ggml_backend_sched_get_n_backends = bind(ggml_base, "ggml_backend_sched_get_n_backends", ctypes.c_int, POINTER)

@@ -7,17 +7,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from h2o_cli import cmd_bench
 from profiler.bench import device as device_module
-from profiler.bench.device import ROOT, Device, Outcome, check_rights, run_in_device
-from profiler.bench.engines import H2O, Job, command, read_result, tokens_hash
+from profiler.bench.device import ROOT, Device, Outcome, check_rights, run_in_device, talk_in_device
+from profiler.bench.engines import H2O, Job, command, read_result, tokens_hash, turns_commands
 from profiler.bench.report import report, summary_rows
-from profiler.bench.rows import Read, Row, Span, Timeline, append_line, read_rows, read_timelines
+from profiler.bench.rows import InTurns, Read, Rounds, Row, Span, Timeline, append_line, read_rows, read_timelines
 from profiler.bench.runs import (
     MMAP,
     BenchModel,
@@ -29,7 +31,7 @@ from profiler.bench.runs import (
     estimate_s,
 )
 from profiler.model_profile import DeviceInfo
-from runtime.errors import Cancelled, H2OError, UsageError
+from runtime.errors import Cancelled, EngineError, H2OError, UsageError
 from runtime.sizes import MB
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,35 @@ class TestDevice:
     def test_a_command_that_is_not_there(self, tmp_path):
         done = run_in_device(["/nonexistent/command"], Device(64 * MB, 0, tmp_path))
         assert done.rc == 127
+        assert groups_left() == []
+
+
+class TestTalk:
+    pytestmark = needs_device
+
+    def test_a_command_answers_line_by_line(self, tmp_path):
+        with talk_in_device(["sh", "-c", "while read x; do echo got $x; done"], Device(64 * MB, 0, tmp_path)) as talk:
+            assert talk.ask("one", 10) == "got one"
+            assert talk.ask("two", 10) == "got two"
+            assert 0 < talk.peak_bytes <= 64 * MB
+        assert groups_left() == []
+
+    def test_a_command_that_ends_says_why(self, tmp_path):
+        device = Device(64 * MB, 0, tmp_path)
+        ending = "read x; echo 'h2o: no room' >&2; echo '  next: more' >&2; exit 2"
+        with talk_in_device(["sh", "-c", ending], device) as talk:
+            for _ in range(2):
+                with pytest.raises(EngineError, match="no room"):
+                    talk.ask("one", 10)
+        hog = [sys.executable, "-c", "input(); x = bytearray(200_000_000); print(len(x))"]
+        with talk_in_device(hog, device) as talk, pytest.raises(EngineError, match="out of memory"):
+            talk.ask("one", 10)
+        assert groups_left() == []
+
+    def test_a_command_that_does_not_answer(self, tmp_path):
+        sleeping = talk_in_device(["sleep", "60"], Device(64 * MB, 0, tmp_path))
+        with sleeping as talk, pytest.raises(EngineError, match="no answer within"):
+            talk.ask("one", 0.3)
         assert groups_left() == []
 
 
@@ -219,6 +250,8 @@ def test_every_engine_is_asked_for_the_same(tmp_path):
     for engine in (H2O, MMAP):
         words = command(engine, job)
         assert {str(tmp_path / "m.gguf"), "hi", "3", "256", "1"} <= set(words)
+    for words in turns_commands(job):
+        assert {str(tmp_path / "m.gguf"), "hi", "256", "1"} <= set(words)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
@@ -249,6 +282,26 @@ def test_engines_have_turns_and_small_budgets_are_left_out(empty_model):
     assert sum(case.engine == H2O and case.suite == "budgets" for case in found) == 6
     assert sum(case.engine == MMAP and case.suite == "budgets" for case in found) == 4
     assert all(estimate_s(case, 4e8) > 0 for case in found)
+
+
+def test_more_tokens_where_they_take_milliseconds(empty_model):
+    settings = Settings((empty_model,), (), budgets=("100%", "112%"), n_predict=6, n_predict_fitting=24)
+    found = {case.budget: case.n_predict for case in cases(settings, {"m": 500}) if case.suite == "budgets"}
+    assert found == {"100%": 6, "112%": 24}
+
+
+def test_parts_of_a_full_run():
+    settings = cmd_bench._settings(None, None, quick=False)
+    parts = cmd_bench._by_model(settings)
+    assert [[model.name for model in part.models] for part in parts] == [[name] for name in cmd_bench.MODELS]
+    assert [part.budgets for part in parts] == list(cmd_bench.MODELS.values())
+    assert ["resident" in part.suites for part in parts] == [True, False]
+    only = cmd_bench._by_model(replace(settings, suites=("resident",)))
+    assert [part.suites for part in only] == [("resident",)]
+    full_disk = cmd_bench._unthrottled(settings, ("40%",))
+    assert (full_disk.read_bytes_per_s, full_disk.budgets, full_disk.suites) == (0, ("40%",), ("budgets",))
+    assert full_disk.engines == (H2O, MMAP)
+    assert full_disk.repeats == full_disk.llama_repeats > 1
 
 
 def test_model_names(tmp_path):
@@ -287,6 +340,14 @@ def row(engine=H2O, budget="60%", repeat=0, ms=1000.0, status="ok", **values):
     return Row(**{**base, "engine": engine, "budget": budget, "repeat": repeat, "status": status, **values})
 
 
+IN_TURNS = InTurns(
+    decode=Rounds(8, 20.0, 20.4, 0.98, (0.97, 0.991), ((0.4, 0.392),)),
+    prefill=Rounds(300, 200.0, 210.0, 0.952, (0.95, 0.96), ((1.5, 1.428),)),
+    llama_cpp_peak_bytes=700 * MB,
+    llama_cpp_tokens_hash=tokens_hash([1, 2]),
+)
+
+
 def fixed_rows():
     small = {"budget": "floor", "budget_bytes": 150 * MB}
     return [
@@ -298,8 +359,7 @@ def fixed_rows():
         row(**small, ms=2400),
         row(MMAP, **small, status="timeout"),
         row(suite="first token", n_prompt_tokens=300, ms=1000, first_token_limit_s=2.4),
-        row(suite="resident", budget="resident", ms=50, prefill_tokens_per_s=200),
-        row("llama.cpp default", suite="resident", budget="resident", ms=49, prefill_tokens_per_s=210),
+        row(suite="resident", budget="resident", ms=50, prefill_tokens_per_s=200, in_turns=IN_TURNS),
     ]
 
 
@@ -361,18 +421,15 @@ run h2o
 
 ## Everything resident
 
-| model | engine, runs | decode, tokens/s | prefill, tokens/s | first token, s | peak, MB | tokens | h2o / llama.cpp |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| half/f16 | h2o, 1 | 20.00 | 200.0 | 2.50 | 600 | f71998fe = | decode 0.980, prefill 0.952 |
-| half/f16 | llama.cpp default, 1 | 20.41 | 210.0 | 2.50 | 600 | f71998fe = |  |
+| model | decode, tokens/s: h2o | decode, tokens/s: llama.cpp | prefill, tokens/s: h2o | prefill, tokens/s: llama.cpp | decode, h2o / llama.cpp | prefill, h2o / llama.cpp | peak, MB: h2o | llama.cpp | tokens |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| half/f16 | 20.00 | 20.40 | 200.0 | 210.0 | 0.980 [0.970-0.991] | 0.952 [0.950-0.960] | 600 | 700 | f71998fe = |
 
 <details><summary>The command of every row</summary>
 
 ```
 # half/f16, resident (600 MB), h2o
 run h2o
-# half/f16, resident (600 MB), llama.cpp default
-run llama.cpp default
 ```
 
 </details>
@@ -402,13 +459,23 @@ def test_a_report_of_nothing():
 def test_the_summary_has_a_line_per_engine():
     lines = summary_rows(fixed_rows())
     assert len({len(line) for line in lines}) == 1
-    assert len(lines) == 1 + 8
+    assert len(lines) == 1 + 7
     assert "OOM" in {line[3] for line in lines}
+    assert "h2o: 0.980 x, prompt 0.952 x llama.cpp" in {line[2] for line in lines}
 
 
 def test_tokens_that_differ_are_seen():
     rows = [row(), row(MMAP, tokens_hash=tokens_hash([1, 3]))]
     assert "differ" in report(rows)
+
+
+def test_tokens_that_differ_in_turns_are_seen():
+    other = msgspec.structs.replace(IN_TURNS, llama_cpp_tokens_hash=tokens_hash([1, 3]))
+    assert "differ" in report([row(suite="resident", budget="resident", in_turns=other)])
+
+
+def test_turns_that_failed_are_reported():
+    assert "| half/f16 | no answer |" in report([row(suite="resident", status="failed", note="no answer")])
 
 
 def test_rows_go_to_a_file_and_come_back(tmp_path):
@@ -482,18 +549,23 @@ class TestCommand:
     @pytest.mark.skipif(not can_emulate(), reason="no device can be emulated here")
     def test_a_benchmark_of_a_tiny_model(self, tmp_path, tiny_model):
         model = tiny_model(SHAPE)
-        flags = ["--quick", "--model", model, "--budget", "90", "--suite", "budgets", "--disk", 200]
+        flags = ["--quick", "--model", model, "--budget", "90", "--disk", 200]
+        flags += ["--suite", "budgets", "--suite", "resident"]
         flags += ["--engine", H2O, "--engine", MMAP]
         done = self.h2o(*flags, "--output", tmp_path / "out", "--json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         rows = read_rows(tmp_path / "out" / "rows.jsonl")
         assert [msgspec.json.decode(line, type=Row) for line in done.stdout.splitlines()] == rows
-        by_engine = {one.engine: one for one in rows}
+        by_engine = {one.engine: one for one in rows if one.suite == "budgets"}
         own, plain = by_engine[H2O], by_engine[MMAP]
         assert own.status == plain.status == "ok", done.stderr
         assert own.tokens_hash == plain.tokens_hash
         assert own.peak_bytes <= 90 * MB
         assert own.limit_ms_per_token and own.predicted_ms_per_token and own.machine
+        (resident,) = (one for one in rows if one.suite == "resident")
+        assert resident.in_turns, resident.note
+        assert resident.tokens_hash == resident.in_turns.llama_cpp_tokens_hash
+        assert resident.peak_bytes and resident.in_turns.llama_cpp_peak_bytes
         text = (tmp_path / "out" / "report.md").read_text()
         assert str(tmp_path) not in text
         assert all(command in text for one in rows for command in (*one.commands, one.bench))

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 
 from h2o_cli import main as cli
@@ -46,6 +47,29 @@ def test_every_text_in_every_mode_in_its_smallest_budget(bundled_model):
         assert job.budget_bytes == (60 if "--draft" in job.flags else 40) * MB
 
 
+def test_plain_text_is_repeated_in_turns(bundled_model):
+    device = type("Device", (), {"read_bytes_per_s": 16 * MB})()
+    rows = list(measure(FakeChildren(), bundled_model, device, 2, repeats=3))
+    plain = [row for row in rows if row.kind == "plain text"]
+    assert [row.mode for row in plain if row.prompt == 6] == [
+        OFF,
+        "look-up",
+        "draft auto",
+        "look-up",
+        OFF,
+        OFF,
+        "look-up",
+    ]
+    found = {(line.kind, line.mode): line for line in summaries(rows)}
+    assert {mode: found["plain text", mode].n_pairs for mode in MODES} == {OFF: 9, "look-up": 9, "draft auto": 3}
+    assert found["quotes", "look-up"].n_pairs == 3
+
+
+def test_the_median_of_pairs_does_not_follow_a_drift(rows):
+    slower = [msgspec.structs.replace(row, ms_per_token=row.ms_per_token * (1 + row.prompt)) for row in rows]
+    assert all(line.pair_ratio == pytest.approx(100 / 33) for line in summaries(slower) if line.mode != OFF)
+
+
 def test_summaries(rows):
     found = {(line.kind, line.mode): line for line in summaries(rows)}
     assert len(found) == 9
@@ -67,12 +91,12 @@ def test_a_run_that_failed_leaves_its_prompt_out(rows):
 def test_report(rows):
     text = report(rows, "m.gguf")
     assert "disk at 16 MB/s" in text
-    assert "| quotes | look-up | 3.00 | 18 of 27 | 33 | 98 | 3.03x | = |" in text
+    assert "| quotes | look-up | 3.00 | 18 of 27 | 33 | 98 | 3.03x | 3.030x of 3 | = |" in text
     assert all(len(line) == len(table_rows(rows)[0]) for line in table_rows(rows))
 
 
 def test_command(rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("h2o_cli.bench_speculation._rows", lambda disk: iter(rows))
+    monkeypatch.setattr("h2o_cli.bench_speculation._rows", lambda disk, repeats: iter(rows))
     assert cli.run_command(["bench", "speculation", "--output", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert "tokens/pass" in out

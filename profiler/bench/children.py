@@ -6,15 +6,17 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
-from profiler.bench.device import Device, Outcome, run_in_device
-from profiler.bench.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, warm_prefill_command
+from profiler.bench.device import Device, Outcome, Talk, run_in_device, talk_in_device
+from profiler.bench.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, turns_commands
 from profiler.bench.rows import Timeline
+from profiler.bench.turns import Taken, take_turns
 from profiler.model_profile import ModelProfile, load_profile
 from runtime.errors import EngineError
 from runtime.sizes import MB
@@ -78,12 +80,19 @@ class Children:
         outcome = self._run(started, device, self._env, job.model)
         return started, outcome, read_result(engine, outcome)
 
-    def warm_prefill(self, job: Job, device: Device) -> float:
-        """h2o's prompt tokens per second once the weights are in memory. Raises EngineError."""
-        outcome = self._run(warm_prefill_command(job), device, self._env, job.model)
-        if outcome.rc != 0:
-            raise _failed("the warm prompt", outcome)
-        return float(msgspec.json.decode(outcome.stdout)["prefill_tokens_per_s"])
+    def take_turns(self, job: Job, device: Device) -> tuple[tuple[list[str], list[str]], Taken]:
+        """h2o and llama.cpp with its own defaults in turns, each in a device of its own. Raises EngineError."""
+        own, other = turns_commands(replace(job, plan_file=self._work / "no-plan.bin"))
+
+        @contextmanager
+        def both() -> Iterator[tuple[Talk, Talk]]:
+            with (
+                talk_in_device(own, device, env=self._env) as h2o,
+                talk_in_device(other, device, env=self._env) as llama_cpp,
+            ):
+                yield h2o, llama_cpp
+
+        return (own, other), take_turns(both, self._between)
 
     def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline:
         """One token under the clock. Raises EngineError where that could not be measured."""

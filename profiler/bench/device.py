@@ -13,13 +13,13 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from runtime.errors import H2OError
+from runtime.errors import EngineError, H2OError
 
 ROOT = Path("/sys/fs/cgroup")
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -120,22 +120,11 @@ def _run(
     between: Callable[[], None],
 ) -> Outcome:
     start_s = time.monotonic()
-    enter = ["/bin/sh", "-c", _ENTER, "sh", *map(str, groups.procs), *command]
-    child = subprocess.Popen(
-        enter, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env, start_new_session=True
-    )
-    try:
+    with _child(command, groups, errors, env, subprocess.DEVNULL) as child:
         output, output_s, timed_out = _collect(child, start_s, timeout_s, between)
         rc = child.wait()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        if child.stdout:
-            child.stdout.close()
     wall_s = time.monotonic() - start_s
-    errors.seek(0)
-    stderr = errors.read(_MOST_OUTPUT_BYTES).decode(errors="replace")
+    stderr = _text(errors)
     if rc == _COULD_NOT_ENTER:
         raise H2OError(f"the command could not enter its control group: {stderr.strip()}", AS_ROOT)
     return Outcome(
@@ -150,6 +139,28 @@ def _run(
         stdout=output.decode(errors="replace"),
         stderr=stderr,
     )
+
+
+@contextmanager
+def _child(
+    command: Sequence[str], groups: Groups, errors: IO[bytes], env: Mapping[str, str] | None, stdin: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in its groups; it is ended with the block."""
+    enter = ["/bin/sh", "-c", _ENTER, "sh", *map(str, groups.procs), *command]
+    child = subprocess.Popen(enter, stdin=stdin, stdout=subprocess.PIPE, stderr=errors, env=env, start_new_session=True)
+    try:
+        yield child
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        for pipe in filter(None, (child.stdin, child.stdout)):
+            pipe.close()
+
+
+def _text(errors: IO[bytes]) -> str:
+    errors.seek(0)
+    return errors.read(_MOST_OUTPUT_BYTES).decode(errors="replace")
 
 
 def _collect(
@@ -173,6 +184,59 @@ def _collect(
             if time.monotonic() - start_s > timeout_s and not timed_out:
                 timed_out = True
                 os.killpg(child.pid, signal.SIGKILL)
+
+
+# --- a command that is asked again and again -------------------------------------------------------------------------
+
+
+class Talk:
+    """A command running in the device that answers lines on its standard input by lines on its standard output."""
+
+    def __init__(self, child: subprocess.Popen[bytes], groups: Groups, errors: IO[bytes]) -> None:
+        self._child, self._groups, self._errors = child, groups, errors
+        self._read = b""
+
+    def ask(self, line: str, timeout_s: float, between: Callable[[], None] = lambda: None) -> str:
+        """The answer to a line. Raises EngineError where none comes."""
+        assert self._child.stdin and self._child.stdout
+        with suppress(BrokenPipeError):
+            os.write(self._child.stdin.fileno(), f"{line}\n".encode())
+        until_s = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._child.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._read:
+                if selector.select(_POLL_S):
+                    data = os.read(self._child.stdout.fileno(), 2**16)
+                    if not data:
+                        raise self._ended()
+                    self._read += data
+                between()
+                if time.monotonic() > until_s:
+                    raise EngineError(f"no answer within {timeout_s:.0f} s", "close other programs")
+        answer, _, self._read = self._read.partition(b"\n")
+        return answer.decode(errors="replace")
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory its group ever held."""
+        return self._groups.peak_bytes()
+
+    def _ended(self) -> EngineError:
+        rc = self._child.wait()
+        lines = [line for line in _text(self._errors).splitlines() if line and not line.startswith("  next:")]
+        reason = "killed: out of memory" if self._groups.n_oom_kills() else (lines or [f"exit code {rc}"])[-1]
+        return EngineError(reason, "run it by hand to see more")
+
+
+@contextmanager
+def talk_in_device(command: Sequence[str], device: Device, *, env: Mapping[str, str] | None = None) -> Iterator[Talk]:
+    """Start a command in the device, with caches as they are; it is ended with the block, and nothing of it is left."""
+    groups = make_groups(device)
+    try:
+        with tempfile.TemporaryFile() as errors, _child(command, groups, errors, env, subprocess.PIPE) as child:
+            yield Talk(child, groups, errors)
+    finally:
+        groups.remove()
 
 
 # --- control groups --------------------------------------------------------------------------------------------------

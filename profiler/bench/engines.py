@@ -37,7 +37,6 @@ class Job:
     ctx: int = CTX
     ubatch: int = 128  # llama.cpp's; h2o chooses its own
     threads: int = 2
-    prefill: bool = False
     plan_file: Path = Path("/nonexistent")
     flags: tuple[str, ...] = ()  # more flags for h2o run
 
@@ -73,14 +72,14 @@ def llama_cpp_command(job: Job, load: str) -> list[str]:
     """llama.cpp alone, on the same sizes."""
     sizes = ["--ctx", str(job.ctx), "--ubatch", str(job.ubatch), "--threads", str(job.threads)]
     run = [sys.executable, "-m", "profiler.bench.llama_cpp_run", str(job.model), "--load", load]
-    prefill = ["--prefill"] if job.prefill else []
-    return [*run, "--prompt", job.prompt, "--predict", str(job.n_predict), *sizes, *prefill]
+    return [*run, "--prompt", job.prompt, "--predict", str(job.n_predict), *sizes]
 
 
-def warm_prefill_command(job: Job) -> list[str]:
-    """h2o's engine with everything in memory: the prompt again and again, by the clock."""
-    run = [sys.executable, "-m", "profiler.bench.warm_prefill_run", str(job.model), "--prompt", job.prompt]
-    return [*run, "--budget", str(job.budget_bytes), "--ctx", str(job.ctx), "--threads", str(job.threads)]
+def turns_commands(job: Job) -> tuple[list[str], list[str]]:
+    """h2o and llama.cpp with its own defaults, each doing rounds of the same answer on demand."""
+    sizes = ["--prompt", job.prompt, "--ctx", str(job.ctx), "--threads", str(job.threads)]
+    own = [sys.executable, "-m", "h2o_cli.bench_turns", str(job.model), "--budget", str(job.budget_bytes)]
+    return [*own, *sizes, "--plan-file", str(job.plan_file)], [*llama_cpp_command(job, "default"), "--turns"]
 
 
 def _llama_cpp(load: str) -> Callable[[Job], list[str]]:
@@ -89,7 +88,7 @@ def _llama_cpp(load: str) -> Callable[[Job], list[str]]:
 
 COMMANDS: dict[str, Callable[[Job], list[str]]] = {
     H2O: h2o_command,
-    **{f"{LLAMA_CPP} {load}": _llama_cpp(load) for load in LOADS},
+    **{f"{LLAMA_CPP} {load}": _llama_cpp(load) for load in LOADS if load != "default"},
 }
 """The engines by name."""
 
@@ -148,7 +147,6 @@ def _llama_cpp_result(figures: dict[str, Any], outcome: Outcome) -> Result:
         ttft_s=figures["first_token_monotonic_s"] - outcome.started_s,
         ms_per_token=figures["decode_ms_per_token"],
         bytes_per_token=figures["bytes_read_per_token"],
-        prefill_tokens_per_s=figures.get("prefill_tokens_per_s"),
     )
 
 

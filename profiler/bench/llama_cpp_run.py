@@ -1,8 +1,8 @@
 """llama.cpp alone, as its own low-level API runs it: one prompt, greedy, one JSON object with the figures.
 
-A process of its own (`python -m profiler.bench.llama_cpp_run`), so that nothing of this program is in it. Only the
-ctypes bindings of llama-cpp-python are imported: its package would take 23 MB of a small budget, and time before the
-first token.
+With --turns it does rounds instead (see rounds.py). A process of its own (`python -m profiler.bench.llama_cpp_run`), so
+that nothing of this program is in it. Only the ctypes bindings of llama-cpp-python are imported: its package would take
+23 MB of a small budget, and time before the first token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import json
 import os
-import statistics
 import sys
 import time
 from importlib import import_module
@@ -19,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from profiler.bench.rounds import serve
 
 
 def _bindings() -> Any:
@@ -32,16 +33,18 @@ def _bindings() -> Any:
 
 llama_cpp: Any = None  # set where this module is the process
 
-N_WARM_PROMPTS = 3
 LOADS = ("default", "mmap", "direct-io")
 """default: llama.cpp's own choice, repacked weights included. The other two load the weights as they are."""
 
 
 def main() -> None:
-    """Run one prompt and print the figures."""
+    """Run one prompt and print the figures, or do rounds."""
     arguments = _arguments()
     model = _load(arguments)
     context = _context(model, arguments)
+    if arguments.turns:
+        serve(PlainAnswer(model, context, arguments.prompt))
+        return
     print(json.dumps(_answer(model, context, arguments)), flush=True)
 
 
@@ -54,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--ubatch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prefill", action="store_true", help="compute the prompt again, and time that")
+    parser.add_argument("--turns", action="store_true", help="do rounds as standard input asks for them")
     return parser.parse_args()
 
 
@@ -88,38 +91,47 @@ def _context(model: Any, arguments: argparse.Namespace) -> Any:
     return context
 
 
+class PlainAnswer:
+    """A greedy answer, token by token."""
+
+    def __init__(self, model: Any, context: Any, prompt: str) -> None:
+        self._context = context
+        self._vocabulary = llama_cpp.llama_model_get_vocab(model)
+        self._sampler = llama_cpp.llama_sampler_init_greedy()
+        self.prompt = _tokenize(self._vocabulary, prompt)
+        self._ahead, self._position = self.prompt, 0
+
+    def forget(self) -> None:
+        """Begin anew; nothing is computed yet."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        self._ahead, self._position = self.prompt, 0
+
+    def next_token(self) -> int | None:
+        """The next token, for the first one the prompt is computed; None: the model ended its answer."""
+        if self._position and llama_cpp.llama_vocab_is_eog(self._vocabulary, self._ahead[-1]):
+            return None
+        token = _decode(self._context, self._sampler, self._ahead, self._position)
+        self._position += len(self._ahead)
+        self._ahead = [token]
+        return token
+
+
 def _answer(model: Any, context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Generate greedily; the first token is told apart from the others."""
-    vocabulary = llama_cpp.llama_model_get_vocab(model)
-    prompt = _tokenize(vocabulary, arguments.prompt)
-    sampler = llama_cpp.llama_sampler_init_greedy()
-    tokens = [_decode(context, sampler, prompt, 0)]
+    answer = PlainAnswer(model, context, arguments.prompt)
+    tokens = [answer.next_token()]
     first_s, first_bytes = time.monotonic(), _bytes_read()
-    while len(tokens) < arguments.predict and not llama_cpp.llama_vocab_is_eog(vocabulary, tokens[-1]):
-        tokens.append(_decode(context, sampler, tokens[-1:], len(prompt) + len(tokens) - 1))
+    while len(tokens) < arguments.predict and (token := answer.next_token()) is not None:
+        tokens.append(token)
     last_s, last_bytes = time.monotonic(), _bytes_read()
     n = len(tokens) - 1
-    figures = {
+    return {
         "tokens": tokens,
-        "prompt_tokens": prompt,
+        "prompt_tokens": answer.prompt,
         "first_token_monotonic_s": first_s,
         "decode_ms_per_token": 1000 * (last_s - first_s) / n if n else None,
         "bytes_read_per_token": (last_bytes - first_bytes) / n if n else None,
     }
-    if arguments.prefill:
-        figures["prefill_tokens_per_s"] = _prefill_rate(context, sampler, prompt)
-    return figures
-
-
-def _prefill_rate(context: Any, sampler: Any, prompt: list[int]) -> float:
-    """Prompt tokens per second once the weights are in memory: the median of some times."""
-    rates = []
-    for _ in range(N_WARM_PROMPTS):
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        start_s = time.monotonic()
-        _decode(context, sampler, prompt, 0)
-        rates.append(len(prompt) / (time.monotonic() - start_s))
-    return statistics.median(rates)
 
 
 def _tokenize(vocabulary: Any, text: str) -> list[int]:

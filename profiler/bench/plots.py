@@ -20,7 +20,6 @@ COLOURS = {
     H2O: "#d1495b",
     "llama.cpp mmap": "#00798c",
     "llama.cpp direct-io": "#edae49",
-    "llama.cpp default": "#30638e",
 }
 MARKERS = {"llama.cpp mmap": "s", "llama.cpp direct-io": "D"}
 READ, WAIT, COMPUTE = "#00798c", "#d8d8d8", "#d1495b"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from profiler.bench.engines import H2O, LLAMA_CPP
-from profiler.bench.rows import Median, Row, Setup, chosen, distinct, median_of, setups
+from profiler.bench.rows import Median, Rounds, Row, Setup, chosen, distinct, median_of, setups
 from runtime.sizes import format_size
 
 Quantity = Callable[[Row], float | None]
@@ -144,7 +144,8 @@ def parity(at_budget: Sequence[Row], rows: Sequence[Row], of: Sequence[Row]) -> 
     "=": the same as llama.cpp's in the same budget, or where it gave none, in the others; "differ" would be an error.
     """
     own = {row.tokens_hash for row in of if row.tokens_hash}
-    plain = _plain_hashes(at_budget) or _plain_hashes(rows)
+    lengths = {row.n_tokens for row in of}
+    plain = _plain_hashes(at_budget) or _plain_hashes([row for row in rows if row.n_tokens in lengths])
     if not own:
         return NONE
     if len(own | plain) > 1:
@@ -153,7 +154,8 @@ def parity(at_budget: Sequence[Row], rows: Sequence[Row], of: Sequence[Row]) -> 
 
 
 def _plain_hashes(rows: Sequence[Row]) -> set[str]:
-    return {row.tokens_hash for row in rows if row.tokens_hash and row.engine.startswith(LLAMA_CPP)}
+    alone = {row.tokens_hash for row in rows if row.tokens_hash and row.engine.startswith(LLAMA_CPP)}
+    return alone | {row.in_turns.llama_cpp_tokens_hash for row in rows if row.in_turns}
 
 
 def _first_token(rows: Sequence[Row]) -> str:
@@ -173,36 +175,29 @@ def _first_token(rows: Sequence[Row]) -> str:
 
 
 def _resident(rows: Sequence[Row]) -> str:
-    """Decode and prefill of h2o and of llama.cpp with its own defaults, and the ratio of the two."""
-    head = ["model", "engine, runs", "decode, tokens/s", "prefill, tokens/s", "first token, s", "peak, MB", "tokens"]
-    lines = [[*head, "h2o / llama.cpp"]]
-    for setup in setups(rows):
-        at_setup = setup.of(rows)
-        for engine in _sorted_engines(at_setup):
-            at = chosen(at_setup, engine=engine)
-            speed = shown(median_of(at, _tokens_per_s), "{:.2f}")
-            prefill = shown(median_of(at, lambda row: row.prefill_tokens_per_s), "{:.1f}")
-            ttft = shown(median_of(at, lambda row: row.ttft_s), "{:.2f}")
-            peak = shown(median_of(at, lambda row: row.peak_bytes / 1e6), "{:.0f}")
-            ratio = _resident_ratio(at_setup) if engine == H2O else ""
-            cells = [speed if speed != NONE else _time_or_end(at), prefill, ttft, peak]
-            lines.append([setup.model, f"{engine}, {len(at)}", *cells, parity(at_setup, at_setup, at), ratio])
+    """Decode and prefill of h2o and of llama.cpp with its own defaults in turns: a line per time they took turns."""
+    speeds = [f"{kind}, tokens/s: {engine}" for kind in ("decode", "prefill") for engine in (H2O, LLAMA_CPP)]
+    head = ["model", *speeds, "decode, h2o / llama.cpp", "prefill, h2o / llama.cpp", "peak, MB: h2o", LLAMA_CPP]
+    lines = [[*head, "tokens"]]
+    for row in rows:
+        found = row.in_turns
+        if found is None:
+            lines.append([row.model, row.note or row.status, *[NONE] * (len(head) - 1)])
+            continue
+        own, other = (f"{n_bytes / 1e6:.0f}" for n_bytes in (row.peak_bytes, found.llama_cpp_peak_bytes))
+        ratios = [_with_quartiles(found.decode), _with_quartiles(found.prefill)]
+        cells = [*_speeds(found.decode, "{:.2f}"), *_speeds(found.prefill, "{:.1f}"), *ratios, own, other]
+        lines.append([row.model, *cells, parity([row], [row], [row])])
     return markdown_table(lines)
 
 
-def _tokens_per_s(row: Row) -> float | None:
-    return 1000 / row.ms_per_token if row.ms_per_token else None
+def _speeds(rounds: Rounds, form: str) -> tuple[str, str]:
+    return form.format(rounds.h2o_tokens_per_s), form.format(rounds.llama_cpp_tokens_per_s)
 
 
-def _resident_ratio(rows: Sequence[Row]) -> str:
-    """h2o's decode and prefill speed over llama.cpp's."""
-    ratios = []
-    for name, quantity in (("decode", _tokens_per_s), ("prefill", lambda row: row.prefill_tokens_per_s)):
-        own = median_of(chosen(rows, engine=H2O), quantity)
-        other = median_of([row for row in rows if row.engine != H2O], quantity)
-        if own and other:
-            ratios.append(f"{name} {own.value / other.value:.3f}")
-    return ", ".join(ratios) or NONE
+def _with_quartiles(rounds: Rounds) -> str:
+    low, high = rounds.quartiles
+    return f"{rounds.ratio:.3f} [{low:.3f}-{high:.3f}]"
 
 
 def shown(found: Median | None, form: str) -> str:
@@ -233,5 +228,11 @@ def summary_rows(rows: Sequence[Row]) -> list[list[str]]:
             more = (", long prompt" if suite == "first token" else "") + (
                 "" if setup.read_bytes_per_s else ", full disk"
             )
-            lines.append([setup.model, _budget(at[0]) + more, engine, *cells, parity(group, of_suite, at)])
+            name = engine + _beside_llama_cpp(at[0])
+            lines.append([setup.model, _budget(at[0]) + more, name, *cells, parity(group, of_suite, at)])
     return lines
+
+
+def _beside_llama_cpp(row: Row) -> str:
+    found = row.in_turns
+    return f": {found.decode.ratio:.3f} x, prompt {found.prefill.ratio:.3f} x {LLAMA_CPP}" if found else ""

@@ -16,12 +16,36 @@ from runtime.errors import UsageError
 Suite = Literal["budgets", "resident", "first token"]
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One run of one engine. Times in s or ms as named; None: not known, or the run gave no such figure.
+class Rounds(msgspec.Struct, frozen=True):
+    """Rounds of n_tokens in turns: median speeds, and how many times llama.cpp's speed h2o's is, pair by pair.
 
-    budget_bytes 0: no memory limit. limit_ms_per_token and the yield are for the bytes this run streamed,
-    predicted_ms_per_token is the planner's, made before the run. tokens_hash is of all tokens of the answer.
-    commands made this row, in order: the plan, the answer, the warm prompt where there was one. bench started them all.
+    ratio is the median over the pairs, quartiles are those of the ratios; pairs: seconds of (h2o, llama.cpp).
+    """
+
+    n_tokens: int
+    h2o_tokens_per_s: float
+    llama_cpp_tokens_per_s: float
+    ratio: float
+    quartiles: tuple[float, float]
+    pairs: tuple[tuple[float, float], ...]
+
+
+class InTurns(msgspec.Struct, frozen=True, kw_only=True):
+    """h2o and llama.cpp with its own defaults in turns, everything in memory."""
+
+    decode: Rounds
+    prefill: Rounds
+    llama_cpp_peak_bytes: int
+    llama_cpp_tokens_hash: str
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One run of one engine; where everything is resident, one of h2o and llama.cpp in turns (in_turns).
+
+    Times in s or ms as named; None: not known, or the run gave no such figure. budget_bytes 0: no memory limit.
+    limit_ms_per_token and the yield are for the bytes this run streamed, predicted_ms_per_token is the planner's, made
+    before the run. tokens_hash is of all tokens of the answer. commands made this row, in order: the plan and the
+    answer, or the two engines that took turns. bench started them all.
     """
 
     suite: Suite
@@ -49,6 +73,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     limit_ms_per_token: float | None = None
     yield_: float | None = msgspec.field(default=None, name="yield")
     first_token_limit_s: float | None = None
+    in_turns: InTurns | None = None
     plan: dict[str, Any] | None = None
     ledger: dict[str, int] | None = None
     machine: DeviceInfo | None = None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from profiler.bench.children import Children, Planned, shown_command
 from profiler.bench.device import Device
-from profiler.bench.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash, warm_prefill_command
+from profiler.bench.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash
 from profiler.bench.make_model import make_model, parse_file_type
 from profiler.bench.rows import Row, Suite, Timeline
 from profiler.bench.shapes import parse_shape
+from profiler.bench.turns import N_TOKENS, OPENINGS, PREFILL_PAIRS
 from profiler.device import device_info
 from profiler.model_profile import ModelProfile
 from runtime.errors import EngineError, UsageError
@@ -24,12 +26,13 @@ from runtime.sizes import MB, format_size, parse_size
 SHORT_PROMPT = "Hello there"
 _SENTENCE = "the rain on the hill ran to the sea and the sea sent it to the hill as rain another time "
 LONG_PROMPT = _SENTENCE * 9
-MMAP, DIRECT_IO, DEFAULT = (f"{LLAMA_CPP} {load}" for load in ("mmap", "direct-io", "default"))
+MMAP, DIRECT_IO = (f"{LLAMA_CPP} {load}" for load in ("mmap", "direct-io"))
 SHORT_UBATCH, LLAMA_UBATCH = 128, 512  # small buffers are a favour to mmap; 512 is llama.cpp's default
 FLOOR = "floor"
+FITTING = 1.1  # times the file: everything fits
 START_S = 2.5  # a process until its first read, cold
-COMPUTE_BYTES_PER_S = 15e9  # for estimates of time only
-PREFILL_BYTES_PER_S = 2e8  # a long prompt's computing, weights per second
+COMPUTE_BYTES_PER_S = 25e9  # for estimates of time only
+PREFILL_BYTES_PER_S = 5e8  # a long prompt's computing, weights per second
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,18 @@ class BenchModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run. repeats are of h2o and of everything resident; llama_repeats of llama.cpp in small budgets."""
+    """What to run. repeats are of h2o, llama_repeats of llama.cpp; where everything is resident, both take turns."""
 
     models: tuple[BenchModel, ...]
     resident_models: tuple[BenchModel, ...] = ()
-    budgets: tuple[str, ...] = (FLOOR, "40%", "60%", "80%", "100%")
+    budgets: tuple[str, ...] = (FLOOR, "40%", "60%", "80%")
     engines: tuple[str, ...] = (H2O, MMAP, DIRECT_IO)
     suites: tuple[Suite, ...] = ("budgets", "first token", "resident")
-    repeats: int = 3
-    llama_repeats: int = 2
+    repeats: int = 2
+    llama_repeats: int = 1
     profile_repeats: int = 2
     n_predict: int = 6
-    n_predict_resident: int = 48
+    n_predict_fitting: int = 24  # where the whole file fits and tokens take milliseconds
     read_bytes_per_s: int = 400 * MB
     threads: int = 2
     flags: tuple[str, ...] = ()
@@ -144,8 +147,8 @@ def cases(settings: Settings, floors: dict[str, int]) -> list[Case]:
             found += _budget_cases(settings, model, usable, repeat)
         found += _first_token_cases(settings, model, usable)
     for model in settings.resident_models:
-        for repeat in range(settings.repeats):
-            found += _resident_cases(settings, model, repeat)
+        size = resident_bytes(model.file_bytes)
+        found.append(Case("resident", model, "resident", size, H2O, 0, LONG_PROMPT, N_TOKENS))
     return [case for case in found if case.suite in settings.suites]
 
 
@@ -158,18 +161,13 @@ def _first_token_cases(settings: Settings, model: BenchModel, budgets: dict[str,
                 yield Case("first token", model, middle, budgets[middle], engine, repeat, LONG_PROMPT, 2)
 
 
-def _resident_cases(settings: Settings, model: BenchModel, repeat: int) -> Iterator[Case]:
-    """A budget for everything: h2o and llama.cpp with its own defaults."""
-    size, n = resident_bytes(model.file_bytes), settings.n_predict_resident
-    for engine in _in_turn((H2O, DEFAULT), repeat):
-        yield Case("resident", model, "resident", size, engine, repeat, LONG_PROMPT, n)
-
-
 def _budget_cases(settings: Settings, model: BenchModel, budgets: dict[str, int], repeat: int) -> Iterator[Case]:
     for text, size in budgets.items():
+        fits = size > FITTING * model.file_bytes
+        n_predict = max(settings.n_predict, settings.n_predict_fitting if fits else 0)
         for engine in _in_turn(settings.engines, repeat):
             if repeat < (settings.repeats if engine == H2O else settings.llama_repeats):
-                yield Case("budgets", model, text, size, engine, repeat, SHORT_PROMPT, settings.n_predict)
+                yield Case("budgets", model, text, size, engine, repeat, SHORT_PROMPT, n_predict)
 
 
 def _in_turn(engines: tuple[str, ...], repeat: int) -> tuple[str, ...]:
@@ -184,10 +182,13 @@ def estimate_s(case: Case, read_bytes_per_s: float) -> float:
     read_s, compute_s = file_bytes / rate, file_bytes / COMPUTE_BYTES_PER_S
     streamed_s = max(0.0, file_bytes + 100 * MB - case.budget_bytes) / rate
     prompt_s = file_bytes / PREFILL_BYTES_PER_S if case.prompt is LONG_PROMPT else 0.0
+    if case.suite == "resident":
+        both_s = read_s + (1 + PREFILL_PAIRS) * prompt_s + N_TOKENS * compute_s
+        return OPENINGS * (START_S + 2 * both_s)
     if case.engine == H2O:
         return START_S + max(read_s, prompt_s) + case.n_predict * max(streamed_s, compute_s)
     if streamed_s == 0:
-        return START_S + read_s + 2 * prompt_s + case.n_predict * compute_s
+        return START_S + read_s + prompt_s + case.n_predict * compute_s
     if case.engine == MMAP:
         return START_S + 2 * read_s + prompt_s + case.n_predict * read_s
     return START_S + case.budget_bytes / rate
@@ -237,7 +238,9 @@ class Bench:
                 f"{case.model.name}, {case.budget} ({format_size(case.budget_bytes)}), {case.engine}",
                 self._estimate_s(case),
             )
-            if case.key not in self._hopeless:
+            if case.suite == "resident":
+                yield self._take_turns(case)
+            elif case.key not in self._hopeless:
                 yield self._measure(case)
         for model in models:
             self._timeline(model, floors[model.name])
@@ -276,31 +279,19 @@ class Bench:
         return Job(model.path, size, prompt, n_predict, threads=settings.threads, flags=settings.flags)
 
     def _measure(self, case: Case) -> Row:
+        """One run of one engine."""
         job = self._job(case.model, case.budget_bytes, case.prompt, case.n_predict)
-        ubatch = SHORT_UBATCH if case.prompt == SHORT_PROMPT else LLAMA_UBATCH
-        job = replace(job, prefill=case.suite == "resident", ubatch=ubatch)
+        job = replace(job, ubatch=SHORT_UBATCH if case.prompt == SHORT_PROMPT else LLAMA_UBATCH)
         planned = None
         if case.engine == H2O:
             planned = self._planned(case)
             job = replace(job, plan_file=planned.plan_file)
-        device = self._device(case.model, case.budget_bytes)
-        command, outcome, result = self._children.answer(case.engine, job, device)
-        commands = [planned.command] if planned and planned.command else []
-        commands.append(tuple(command))
+        command, outcome, result = self._children.answer(case.engine, job, self._device(case.model, case.budget_bytes))
         if result.status != "ok":
             self._hopeless.add(case.key)
-        elif case.suite == "resident" and case.engine == H2O:
-            commands.append(tuple(warm_prefill_command(job)))
-            result = replace(result, prefill_tokens_per_s=self._warm_prefill(job, device))
-        row = Row(
-            suite=case.suite,
-            model=case.model.name,
-            file_bytes=case.model.file_bytes,
-            budget=case.budget,
-            budget_bytes=case.budget_bytes,
-            read_bytes_per_s=self.settings.read_bytes_per_s,
-            engine=case.engine,
-            repeat=case.repeat,
+        row = self._row(
+            case,
+            [*([planned.command] if planned and planned.command else []), command],
             status=result.status,
             note=result.note,
             n_prompt_tokens=result.n_prompt_tokens,
@@ -316,20 +307,50 @@ class Bench:
             tokens_hash=tokens_hash(result.tokens) if result.tokens else "",
             plan=result.plan,
             ledger=result.ledger,
+        )
+        return with_limits(row, result, planned, self._profiles.get(case.model.name))
+
+    def _take_turns(self, case: Case) -> Row:
+        """h2o and llama.cpp's defaults in turns, everything in memory."""
+        job = replace(self._job(case.model, case.budget_bytes, case.prompt, case.n_predict), ubatch=LLAMA_UBATCH)
+        start_s = time.monotonic()
+        try:
+            commands, taken = self._children.take_turns(job, self._device(case.model, case.budget_bytes))
+        except EngineError as error:
+            return self._row(case, [], status="failed", note=error.message)
+        figures = taken.figures
+        return self._row(
+            case,
+            commands,
+            status="ok",
+            n_prompt_tokens=figures.prefill.n_tokens,
+            n_tokens=len(taken.tokens),
+            ms_per_token=1000 / figures.decode.h2o_tokens_per_s,
+            prefill_tokens_per_s=figures.prefill.h2o_tokens_per_s,
+            peak_bytes=taken.peak_bytes,
+            wall_s=time.monotonic() - start_s,
+            tokens_hash=tokens_hash(taken.tokens),
+            in_turns=figures,
+        )
+
+    def _row(self, case: Case, commands: Iterable[Sequence[str]], **measured: Any) -> Row:
+        """A row of a case, with the circumstances."""
+        return Row(
+            suite=case.suite,
+            model=case.model.name,
+            file_bytes=case.model.file_bytes,
+            budget=case.budget,
+            budget_bytes=case.budget_bytes,
+            read_bytes_per_s=self.settings.read_bytes_per_s,
+            engine=case.engine,
+            repeat=case.repeat,
             machine=device_info(case.model.path),
             versions=self.settings.versions,
             commands=tuple(shown_command(started) for started in commands),
             bench=self.settings.bench,
             at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **measured,
         )
-        return with_limits(row, result, planned, self._profiles.get(case.model.name))
-
-    def _warm_prefill(self, job: Job, device: Device) -> float | None:
-        try:
-            return self._children.warm_prefill(job, device)
-        except EngineError as error:
-            self.notes.append(f"no prefill speed of {job.model.name}: {error.message}")
-            return None
 
     def _planned(self, case: Case) -> Planned:
         """The planner's choice for a budget, made once."""

@@ -6,6 +6,7 @@ in the emulated device, in the smallest budget that works for it.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,9 @@ TEXTS = (
     ),
     Text(QUOTES, "doll proud shepherd drum fox hill spoon soup wooden pony worried orange. Again: doll", 12),
     Text(QUOTES, "locker blue museum green bird market sad turtle hedgehog red. Again: locker", 10),
-    Text(PLAIN, "In a village by the island lived a girl called Clara. Clara wanted to learn to swim.", 40),
-    Text(PLAIN, "Tom lived in a green house near the park. Tom and Ivy made cookies in the kitchen.", 40),
-    Text(PLAIN, "One foggy summer Simon went to the castle.", 40),
+    Text(PLAIN, "In a village by the island lived a girl called Clara. Clara wanted to learn to swim.", 32),
+    Text(PLAIN, "Tom lived in a green house near the park. Tom and Ivy made cookies in the kitchen.", 32),
+    Text(PLAIN, "One foggy summer Simon went to the castle.", 32),
 )
 
 
@@ -77,6 +78,7 @@ class SpeculationRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt: int
     mode: str
     status: str
+    repeat: int = 0
     note: str = ""
     budget_bytes: int = 0
     read_bytes_per_s: int = 0
@@ -91,9 +93,12 @@ class SpeculationRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 def measure(
-    children: Children, model: Path, device: Device, threads: int, texts: Sequence[Text] = TEXTS
+    children: Children, model: Path, device: Device, threads: int, repeats: int = 1, texts: Sequence[Text] = TEXTS
 ) -> Iterator[SpeculationRow]:
-    """A row per text and mode, every mode in turn. Raises H2OError where there is no device or no smallest budget."""
+    """A row per text and mode, every mode in turn; plain text without drafts and with look-up `repeats` times.
+
+    Raises H2OError where there is no device or no smallest budget.
+    """
     longest = max(texts, key=lambda text: len(text.prompt))
     budgets = {
         mode: children.floor_bytes(
@@ -102,17 +107,18 @@ def measure(
         for mode, flags in MODES.items()
     }
     for i, text in enumerate(texts):
-        for mode in list(MODES) if i % 2 == 0 else reversed(MODES):
-            job = Job(model, budgets[mode], text.prompt, text.n_predict, threads=threads, flags=MODES[mode])
-            yield _row(children, job, device, i, text.kind, mode)
+        for repeat in range(repeats if text.kind == PLAIN else 1):
+            modes = list(MODES) if repeat == 0 else [OFF, LOOKUP]
+            for mode in modes if (i + repeat) % 2 == 0 else reversed(modes):
+                job = Job(model, budgets[mode], text.prompt, text.n_predict, threads=threads, flags=MODES[mode])
+                row = SpeculationRow(kind=text.kind, prompt=i, mode=mode, status="", repeat=repeat)
+                yield _measured(children, job, device, row)
 
 
-def _row(children: Children, job: Job, device: Device, i: int, kind: str, mode: str) -> SpeculationRow:
+def _measured(children: Children, job: Job, device: Device, row: SpeculationRow) -> SpeculationRow:
     _, outcome, found = children.answer(H2O, job, device)
-    row = SpeculationRow(
-        kind=kind,
-        prompt=i,
-        mode=mode,
+    row = msgspec.structs.replace(
+        row,
         status=found.status,
         note=found.note,
         budget_bytes=job.budget_bytes,
@@ -134,9 +140,15 @@ def _row(children: Children, job: Job, device: Device, i: int, kind: str, mode: 
     )
 
 
+_Run = tuple[int, int]  # prompt and repeat
+
+
 @dataclass(frozen=True)
 class Summary:
-    """All answers of one kind of text in one mode; means are over tokens. ratio: speed against one token per pass."""
+    """All answers of one kind of text in one mode; means are over tokens.
+
+    ratio: speed against one token per pass; pair_ratio: the median of that over the pairs of runs made in turn.
+    """
 
     kind: str
     mode: str
@@ -146,49 +158,53 @@ class Summary:
     ms_per_token: float
     limit_ms_per_token: float
     ratio: float
+    pair_ratio: float
+    n_pairs: int
     equal: bool
 
 
 def summaries(rows: Sequence[SpeculationRow]) -> list[Summary]:
-    """A line per kind of text and mode, over the prompts that every mode answered. The limit is of the plain runs."""
+    """A line per kind of text and mode, over the runs that there are without drafts too. The limit is of those."""
     found = []
     for kind in dict.fromkeys(row.kind for row in rows):
         by_mode = {mode: _answered(rows, kind, mode) for mode in MODES}
-        prompts = set.intersection(*(set(answers) for answers in by_mode.values()))
-        if not prompts:
-            continue
-        plain = {i: by_mode[OFF][i] for i in sorted(prompts)}
-        plain_ms = _mean(plain, lambda row: row.ms_per_token)
+        prompts = set.intersection(*({prompt for prompt, _ in answers} for answers in by_mode.values()))
         for mode, answers in by_mode.items():
-            seen = {i: answers[i] for i in plain}
-            ms = _mean(seen, lambda row: row.ms_per_token)
-            found.append(
-                Summary(
-                    kind,
-                    mode,
-                    1 / _mean(seen, lambda row: 1 / row.tokens_per_pass if row.tokens_per_pass else None),
-                    sum(row.drafted for row in seen.values()),
-                    sum(row.accepted for row in seen.values()),
-                    ms,
-                    _mean(plain, lambda row: row.limit_ms_per_token),
-                    plain_ms / ms,
-                    all(row.tokens_hash == plain[i].tokens_hash for i, row in seen.items()),
-                )
-            )
+            seen = {run: row for run, row in answers.items() if run in by_mode[OFF] and run[0] in prompts}
+            if seen:
+                found.append(_summary(kind, mode, seen, {run: by_mode[OFF][run] for run in seen}))
     return found
 
 
-def _answered(rows: Sequence[SpeculationRow], kind: str, mode: str) -> dict[int, SpeculationRow]:
-    return {row.prompt: row for row in rows if (row.kind, row.mode) == (kind, mode) and row.ms_per_token}
+def _summary(kind: str, mode: str, seen: dict[_Run, SpeculationRow], plain: dict[_Run, SpeculationRow]) -> Summary:
+    ms, plain_ms = (_mean(runs, lambda row: row.ms_per_token) for runs in (seen, plain))
+    ratios = [(plain[run].ms_per_token or 0.0) / (row.ms_per_token or 1.0) for run, row in seen.items()]
+    return Summary(
+        kind=kind,
+        mode=mode,
+        tokens_per_pass=1 / _mean(seen, lambda row: 1 / row.tokens_per_pass if row.tokens_per_pass else None),
+        drafted=sum(row.drafted for row in seen.values()),
+        accepted=sum(row.accepted for row in seen.values()),
+        ms_per_token=ms,
+        limit_ms_per_token=_mean(plain, lambda row: row.limit_ms_per_token),
+        ratio=plain_ms / ms,
+        pair_ratio=statistics.median(ratios),
+        n_pairs=len(ratios),
+        equal=all(row.tokens_hash == plain[run].tokens_hash for run, row in seen.items()),
+    )
 
 
-def _mean(rows: dict[int, SpeculationRow], quantity: Callable[[SpeculationRow], float | None]) -> float:
+def _answered(rows: Sequence[SpeculationRow], kind: str, mode: str) -> dict[_Run, SpeculationRow]:
+    return {(row.prompt, row.repeat): row for row in rows if (row.kind, row.mode) == (kind, mode) and row.ms_per_token}
+
+
+def _mean(rows: dict[_Run, SpeculationRow], quantity: Callable[[SpeculationRow], float | None]) -> float:
     """The mean over tokens; the first token of an answer comes with its prompt and is not counted."""
-    weights = {i: row.n_tokens - 1 for i, row in rows.items()}
-    return sum(weights[i] * (quantity(row) or 0.0) for i, row in rows.items()) / sum(weights.values())
+    weights = {run: row.n_tokens - 1 for run, row in rows.items()}
+    return sum(weights[run] * (quantity(row) or 0.0) for run, row in rows.items()) / sum(weights.values())
 
 
-HEADER = ("text", "drafts", "tokens/pass", "accepted", "ms/token", "limit", "speed", "tokens")
+HEADER = ("text", "drafts", "tokens/pass", "accepted", "ms/token", "limit", "speed", "pairs", "tokens")
 
 
 def table_rows(rows: Sequence[SpeculationRow]) -> list[tuple[str, ...]]:
@@ -197,8 +213,9 @@ def table_rows(rows: Sequence[SpeculationRow]) -> list[tuple[str, ...]]:
     for line in summaries(rows):
         accepted = f"{line.accepted} of {line.drafted}" if line.drafted else "-"
         times = (f"{line.ms_per_token:.0f}", f"{line.limit_ms_per_token:.0f}", f"{line.ratio:.2f}x")
+        pairs = "-" if line.mode == OFF else f"{line.pair_ratio:.3f}x of {line.n_pairs}"
         equal = "=" if line.equal else "differ"
-        lines.append((line.kind, line.mode, f"{line.tokens_per_pass:.2f}", accepted, *times, equal))
+        lines.append((line.kind, line.mode, f"{line.tokens_per_pass:.2f}", accepted, *times, pairs, equal))
     return lines
 
 
@@ -211,7 +228,8 @@ def report(rows: Sequence[SpeculationRow], model: str) -> str:
             f"# Speculation: {model}, disk at {rate / 1e6:.0f} MB/s, smallest budgets",
             "",
             "Greedy answers. **limit**: ms per token that no schedule beats with one token per pass (of runs without "
-            "drafts). **speed**: against the runs without drafts. **tokens**: `=`, the same as without drafts.",
+            "drafts). **speed**: against the runs without drafts, by their means. **pairs**: the median over pairs of "
+            "runs made in turn, and how many there were. **tokens**: `=`, the same as without drafts.",
             "",
             f"| {' | '.join(header)} |",
             "|---|---|" + "---:|" * (len(header) - 3) + "---|",

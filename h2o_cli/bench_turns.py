@@ -1,0 +1,82 @@
+"""h2o's side of the benchmark's turns: an answer as `h2o run` gives it, in rounds (see profiler/bench/rounds.py).
+
+A process of its own (`python -m h2o_cli.bench_turns`), so that it can run in an emulated device.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from h2o_cli.opening import OpenModel, RunOptions, Session, open_session
+from h2o_cli.output import note
+from profiler.bench.rounds import serve
+from runtime.generate import Request, Step, generate
+from runtime.meter import Meter
+from runtime.sampler import Sampling
+
+
+class SessionAnswer:
+    """What `h2o run` does for every token of an answer."""
+
+    def __init__(self, session: Session, prompt: list[int]) -> None:
+        self._session = session
+        self.prompt = prompt
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew; nothing is computed yet."""
+        session = self._session
+        session.sequence.shorten(0)
+        self._meter = Meter(session.engine, session.disk_bytes_per_s)
+        request = Request(tuple(self.prompt))
+        self._steps: Iterator[Step] = generate(
+            session.sequence, session.model.tokenizer, session.sampler, request, session.follower
+        )
+
+    def next_token(self) -> int | None:
+        """The next token, for the first one the prompt is computed; None: the model ended its answer."""
+        step = next(self._steps, None)
+        if step is None:
+            return None
+        self._meter.see(step)
+        return step.token
+
+
+def main() -> None:
+    """Open the model, and do rounds."""
+    arguments = _arguments()
+    options = RunOptions(
+        model=arguments.model,
+        memory=f"{arguments.budget}B",
+        plan_file=arguments.plan_file,
+        threads=arguments.threads,
+        sampling=Sampling(temp=0),
+        speculate="off",
+    )
+    model = OpenModel(options, note)
+    try:
+        prompt = model.tokenizer.encode(arguments.prompt)
+        session = open_session(model, options, arguments.ctx, len(prompt), note)
+        try:
+            serve(SessionAnswer(session, prompt))
+        finally:
+            session.close()
+    finally:
+        model.close()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--budget", type=int, required=True)
+    parser.add_argument("--ctx", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--plan-file", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
