@@ -129,14 +129,21 @@ def start_of(engine: Engine, prompt: list[int]) -> Start:
 def begin(engine: Engine, start: Start) -> None:
     """Compute a prompt anew, or only its end where its beginning is known and the engine need not see all of it."""
     engine.truncate(0)
-    known, kv = start.prompt[:-_OWN_TOKENS], engine.settings.kv
-    sees_all = kv is not None and (kv.method == "heavy" or kv.select in WINDOWED or kv.store == "disk")
-    if start.state is not None and not sees_all:
+    known = start.prompt[:-_OWN_TOKENS]
+    if start.state is not None and not _needs_prompts(engine.settings.kv):
         abi.llama.llama_state_seq_set_data(engine.context, start.state, len(start.state), 0)
         engine.n_past = len(known)
     elif known:
         engine.forward(known)
     engine.forward(start.prompt[-_OWN_TOKENS:])
+
+
+def _needs_prompts(kv: KvFilter | None) -> bool:
+    """Whether a filter looks at all of a prompt while it is computed, or has a place of its own for it."""
+    if kv is None:
+        return False
+    looks = kv.method == "heavy" or (kv.method == "omnikv" and kv.select in WINDOWED)
+    return looks or kv.store == "disk"
 
 
 def forced(engine: Engine, start: Start, tokens: Sequence[int]) -> Iterator[Floats]:
