@@ -18,7 +18,7 @@ from h2o_cli.kv_layers import find_choice
 from h2o_cli.models import BUNDLED_MODEL
 from h2o_cli.output import Progress, emit, note, print_json, versions
 from runtime.errors import UsageError
-from runtime.kv.options import STORES, parse_layers
+from runtime.kv.options import DEFAULT_SELECT, STORES, STRATEGIES, parse_layers, parse_strategy
 
 if TYPE_CHECKING:
     from profiler.kv_eval.methods import Method
@@ -35,13 +35,13 @@ EPILOG = """Examples:
   h2o bench kv --suite speed --context 16384 --context 32768
 """
 OUTPUT = Path("bench-results/kv")
-KEEPS, QUICK_KEEPS = (1.0, 0.3, 0.2, 0.1, 0.05), (1.0, 0.1)
+KEEPS, QUICK_KEEPS = (0.3, 0.2, 0.1, 0.05), (1.0, 0.1)
 LENGTHS, QUICK_LENGTHS = (256, 512, 1024), (512,)
 TASKS, QUICK_TASKS = ("needle", "recall", "two-stage"), ("needle", "recall")
-CONTEXTS, QUICK_CONTEXTS = (1024, 2048, 4096, 8192), (1024,)
+CONTEXTS, QUICK_CONTEXTS = (1024, 2048, 4096, 8192, 16384), (1024,)
 SPEED_KEEPS, QUICK_SPEED_KEEPS = (0.3, 0.1, 0.05), (0.1,)
 SUITES = ("quality", "speed")
-QUICK_TRIALS, TRIALS = 4, 10
+QUICK_TRIALS, TRIALS = 4, 20
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,14 @@ class Wanted:
     others: tuple[tuple[int, ...], ...]
     layers: tuple[int, ...]
     wait: int | None
-    select: str
+    select: str | None
     contexts: tuple[int, ...]
     speed_keeps: tuple[float, ...]
     threads: int
     budget_bytes: int
     methods: tuple[str, ...] = ()
     stores: tuple[str, ...] = STORES
+    strategies: tuple[str, ...] = STRATEGIES
 
 
 def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -86,7 +87,10 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
     other: Annotated[
         list[str] | None, typer.Option("--other", metavar="I,J,..", help="More filter layers to compare; repeatable.")
     ] = None,
-    select: Annotated[str, typer.Option("--select", metavar="NAME", help="last, softmax, uniform or exp.")] = "last",
+    select: Annotated[
+        str | None,
+        typer.Option("--select", metavar="NAME", help="last, softmax, uniform or exp. [default: as --layers auto]"),
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", metavar="NAME", help="Only this method; repeatable.")
     ] = None,
@@ -100,6 +104,10 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     store: Annotated[
         list[str] | None, typer.Option("--store", metavar="NAME", help="ram or disk for the speed; repeatable.")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", metavar="NAME", help="How a disk store fetches, for the speed; repeatable."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads.")
@@ -121,7 +129,10 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
             if name not in known:
                 raise UsageError(f"{name!r} is not known", f"choose one of {', '.join(known)}")
     for share in keep or ():
-        KvFilter(keep=float(share), select=select)
+        KvFilter(keep=float(share))
+    KvFilter(select=select or DEFAULT_SELECT)
+    for name in strategy or ():
+        KvFilter(strategy=parse_strategy(name)[0])
     lengths = tuple(length or (QUICK_LENGTHS if quick else LENGTHS))
     quality = Quality(
         tasks=tuple(task or (() if data else QUICK_TASKS if quick else TASKS)),
@@ -146,6 +157,7 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
         budget_bytes=default_budget(),
         methods=tuple(method or ()),
         stores=tuple(store or STORES),
+        strategies=tuple(strategy or (STRATEGIES[:1] if quick else STRATEGIES)),
     )
     rows_file = _open(output, add=add)
     path = Path(model).expanduser() if model else BUNDLED_MODEL
@@ -183,17 +195,20 @@ def _methods(model: EvalModel, wanted: Wanted) -> list[Method]:
     from profiler.kv_eval.methods import Roles, compared_methods
     from runtime.kv.options import KvFilter
 
-    choice = None if wanted.layers else find_choice(model.file.hash)
-    layers, wait = wanted.layers, 1 if wanted.wait is None else wanted.wait
+    choice = find_choice(model.file.hash)
+    layers, wait, select = wanted.layers, wanted.wait, wanted.select or DEFAULT_SELECT
     if choice:
-        layers, wait = choice.layers, choice.wait if wanted.wait is None else wanted.wait
+        select = wanted.select or choice.select
+    if choice and not layers:
+        layers, wait = choice.layers, choice.wait if wait is None else wait
     elif not layers:
         note("no filter layers were found for this model yet: `h2o kv analyze` does that; the default ones are used")
+    wait = 1 if wait is None else wait
     with model.engine(KvFilter(layers=layers, wait=wait), 256) as engine:
         assert engine.kv
         numbers, roles = engine.kv.cache.filterable, engine.kv.roles
         n_dense = sum(layer not in roles.sparse for layer in numbers)
-        found = Roles(roles.filters, wait, wanted.select, len(numbers), n_dense)
+        found = Roles(roles.filters, wait, select, len(numbers), n_dense)
     methods = compared_methods(found, wanted.keeps, wanted.others)
     return [method for method in methods if not wanted.methods or method.name in wanted.methods]
 
@@ -212,7 +227,16 @@ def _speed_rows(wanted: Wanted, passed: dict[str, object]) -> Iterator[KvRow]:
         make_model(SHAPE, path)
     stores = Path(store_folder())
     stores.mkdir(parents=True, exist_ok=True)
-    run = SpeedRun(path, wanted.contexts, wanted.speed_keeps, wanted.stores, wanted.threads, str(stores))
+    run = SpeedRun(
+        path,
+        wanted.contexts,
+        wanted.speed_keeps,
+        wanted.stores,
+        wanted.threads,
+        str(stores),
+        strategies=wanted.strategies,
+        select=wanted.select or DEFAULT_SELECT,
+    )
     run = replace(run, methods=wanted.methods or run.methods)
     done = [0]
     n = len(wanted.contexts) * len(run.ways())

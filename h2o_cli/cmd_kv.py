@@ -30,6 +30,7 @@ EPILOG = """Examples:
 """
 _MOST_TEXT = 64 * 2**20
 _SHOWN = 8
+LEAST_HALVED = 256  # tokens of a prompt: half of fewer has no room for facts in a text
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Filter layers of a model.")
 
@@ -45,8 +46,10 @@ def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")
     ] = None,
     keep: Annotated[str, typer.Option("--keep", metavar="F", help="Share of the prompt that is kept.")] = "0.1",
-    length: Annotated[int, typer.Option("--length", metavar="N", min=64, help="Tokens of a sample prompt.")] = 512,
-    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="Sample prompts.")] = 12,
+    length: Annotated[
+        int, typer.Option("--length", metavar="N", min=64, help="Tokens of a sample prompt; every other one has half.")
+    ] = 1024,
+    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="Sample prompts.")] = 60,
     text: Annotated[
         Path | None, typer.Option("--text", metavar="FILE", help="Cut sample prompts from this text; default: needles.")
     ] = None,
@@ -54,12 +57,17 @@ def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
         float, typer.Option("--dense", metavar="F", min=0, max=1, help="Largest part of the layers that stays dense.")
     ] = 0.5,
     filters: Annotated[int, typer.Option("--filters", metavar="N", min=1, help="Most filter layers.")] = 3,
-    checks: Annotated[int, typer.Option("--checks", metavar="N", min=1, help="Choices that are measured.")] = 16,
+    checks: Annotated[
+        int, typer.Option("--checks", metavar="N", min=1, help="Choices that are measured per selector.")
+    ] = 20,
     most_kl: Annotated[
         float,
         typer.Option("--kl", metavar="NATS", min=0, help="Good enough: divergence per token from full attention."),
     ] = 0.01,
-    select: Annotated[str, typer.Option("--select", metavar="NAME", help="last, softmax, uniform or exp.")] = "last",
+    select: Annotated[
+        list[str] | None,
+        typer.Option("--select", metavar="NAME", help="A selector to try; repeatable. [default: softmax and last]"),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option("-m", "--memory", metavar="SIZE", help="Memory budget. [default: 60 % of what is free]"),
@@ -76,21 +84,23 @@ def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Record attention scores, propose filter layers by similarity, measure them, and keep the best for `h2o run`."""
-    from profiler.kv_eval.analyze import Search
+    from profiler.kv_eval.analyze import SELECTS, Search
     from runtime.kv.options import KvFilter
 
     share = parse_keep(keep)
     if isinstance(share, int):
         raise UsageError(f"--keep {keep} is not a share", "give a fraction such as 0.1")
-    KvFilter(keep=share, select=select)
+    selects = tuple(dict.fromkeys(select)) if select else SELECTS
+    for name in selects:
+        KvFilter(keep=share, select=name)
     path = resolve_model(model)
     for file in (output, plot):
         check_writable(file, make_folder=False)
     search = Search(
-        length=length,
+        lengths=(length, length // 2) if length >= LEAST_HALVED else (length,),
         n_prompts=prompts,
         keep=share,
-        select=select,
+        selects=selects,
         most_dense=dense,
         most_filters=filters,
         checks=checks,
@@ -160,18 +170,18 @@ def _draw(found: LayerChoice, path: Path) -> None:
 def summary(found: LayerChoice) -> str:
     """The choice, and the best of what was measured."""
     layers = ",".join(map(str, found.layers))
-    rows = [["layers", "wait", "dense", "similarity", "KL, nats/token"]]
+    rows = [["layers", "wait", "selector", "dense", "similarity", "same answers", "KL, nats/token"]]
     for way in found.candidates[:_SHOWN]:
-        mark = " *" if (way.layers, way.wait) == (found.layers, found.wait) else ""
-        kl = "-" if way.kl is None else f"{way.kl:.4f}"
-        names = ",".join(map(str, way.layers)) + mark
-        rows.append([names, str(way.wait), f"{way.dense_share:.0%}", f"{way.similarity:.3f}", kl])
+        is_chosen = (way.layers, way.wait, way.select) == (found.layers, found.wait, found.select)
+        names = ",".join(map(str, way.layers)) + (" *" if is_chosen else "")
+        figures = [f"{way.dense_share:.0%}", f"{way.similarity:.3f}", f"{way.same:.0%}", f"{way.kl:.4f}"]
+        rows.append([names, str(way.wait), way.select, *figures])
     return "\n".join(
         [
-            f"{found.model}: filter layers {layers}, wait {found.wait}"
+            f"{found.model}: filter layers {layers}, wait {found.wait}, selector {found.select}"
             f" ({found.keep:.0%} kept, {found.n_prompts} prompts, {found.n_steps} steps)",
             "",
-            table(rows, right=(1, 2, 3, 4)),
+            table(rows, right=(1, 3, 4, 5, 6)),
             f"measured: {len(found.candidates)}; *: chosen, the smallest dense part that is good enough",
         ]
     )

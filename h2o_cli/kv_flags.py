@@ -48,7 +48,10 @@ Keep = Annotated[
     str | None,
     _option("--kv-keep", "F|N", f"Selected positions: a share of the prompt or a count. [default: {DEFAULT_KEEP}]"),
 ]
-Select = Annotated[str | None, _option("--kv-select", "|".join(SELECTORS), "How positions are scored. [default: last]")]
+Select = Annotated[
+    str | None,
+    _option("--kv-select", "|".join(SELECTORS), "How positions are scored. [default: as --kv-layers auto, last]"),
+]
 Store = Annotated[
     str | None, _option("--kv-store", "|".join(STORES), "Where positions that are not selected are. [default: ram]")
 ]
@@ -89,18 +92,22 @@ class KvFlags:
 
 @dataclass(frozen=True)
 class KvChoice:
-    """A filter as the flags and the configuration file want it; layers "auto" are found when the model is known."""
+    """A filter as the flags and the configuration file want it; layers "auto" are found when the model is known.
+
+    given: fields that were asked for, which an analysis does not change.
+    """
 
     filter: KvFilter
-    wait_given: bool = False
+    given: frozenset[str] = frozenset()
 
     def for_model(self, model_hash: int) -> KvFilter:
-        """The filter, its layers those that an analysis of this model found, where there was one."""
+        """The filter, with the layers, wait and selector that an analysis of this model found, where there was one."""
         found = None if self.filter.layers else find_choice(model_hash)
         if not found:
             return replace(self.filter, folder=store_folder())
-        wait = self.filter.wait if self.wait_given else found.wait
-        return replace(self.filter, folder=store_folder(), layers=found.layers, wait=wait)
+        chosen: dict[str, Any] = {"layers": found.layers, "wait": found.wait, "select": found.select}
+        kept = {name: value for name, value in chosen.items() if name not in self.given}
+        return replace(self.filter, folder=store_folder(), **kept)
 
 
 def choose_filter(flags: KvFlags, config: KvConfig | None) -> KvChoice | None:
@@ -121,7 +128,10 @@ def choose_filter(flags: KvFlags, config: KvConfig | None) -> KvChoice | None:
             raise UsageError(f"--kv-{next(iter(values))} does nothing without --kv-filter", "add --kv-filter")
         return None
     base = config.filter if config else KvFilter()
-    return KvChoice(replace(base, **values), flags.wait is not None or bool(config and config.wait_given))
+    given = {name for name in ("wait", "select") if name in values}
+    if config:
+        given |= {"select", "wait"} if config.wait_given else {"select"}
+    return KvChoice(replace(base, **values), frozenset(given))
 
 
 def store_folder() -> str:

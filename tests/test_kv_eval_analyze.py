@@ -35,7 +35,11 @@ def test_layers_are_kept_where_a_run_finds_them(bundled_model, elsewhere, capsys
     assert f"filter layers {','.join(map(str, layers))}, wait" in out
     assert str(elsewhere) in err
     choice = kv_layers.find_choice(file.hash)
-    assert len(choice.candidates) == 3
+    assert f"selector {choice.select}" in out
+    assert len(choice.candidates) == 2 * 3
+    assert {c.select for c in choice.candidates} == {"softmax", "last"}
+    assert all(0 <= c.same <= 1 for c in choice.candidates)
+    assert choice.lengths == (160,)
     assert sorted(c.kl for c in choice.candidates) == [c.kl for c in choice.candidates]
     assert all(c.dense_share <= 0.5 for c in choice.candidates)
     assert np.all(np.diag(choice.similarity) >= np.max(choice.similarity, axis=0) - 1e-3)
@@ -47,9 +51,11 @@ def test_json_file_text_and_plot(bundled_model, tmp_path, elsewhere, capsys):
     text = tmp_path / "text.txt"
     text.write_text("One sunny day Anna went to the lake. Tom has the old jar. " * 60)
     target, plot = tmp_path / "found.json", tmp_path / "curves.png"
-    assert run(bundled_model, *QUICK, "--text", text, "-o", target, "--plot", plot, "--json") == 0
+    flags = ["--length", 256, "--select", "uniform", "--text", text, "-o", target, "--plot", plot, "--json"]
+    assert run(bundled_model, *QUICK, *flags) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(target.read_text())
-    assert load_choice(target).n_prompts == 2
+    choice = load_choice(target)
+    assert (choice.n_prompts, choice.lengths, choice.select) == (2, (256, 128), "uniform")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert not elsewhere.exists()
 
@@ -84,7 +90,7 @@ def test_a_short_text(bundled_model, tmp_path, capsys):
 
 
 def candidate(dense, kl):
-    return Candidate((1,), 0, dense, 0.5, kl)
+    return Candidate((1,), 0, "last", dense, 0.5, kl)
 
 
 def test_the_cheapest_that_is_good_enough():
@@ -96,7 +102,7 @@ def test_the_cheapest_that_is_good_enough():
 
 def test_neighbours_are_one_step_away_and_possible():
     search = Search(most_filters=2)
-    found = neighbours(range(8), Candidate((1, 4), 0, 0.4, 0.5), search, 4)
+    found = neighbours(range(8), Candidate((1, 4), 0, "last", 0.4, 0.5), search, 4)
     assert ((1, 3), 0) in found
     assert ((1, 5), 0) in found
     assert ((1,), 0) in found

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
+from h2o_cli.kv_layers import find_choice
 from h2o_cli.main import run_command
 from profiler.kv_eval.methods import EVERYWHERE, FULL, OMNIKV, Roles, compared_methods
 from profiler.kv_eval.report import accuracy_of, markdown, report
 from profiler.kv_eval.rows import KvRow, append_row, read_rows
 from runtime.errors import UsageError
+from runtime.model_file import ModelFile
 
 
 def run(*arguments):
@@ -43,7 +45,9 @@ def test_a_small_run(bundled_model, tmp_path, capsys):
     assert all(row.kl == 0 for row in full if row.suite == "divergence")
     own = next(row for row in rows if row.method == OMNIKV)
     assert 0.2 < own.kv_share < 0.6
-    assert (own.layers, own.wait) == ((1, 3), 0)
+    found = find_choice(ModelFile.open(bundled_model).hash)
+    assert (own.layers, own.wait, own.select) == (found.layers, found.wait, found.select)
+    assert all((row.lost, row.gained) == (0, 0) for row in full if row.suite == "accuracy")
     everywhere = next(row for row in rows if row.method == EVERYWHERE)
     assert everywhere.kv_share == pytest.approx(own.kv_share, abs=0.01)
     text = (tmp_path / "out" / "report.md").read_text()
@@ -64,7 +68,8 @@ def test_a_small_run(bundled_model, tmp_path, capsys):
         (("--length", "4000"), "do not fit the context"),
         (("--data", "/nonexistent"), "cannot read"),
         (("--output", "/dev/null/x"), "cannot be written"),
-        (("--select", "best", "--keep", "0.1"), "choose one of last"),
+        (("--select", "best"), "choose one of last"),
+        (("--strategy", "fast"), "choose one of multi"),
     ],
 )
 def test_mistakes_are_one_line(bundled_model, tmp_path, flags, words, capsys):
@@ -101,13 +106,13 @@ def test_rows_are_read_back(tmp_path):
 
 def test_report():
     rows = [
-        row(n=4, right=3, task="needle", length=512, depth=0.5, kv_share=0.4),
+        row(n=4, right=3, lost=1, gained=0, task="needle", length=512, depth=0.5, kv_share=0.4),
         row(n=4, right=1, task="needle", length=512, depth=0.9, kv_share=0.4),
-        row(suite="speed", ms_per_token=1.5, length=1024, n=32, kv_bytes=2 * 10**6),
+        row(suite="speed", ms_per_token=1.5, faster=1.25, length=1024, n=32, kv_bytes=2 * 10**6),
     ]
     text = report(rows)
-    assert "| omnikv 10% | 40% | 50 | 50 |" in text
+    assert "| omnikv 10% | 40% | 50 | 50 | 1 | 0 |" in text
     assert "| omnikv 10% | 75 | 25 |" in text
-    assert "| omnikv 10% | 1.5 | - | 2 | - |" in text
+    assert "| omnikv 10% | 1.5 | - | 1.25 | 2 | - | - |" in text
     assert accuracy_of([]) is None
     assert markdown([["a", "b"], ["c", "d"]]).splitlines()[1] == "|---|---:|"

@@ -6,8 +6,11 @@ import msgspec
 import pytest
 
 from h2o_cli import kv_layers
+from h2o_cli.kv_config import read_config
+from h2o_cli.kv_flags import KvFlags, choose_filter
 from profiler.kv_eval.layers_file import SCHEMA, Candidate, LayerChoice, layers_path, load_choice, save_choice
 from runtime.errors import ProfileError
+from runtime.kv.options import DEFAULT_SELECT
 
 HASH = 0x1234_5678_9ABC
 
@@ -20,13 +23,15 @@ def choice(**changes):
         "n_layers": 3,
         "layers": (1,),
         "wait": 0,
+        "select": "softmax",
         "keep": 0.1,
+        "lengths": (1024, 512),
         "n_prompts": 2,
         "n_steps": 5,
         "layer_numbers": (0, 1, 2),
         "similarity": ((1.0, 0.5, 0.5),) * 3,
         "curves": {3: (0.6, 0.7, 1.0)},
-        "candidates": (Candidate((1,), 0, 2 / 3, 0.9, 0.01),),
+        "candidates": (Candidate((1,), 0, "softmax", 2 / 3, 0.9, 0.01),),
         "versions": {},
     }
     return LayerChoice(**{**fields, **changes})
@@ -59,9 +64,31 @@ def test_layers_are_found_by_hash_and_the_users_own_first(folders):
 
 
 @pytest.mark.parametrize(
+    ("flags", "config", "expected"),
+    [
+        ({}, {}, ((1,), 0, "softmax")),
+        ({"select": "exp"}, {}, ((1,), 0, "exp")),
+        ({"wait": 2}, {}, ((1,), 2, "softmax")),
+        ({"layers": "0"}, {}, ((0,), 1, DEFAULT_SELECT)),
+        ({}, {"selector_cls": "last"}, ((1,), 0, "last")),
+        ({}, {"num_wait_load_layers": 1}, ((1,), 1, "last")),
+        ({"select": "softmax"}, {"do_select_layers": "2"}, ((2,), 1, "softmax")),
+    ],
+)
+def test_what_a_run_takes_from_the_file(folders, tmp_path, flags, config, expected):
+    save_choice(choice(), layers_path(folders[0], HASH))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    chosen = choose_filter(KvFlags(on=True, **flags), read_config(path) if config else None)
+    found = chosen.for_model(HASH)
+    assert (found.layers, found.wait, found.select) == expected
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema": 2}, "schema 2 is not 1"),
+        ({"schema": 1}, "schema 1 is not 2"),
+        ({"select": "best"}, "select"),
         ({"layers": [2, 1]}, "no rising list"),
         ({"layers": [3]}, "no rising list"),
         ({"layers": []}, "length >= 1"),

@@ -1,8 +1,9 @@
 """Find the filter layers of a model: record scores, propose by similarity, measure the proposals, choose.
 
 The rule: similarity (see similarity.py) proposes filter layers, the divergence of the filtered answers from those with
-full attention judges them, and a local search goes on from the best. The choice is the smallest part of dense layers
-whose divergence is at most `most_kl`; where none is that good, the smallest divergence. Recording and similarity are
+full attention judges them, with every selector, and a local search goes on from the best. The best of all are measured
+on more prompts. The choice is the smallest part of dense layers whose divergence is at most `most_kl`; where none is
+that good, the smallest divergence. Recording and similarity are
 OmniKV's (ICLR 2025); the rule is this project's own.
 """
 
@@ -12,37 +13,43 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 
 from profiler.kv_eval.layers_file import SCHEMA, Candidate, LayerChoice
-from profiler.kv_eval.model import EvalModel, Floats, check_length, divergence, forced, log_softmax
+from profiler.kv_eval.model import EvalModel, Floats, Start, begin, check_length, divergence, forced, log_softmax
 from profiler.kv_eval.needles import ANSWER_TOKENS, NEEDLE, RECALL, make_trials
 from profiler.kv_eval.similarity import curves, mean_similarity, propose, served_by, similarity
 from runtime.errors import ModelError, UsageError
 from runtime.kv.options import KvFilter
 
+SELECTS = ("softmax", "last")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _ROOM = ANSWER_TOKENS + 8
+_FIRST_PART = 3  # a third of the samples for every candidate, all of them for the best
+_FINALISTS = 8
+_PARENTS = 2  # of the best candidates, the neighbours are tried
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked for and how long. Lengths in tokens, most_kl in nats per token.
+    """What is looked for and how long. Lengths of sample prompts in tokens, most_kl in nats per token.
 
-    most_dense: largest part of the layers that may be dense. checks: filter layers that are measured. texts: prompts of
-    the user's own; without them needle prompts are made.
+    selects: the selectors that are tried. most_dense: largest part of the layers that may be dense. checks: filter
+    layers that are measured, with every selector. texts: prompts of the user's own; without them needle prompts are
+    made, others than those of `h2o bench kv` unless the seed is the same.
     """
 
-    length: int = 512
-    n_prompts: int = 12
+    lengths: tuple[int, ...] = (1024, 512)
+    n_prompts: int = 60
     keep: float = 0.1
-    select: str = "last"
+    selects: tuple[str, ...] = SELECTS
     most_dense: float = 0.5
     most_filters: int = 3
     waits: tuple[int, ...] = (0, 1)
-    checks: int = 16
+    checks: int = 20
     most_kl: float = 0.01
-    seed: int = 0
+    seed: int = 2025
     texts: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
 
@@ -51,7 +58,7 @@ class Search:
 class _Sample:
     """A prompt, what the model says with full attention, and its log-probabilities [n_vocab] at every step."""
 
-    prompt: list[int]
+    start: Start
     answer: list[int]
     steps: list[Floats] = field(default_factory=list)
 
@@ -68,36 +75,38 @@ class Analysis:
     @property
     def share(self) -> float:
         """Part of the work that is done, 0 to 1."""
-        return self._done / (self._search.n_prompts * (1 + self._search.checks))
+        n, n_checks = self._search.n_prompts, self._search.checks * len(self._search.selects)
+        return self._done / (n + first_part(n) * n_checks + n * min(n_checks, _FINALISTS))
 
     def run(self) -> LayerChoice:
         """Do everything. Raises H2OError."""
-        check_length(self._model, self._search.length + _ROOM)
+        check_length(self._model, max(self._search.lengths) + _ROOM)
         prompts = self._prompts()
         self._search = replace(self._search, n_prompts=len(prompts))
         n_ctx = -(-(max(map(len, prompts)) + _ROOM) // 256) * 256
-        samples, matrices = self._record(prompts, n_ctx)
+        samples, matrices = self._record(self._model.starts(prompts, n_ctx), n_ctx)
         self._matrix = np.mean(matrices, axis=0)
-        measured = list(self._measure_all(samples, n_ctx))
+        measured = self._measure_all(samples, n_ctx)
         return self._result(measured, len(matrices))
 
     def _prompts(self) -> list[list[int]]:
+        """Sample prompts; the first of them are of all lengths, tasks and depths, too."""
         search, model = self._search, self._model
         if search.texts:
-            encoded = [model.tokenizer.encode(text)[: search.length] for text in search.texts]
-            return [tokens for tokens in encoded if len(tokens) > 1][: search.n_prompts]
-        each = -(-search.n_prompts // (2 * len(DEPTHS)))
+            encoded = map(model.tokenizer.encode, search.texts)
+            cut = [tokens[:length] for tokens, length in zip(encoded, itertools.cycle(search.lengths), strict=False)]
+            return [tokens for tokens in cut if len(tokens) > 1][: search.n_prompts]
+        kinds = list(itertools.product(search.lengths, (NEEDLE, RECALL)))
+        each = -(-search.n_prompts // (len(kinds) * len(DEPTHS)))
         trials = [
-            trial
-            for task in (NEEDLE, RECALL)
-            for trial in make_trials(
-                task, length=search.length, depths=DEPTHS, repeats=each, count=model.count, seed=search.seed
-            )
+            make_trials(task, length=length, depths=DEPTHS, repeats=each, count=model.count, seed=search.seed)
+            for length, task in kinds
         ]
-        spread = [trials[i * len(trials) // search.n_prompts] for i in range(search.n_prompts)]
-        return [model.tokenizer.encode(trial.prompt) for trial in spread]
+        places = [depth * each + i for i in range(each) for depth in range(len(DEPTHS))]
+        mixed = [of_kind[place] for place in places for of_kind in trials]
+        return [model.tokenizer.encode(trial.prompt) for trial in mixed[: search.n_prompts]]
 
-    def _record(self, prompts: Sequence[list[int]], n_ctx: int) -> tuple[list[_Sample], list[Floats]]:
+    def _record(self, starts: Sequence[Start], n_ctx: int) -> tuple[list[_Sample], list[Floats]]:
         """Answers with full attention, and a similarity matrix for every decode step."""
         samples, matrices = [], []
         seen: dict[int, Floats] = {}
@@ -107,15 +116,17 @@ class Analysis:
             if len(self._numbers) < 2:
                 raise ModelError("this model has fewer than two layers that see all positions", "run without a filter")
             engine.kv.watch(self._numbers, lambda layer, scores: seen.__setitem__(layer, scores.copy()))
-            for prompt in prompts:
-                sample = _Sample(prompt, self._model.answer(engine, prompt, ANSWER_TOKENS)[:-1])
-                engine.truncate(len(prompt))
+            for start in starts:
+                begin(engine, start)
+                sample = _Sample(start, self._model.answer(engine, ANSWER_TOKENS)[:-1])
+                engine.truncate(len(start.prompt))
                 for token in sample.answer:
                     engine.forward([token])
                     sample.steps.append(log_softmax(engine.logits()))
                     scores = np.stack([seen[layer] for layer in self._numbers])
                     matrices.append(similarity(scores, max(1, int(self._search.keep * scores.shape[1]))))
-                samples.append(sample)
+                if sample.answer:
+                    samples.append(sample)
                 self._done += 1
         if not matrices:
             raise UsageError("the model ends every answer at once: there are no scores", "give other --prompts")
@@ -129,7 +140,15 @@ class Analysis:
 
     # --- proposals ----------------------------------------------------------------------------------------------
 
-    def _measure_all(self, samples: Sequence[_Sample], n_ctx: int) -> Iterator[Candidate]:
+    def _measure_all(self, samples: Sequence[_Sample], n_ctx: int) -> list[Candidate]:
+        """All checks on the first samples, then the best of them on all samples. The best come first."""
+        n_first = first_part(len(samples))
+        measured = list(self._measure_first(samples[:n_first], n_ctx))
+        measured.sort(key=_by_divergence)
+        best = [self._measure(samples, n_ctx, candidate) for candidate in measured[:_FINALISTS]]
+        return sorted(best, key=_by_divergence) + measured[_FINALISTS:]
+
+    def _measure_first(self, samples: Sequence[_Sample], n_ctx: int) -> Iterator[Candidate]:
         """Half of the checks for what similarity proposes, the others around the best of all until then."""
         search, numbers = self._search, self._numbers
         most_dense = int(search.most_dense * len(numbers))
@@ -142,40 +161,43 @@ class Analysis:
                 "raise --dense",
             )
         ranked = [(proposal.layers, proposal.wait) for proposal in proposals]
-        measured: dict[tuple[int, ...], Candidate] = {}
+        measured: dict[tuple[int, ...], list[Candidate]] = {}
         while len(measured) < search.checks:
             untried = [way for way in ranked if served_by(numbers, *way) not in measured]
             if len(measured) >= search.checks // 2:
-                near = neighbours(numbers, choose(measured.values(), search.most_kl), search, most_dense)
-                near = [way for way in near if served_by(numbers, *way) not in measured]
+                found = sorted(itertools.chain(*measured.values()), key=_by_divergence)
+                around = itertools.chain(*(neighbours(numbers, best, search, most_dense) for best in found[:_PARENTS]))
+                near = [way for way in around if served_by(numbers, *way) not in measured]
                 untried = sorted(near, key=lambda way: -mean_similarity(self._matrix, numbers, *way)) or untried
             if not untried:
                 break
-            candidate = self._measure(samples, n_ctx, *untried[0])
-            measured[served_by(numbers, *untried[0])] = candidate
-            yield candidate
+            way = untried[0]
+            measured[served_by(numbers, *way)] = [
+                self._measure(samples, n_ctx, self._candidate(*way, select)) for select in search.selects
+            ]
+            yield from measured[served_by(numbers, *way)]
 
-    def _measure(self, samples: Sequence[_Sample], n_ctx: int, layers: tuple[int, ...], wait: int) -> Candidate:
-        """The mean divergence of these filter layers over all steps."""
-        found = []
-        kv = KvFilter(layers=layers, wait=wait, keep=self._search.keep, select=self._search.select)
+    def _candidate(self, layers: tuple[int, ...], wait: int, select: str) -> Candidate:
+        by = served_by(self._numbers, layers, wait)
+        alike = min(1.0, mean_similarity(self._matrix, self._numbers, layers, wait))
+        return Candidate(layers, wait, select, dense_share=sum(who < 0 for who in by) / len(by), similarity=alike)
+
+    def _measure(self, samples: Sequence[_Sample], n_ctx: int, candidate: Candidate) -> Candidate:
+        """The mean divergence of a candidate over all steps of the samples, and how many answers it leaves alone."""
+        found, same = [], []
+        kv = KvFilter(layers=candidate.layers, wait=candidate.wait, keep=self._search.keep, select=candidate.select)
         with self._model.engine(kv, n_ctx) as engine:
             for sample in samples:
-                steps = forced(engine, sample.prompt, sample.answer)
-                found += [divergence(full, other) for full, other in zip(sample.steps, steps, strict=True)]
+                pairs = list(zip(sample.steps, forced(engine, sample.start, sample.answer), strict=True))
+                found += [divergence(full, other) for full, other in pairs]
+                same.append(all(full.argmax() == other.argmax() for full, other in pairs))
                 self._done += 1
-        by = served_by(self._numbers, layers, wait)
-        return Candidate(
-            layers=layers,
-            wait=wait,
-            dense_share=sum(who < 0 for who in by) / len(by),
-            similarity=min(1.0, mean_similarity(self._matrix, self._numbers, layers, wait)),
-            kl=float(np.mean(found)),
-        )
+        figures = {"kl": float(np.mean(found)), "same": float(np.mean(same)), "n_prompts": len(samples)}
+        return msgspec.structs.replace(candidate, **figures)
 
     def _result(self, measured: list[Candidate], n_steps: int) -> LayerChoice:
         search, file = self._search, self._model.file
-        chosen = choose(measured, search.most_kl)
+        chosen = choose(measured[:_FINALISTS], search.most_kl)
         return LayerChoice(
             schema=SCHEMA,
             model_hash=file.hash,
@@ -183,13 +205,15 @@ class Analysis:
             n_layers=file.n_layers,
             layers=chosen.layers,
             wait=chosen.wait,
+            select=chosen.select,
             keep=search.keep,
+            lengths=search.lengths,
             n_prompts=search.n_prompts,
             n_steps=n_steps,
             layer_numbers=self._numbers,
             similarity=tuple(_shares(row) for row in self._matrix),
             curves={n: _shares(curve) for n, curve in curves(self._matrix).items()},
-            candidates=tuple(sorted(measured, key=lambda c: (c.kl, c.dense_share))),
+            candidates=tuple(measured),
             versions=dict(search.versions),
         )
 
@@ -198,13 +222,19 @@ def _shares(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(round(min(max(float(value), 0.0), 1.0), 4) for value in values)
 
 
-def choose(candidates: Iterable[Candidate], most_kl: float) -> Candidate:
+def first_part(n_prompts: int) -> int:
+    """How many of the sample prompts every candidate is measured on."""
+    return -(-n_prompts // _FIRST_PART)
+
+
+def choose(candidates: Sequence[Candidate], most_kl: float) -> Candidate:
     """The smallest dense part with a divergence of at most most_kl; the smallest divergence where none has that."""
-    known = [(candidate.kl, candidate) for candidate in candidates if candidate.kl is not None]
-    good = [(candidate.dense_share, kl, candidate) for kl, candidate in known if kl <= most_kl]
-    if good:
-        return min(good, key=lambda found: found[:2])[2]
-    return min(known, key=lambda found: found[0])[1]
+    good = [candidate for candidate in candidates if candidate.kl <= most_kl]
+    return min(good, key=lambda c: (c.dense_share, c.kl)) if good else min(candidates, key=_by_divergence)
+
+
+def _by_divergence(candidate: Candidate) -> tuple[float, float]:
+    return candidate.kl, candidate.dense_share
 
 
 def neighbours(

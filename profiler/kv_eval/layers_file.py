@@ -13,35 +13,41 @@ import msgspec
 
 from profiler.model_profile import read_whole, write_whole
 from runtime.errors import ProfileError
+from runtime.kv.options import SELECTORS
 
-SCHEMA = 1
+SCHEMA = 2
 PREFIX = "kv-layers-"
 ANALYZE_AGAIN = "make it again with `h2o kv analyze MODEL`"
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Select = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(SELECTORS)})$")]
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A set of filter layers that was considered.
+    """A set of filter layers, and a selector, that was considered.
 
     dense_share: part of the model's keys and values that stays dense. similarity: mean over all layers, dense ones
-    count as 1. kl: mean divergence from full attention in nats per token, None where it was not measured.
+    count as 1. n_prompts: sample prompts it was measured on; kl: mean divergence from full attention in nats per token;
+    same: part of the sample answers that stay as they are, token by token.
     """
 
     layers: tuple[Count, ...]
     wait: Count
+    select: Select
     dense_share: Share
     similarity: Share
-    kl: float | None = None
+    n_prompts: Count = 0
+    kl: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    same: Share = 1.0
 
 
 class LayerChoice(msgspec.Struct, frozen=True):
-    """What was found for one model. layers and wait are the choice.
+    """What was found for one model. layers, wait and select are the choice.
 
-    keep: share of the prompt that the similarities and divergences are for. similarity[a][b]: mass of layer b's scores
-    on layer a's best rows, mean over n_steps decode steps. curves: n -> mean of similarity[a][a .. a+n-1] for every a.
-    layer_numbers: the layers of the matrix, those that see all positions.
+    keep: share of the prompt that the similarities and divergences are for; lengths: of the sample prompts, in tokens.
+    similarity[a][b]: mass of layer b's scores on layer a's best rows, mean over n_steps decode steps. curves: n -> mean
+    of similarity[a][a .. a+n-1] for every a. layer_numbers: the layers of the matrix, those that see all positions.
     """
 
     schema: int
@@ -50,7 +56,9 @@ class LayerChoice(msgspec.Struct, frozen=True):
     n_layers: Annotated[int, msgspec.Meta(ge=1)]
     layers: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     wait: Count
+    select: Select
     keep: Share
+    lengths: tuple[Count, ...]
     n_prompts: Count
     n_steps: Count
     layer_numbers: tuple[Count, ...]

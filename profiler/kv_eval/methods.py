@@ -47,21 +47,20 @@ class Roles:
 
 
 def compared_methods(roles: Roles, keeps: Sequence[float], others: Sequence[tuple[int, ...]] = ()) -> list[Method]:
-    """Full attention, the filter at every budget, and the baselines with the same sparse layers at the same budgets.
+    """Full attention, the filter at every budget, and the baselines with the same sparse layers at the compared budget.
 
     "All layers" is StreamingLLM as published: every layer but the first keeps first and last rows only, as many as
     make the same total of keys and values as the filter. others: more filter layers, at the compared budget.
     """
     methods = [Method(FULL, None)]
     methods += [Method(OMNIKV, roles.filter(keep), keep) for keep in keeps]
-    compared = [keep for keep in keeps if keep <= COMPARED] or [min(keeps)]
+    compared = COMPARED if COMPARED in keeps else min(keeps)
     for name, method in BASELINES.items():
-        methods += [Method(name, roles.filter(keep, method=method), keep) for keep in compared]
-    for keep in compared:
-        total = roles.n_dense + (roles.n_layers - roles.n_dense) * keep
-        rest = max(0.01, (total - 1) / (roles.n_layers - 1))
-        if rest < 1:
-            methods.append(Method(EVERYWHERE, roles.filter(rest, method="sinks", layers=(0,), wait=0), keep))
+        methods.append(Method(name, roles.filter(compared, method=method), compared))
+    total = roles.n_dense + (roles.n_layers - roles.n_dense) * compared
+    rest = max(0.01, (total - 1) / (roles.n_layers - 1))
+    if rest < 1:
+        methods.append(Method(EVERYWHERE, roles.filter(rest, method="sinks", layers=(0,), wait=0), compared))
     for layers in others:
         methods.append(Method(OTHERS, roles.filter(COMPARED, layers=layers), COMPARED))
     return methods

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime import llama_abi as abi
 from runtime.engine import Engine
 from runtime.errors import Cancelled, UsageError
 from runtime.hollow import HollowModel
-from runtime.kv.options import KvFilter
+from runtime.kv.options import WINDOWED, KvFilter
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.settings import Settings
@@ -21,6 +24,16 @@ from runtime.tokenizer import Tokenizer
 Floats = npt.NDArray[np.float32]
 UBATCH = 256
 _WINDOW_PIECES = 2
+_OWN_TOKENS = 2  # last tokens of a prompt that every engine computes itself: one alone would be a decode pass
+_STATES_PART = 4  # a fourth of the budget may hold states
+
+
+@dataclass(frozen=True)
+class Start:
+    """A prompt, and the keys and values of all but its last tokens; None where there was no memory left for them."""
+
+    prompt: list[int]
+    state: ctypes.Array[ctypes.c_uint8] | None = None
 
 
 class EvalModel:
@@ -54,14 +67,22 @@ class EvalModel:
         """Tokens of a text, without a begin-of-text token."""
         return len(self.tokenizer.encode(text, add_special=False))
 
-    def answer(self, engine: Engine, prompt: Sequence[int], n_predict: int, *, more: bool = False) -> list[int]:
-        """Greedy tokens after a prompt, until an end token or the end of a sentence; more: go on where the engine is.
+    def starts(self, prompts: Sequence[list[int]], n_ctx: int) -> list[Start]:
+        """Prompts computed once, for engines of n_ctx positions to begin with."""
+        room = self._budget_bytes // _STATES_PART
+        found = []
+        with self.engine(None, n_ctx) as engine:
+            for prompt in prompts:
+                start = start_of(engine, prompt) if room > 0 and len(prompt) > _OWN_TOKENS else Start(prompt)
+                room -= len(start.state or ())
+                found.append(start)
+        return found
+
+    def answer(self, engine: Engine, n_predict: int) -> list[int]:
+        """Greedy tokens from where the engine is, until an end token or the end of a sentence.
 
         The last token is not computed: the engine stands before it.
         """
-        if not more:
-            engine.truncate(0)
-        engine.forward(prompt)
         tokens: list[int] = []
         while True:
             tokens.append(int(engine.logits().argmax()))
@@ -95,10 +116,39 @@ def check_length(model: EvalModel, n_tokens: int) -> None:
         raise UsageError(f"{n_tokens} tokens do not fit the context of this model, {most}", "give a smaller --length")
 
 
-def forced(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Floats]:
-    """Log-probabilities [n_vocab] after each of the tokens, which are given one by one after the prompt."""
+def start_of(engine: Engine, prompt: list[int]) -> Start:
+    """Compute a prompt but for its last tokens, and keep that for other engines."""
     engine.truncate(0)
-    engine.forward(prompt)
+    engine.forward(prompt[:-_OWN_TOKENS])
+    n_bytes = abi.llama.llama_state_seq_get_size(engine.context, 0)
+    state = (ctypes.c_uint8 * n_bytes)()
+    abi.llama.llama_state_seq_get_data(engine.context, state, n_bytes, 0)
+    return Start(prompt, state)
+
+
+def begin(engine: Engine, start: Start) -> None:
+    """Compute a prompt anew, or only its end where its beginning is known and the engine need not see all of it."""
+    engine.truncate(0)
+    known = start.prompt[:-_OWN_TOKENS]
+    if start.state is not None and not _needs_prompts(engine.settings.kv):
+        abi.llama.llama_state_seq_set_data(engine.context, start.state, len(start.state), 0)
+        engine.n_past = len(known)
+    elif known:
+        engine.forward(known)
+    engine.forward(start.prompt[-_OWN_TOKENS:])
+
+
+def _needs_prompts(kv: KvFilter | None) -> bool:
+    """Whether a filter looks at all of a prompt while it is computed, or has a place of its own for it."""
+    if kv is None:
+        return False
+    looks = kv.method == "heavy" or (kv.method == "omnikv" and kv.select in WINDOWED)
+    return looks or kv.store == "disk"
+
+
+def forced(engine: Engine, start: Start, tokens: Sequence[int]) -> Iterator[Floats]:
+    """Log-probabilities [n_vocab] after each of the tokens, which are given one by one after the prompt."""
+    begin(engine, start)
     for token in tokens:
         engine.forward([token])
         yield log_softmax(engine.logits())

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from profiler.kv_eval.methods import Method
-from profiler.kv_eval.model import EvalModel, check_length, divergence, forced, kept_share
+from profiler.kv_eval.methods import FULL, HEAVY, Method
+from profiler.kv_eval.model import EvalModel, Start, begin, check_length, divergence, forced, kept_share
 from profiler.kv_eval.needles import Trial, haystack, is_right, make_trials, place_fact
 from profiler.kv_eval.readers import ANSWER_TOKENS, Example, measure_of, read_examples, score, truncate_middle
 from profiler.kv_eval.rows import KvRow
@@ -20,6 +20,7 @@ from runtime.engine import Engine
 _ROOM = 64  # tokens of an answer, or of a second question and its answer
 _STEP = 256
 _FACTS = 4
+_HEAVY_PART = 5
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class QualityRun:
     # --- accuracy -----------------------------------------------------------------------------------------------
 
     def _accuracy(self, task: str, length: int) -> Iterator[KvRow]:
-        quality = self._quality
+        """Right answers; beside full attention also how many are right only with it, and only here."""
+        quality, encode = self._quality, self._model.tokenizer.encode
         trials = make_trials(
             task,
             length=length,
@@ -81,26 +83,35 @@ class QualityRun:
             count=self._model.count,
             seed=quality.seed,
         )
+        starts = self._model.starts([encode(trial.prompt) for trial in trials], _context(length))
+        with_full: list[bool] = []
         for method in self._methods:
-            right = dict.fromkeys(quality.depths, 0)
+            n = _trials_of(method, quality.trials)
+            right = []
             with self._model.engine(method.kv, _context(length)) as engine:
-                for trial in trials:
-                    right[trial.depth] += self._is_right(engine, trial)
+                for i, (trial, start) in enumerate(zip(trials, starts, strict=True)):
+                    right.append(i % quality.trials < n and self._is_right(engine, trial, start))
                     self._done += 1
                 share = kept_share(engine, length)
-            for depth in quality.depths:
-                found = {"task": task, "depth": depth, "n": quality.trials, "right": right[depth]}
-                yield self._row("accuracy", method, length, share, **found)
+            if method.name == FULL:
+                with_full = right
+            for i, depth in enumerate(quality.depths):
+                part = slice(i * quality.trials, i * quality.trials + n)
+                found = {"task": task, "depth": depth, "n": n, "right": sum(right[part])}
+                pairs = list(zip(with_full[part], right[part], strict=True)) if with_full else []
+                compared = {"lost": pairs.count((True, False)), "gained": pairs.count((False, True))}
+                yield self._row("accuracy", method, length, share, **found, **(compared if with_full else {}))
 
-    def _is_right(self, engine: Engine, trial: Trial) -> bool:
+    def _is_right(self, engine: Engine, trial: Trial, start: Start) -> bool:
         model, tokenizer = self._model, self._model.tokenizer
-        tokens = model.answer(engine, tokenizer.encode(trial.prompt), trial.n_predict)
+        begin(engine, start)
+        tokens = model.answer(engine, trial.n_predict)
         said = tokenizer.decode(tokens)
         if trial.follow_up:
             words = said.split(".")[0].split()
             second = trial.follow_up.format(words[-1] if words else "")
-            more = [*tokens[-1:], *tokenizer.encode(second, add_special=False)]
-            said = tokenizer.decode(model.answer(engine, more, trial.n_predict, more=True))
+            engine.forward([*tokens[-1:], *tokenizer.encode(second, add_special=False)])
+            said = tokenizer.decode(model.answer(engine, trial.n_predict))
         return is_right(said, trial.value)
 
     # --- divergence ---------------------------------------------------------------------------------------------
@@ -109,15 +120,17 @@ class QualityRun:
         """Held-out text given token by token: divergence from full attention, and the loss itself."""
         quality = self._quality
         texts = [self._text(length, i) for i in range(quality.texts)]
+        starts = self._model.starts([prompt for prompt, _ in texts], _context(length))
+        followings = [following for _, following in texts]
         full = []
         with self._model.engine(None, _context(length)) as engine:
-            for prompt, following in texts:
-                full.append([step.copy() for step in forced(engine, prompt, following[:-1])])
+            for start, following in zip(starts, followings, strict=True):
+                full.append(list(forced(engine, start, following[:-1])))
         for method in self._methods:
             kl, nll = [], []
             with self._model.engine(method.kv, _context(length)) as engine:
-                for (prompt, following), steps in zip(texts, full, strict=True):
-                    for i, step in enumerate(forced(engine, prompt, following[:-1])):
+                for start, following, steps in zip(starts, followings, full, strict=True):
+                    for i, step in enumerate(forced(engine, start, following[:-1])):
                         kl.append(divergence(steps[i], step))
                         nll.append(-float(step[following[i + 1]]))
                     self._done += 1
@@ -141,15 +154,16 @@ class QualityRun:
     def _files(self) -> Iterator[KvRow]:
         """Mean scores by task, prompts cut in the middle to example_tokens."""
         examples, most = self._quality.examples, self._quality.example_tokens
-        prompts = [self._prompt(example, most) for example in examples]
+        starts = self._model.starts([self._prompt(example, most) for example in examples], _context(most))
         for method in self._methods:
             scores: dict[str, list[float]] = {}
             shares = []
             with self._model.engine(method.kv, _context(most)) as engine:
-                for example, prompt in zip(examples, prompts, strict=True):
-                    said = self._model.tokenizer.decode(self._model.answer(engine, prompt, ANSWER_TOKENS))
+                for example, start in zip(examples, starts, strict=True):
+                    begin(engine, start)
+                    said = self._model.tokenizer.decode(self._model.answer(engine, ANSWER_TOKENS))
                     scores.setdefault(example.task, []).append(score(example, said))
-                    shares.append(kept_share(engine, len(prompt)))
+                    shares.append(kept_share(engine, len(start.prompt)))
                     self._done += 1
             for task, found in scores.items():
                 figures = {"task": task, "n": len(found), "score": float(np.mean(found))}
@@ -174,6 +188,11 @@ class QualityRun:
         if method.kv:
             fields |= {"layers": method.kv.layers, "wait": method.kv.wait, "select": method.kv.select}
         return KvRow(**{**fields, **figures, **self._passed})  # type: ignore[arg-type]
+
+
+def _trials_of(method: Method, n: int) -> int:
+    """Trials per depth: a fifth for heavy hitters, which look at every query of every prompt."""
+    return max(1, n // _HEAVY_PART) if method.name == HEAVY else n
 
 
 def _context(length: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from profiler.kv_eval.methods import HEAVY, OTHERS
 from profiler.kv_eval.rows import KvRow
 
 Table = list[list[str]]
@@ -21,7 +22,7 @@ def report(rows: Sequence[KvRow], pictures: Sequence[str] = ()) -> str:
         parts += _data(chosen(of_model, "data"))
     speed = chosen(rows, "speed")
     if speed:
-        parts += ["## Speed and memory", _speed(speed)]
+        parts += ["## Speed and memory", *_speed(speed)]
     if pictures:
         parts += ["## Pictures", *(f"![{name}]({name})" for name in pictures)]
     return "\n\n".join(parts) + "\n"
@@ -67,6 +68,8 @@ def _conditions(rows: Sequence[KvRow]) -> list[str]:
             f"Filter layers {layers}, wait {own.wait}, selector {own.select}. The percentage behind a method is the "
             "part of the prompt's rows that sparse layers attend to; KV is the part over all layers."
         )
+    if any(row.method == OTHERS for row in rows):
+        lines.append("Other filter layers were tried with the same wait and selector.")
     return [" ".join(lines)]
 
 
@@ -82,22 +85,28 @@ def _accuracy(rows: list[KvRow]) -> list[str]:
         for label in distinct(row.label for row in at):
             cells = [accuracy_of(r for r in at if r.label == label and r.depth == depth) for depth in depths]
             table.append([label, *(_percent(cell) for cell in cells)])
-        parts += [f"By depth: {task}, {longest} tokens, {at[0].n} answers per cell", markdown(table)]
+        parts += [f"By depth: {task}, {longest} tokens, {at[0].n} answers per cell of full attention", markdown(table)]
     return parts
 
 
 def _by_length(rows: list[KvRow]) -> str:
     """A line per method, a column per task and length."""
     columns = [(task, length) for task in distinct(r.task for r in rows) for length in sorted({r.length for r in rows})]
-    table = [["method", "KV", *(f"{task} {length}" for task, length in columns), "all"]]
+    table = [["method", "KV", *(f"{task} {length}" for task, length in columns), "all", "lost", "gained"]]
     for label in distinct(row.label for row in rows):
         own = [row for row in rows if row.label == label]
         cells = [accuracy_of(r for r in own if (r.task, r.length) == column) for column in columns]
         share = sum(row.kv_share for row in own) / len(own)
-        table.append([label, f"{share:.0%}", *(_percent(cell) for cell in cells), _percent(accuracy_of(own))])
+        changes = [sum(row.lost or 0 for row in own), sum(row.gained or 0 for row in own)]
+        counts = ["-", "-"] if all(row.lost is None for row in own) else [str(change) for change in changes]
+        table.append([label, f"{share:.0%}", *(_percent(cell) for cell in cells), _percent(accuracy_of(own)), *counts])
     first = [row for row in rows if row.label == rows[0].label]
-    counts = [f"{task} {length}: {_count(first, task, length)}" for task, length in columns]
-    return markdown(table) + "\n\nAnswers per cell: " + ", ".join(counts)
+    asked = [f"{task} {length}: {_count(first, task, length)}" for task, length in columns]
+    heavy = " (heavy hitters: a fifth of them)" if any(row.method == HEAVY for row in rows) else ""
+    return (
+        f"{markdown(table)}\n\nAnswers per cell{heavy}: {', '.join(asked)}. Lost: answers of all cells that are right "
+        "with full attention and not here; gained: the other way round."
+    )
 
 
 def _count(rows: list[KvRow], task: str, length: int) -> int:
@@ -134,26 +143,27 @@ def _data(rows: list[KvRow]) -> list[str]:
     return ["### Scores on files, %", markdown(table)]
 
 
-def _speed(rows: list[KvRow]) -> str:
-    contexts = sorted({row.length for row in rows})
-    titles: list[tuple[str, Callable[[KvRow], str]]] = [
-        ("ms", lambda row: _number(row.ms_per_token, 1)),
-        ("least", lambda row: _number(row.ms_least, 1)),
-        ("KV MB", lambda row: _number(row.kv_bytes and row.kv_bytes / 1e6, 0)),
-        ("anonymous MB", lambda row: _number(row.anonymous_bytes and row.anonymous_bytes / 1e6, 0)),
+def _speed(rows: list[KvRow]) -> list[str]:
+    """A table for every context."""
+    titles: dict[str, Callable[[KvRow], str]] = {
+        "ms": lambda row: _number(row.ms_per_token, 1),
+        "least": lambda row: _number(row.ms_least, 1),
+        "times faster": lambda row: _number(row.faster, 2),
+        "KV MB": lambda row: _number(row.kv_bytes and row.kv_bytes / 1e6, 0),
+        "anonymous MB": lambda row: _number(row.anonymous_bytes and row.anonymous_bytes / 1e6, 0),
+        "MB read": lambda row: _number(row.read_bytes and row.read_bytes / 1e6, 1),
+    }
+    parts = [
+        f"{rows[0].model}, random weights, all of them in memory, one process per line: ms of a decode pass (median "
+        f"and least of {rows[0].n}), keys and values in memory, anonymous memory of the process, bytes read per token. "
+        "Times faster: than full attention, both in one further process, one token of each in turns (median of the "
+        "ratios). The prompt's own attention saw its first 256 rows only, to have the rows quickly."
     ]
-    table = [["method", *(f"{context}: {title}" for context in contexts for title, _ in titles)]]
-    for label in distinct(row.label for row in rows):
-        cells = []
-        for context in contexts:
-            row = next((r for r in rows if r.label == label and r.length == context), None)
-            cells += [cell(row) if row else "-" for _, cell in titles]
-        table.append([label, *cells])
-    text = (
-        f"{rows[0].model}, all weights in memory, one process per figure: ms of a decode pass behind a prompt of so "
-        f"many tokens (median and least of {rows[0].n}), keys and values in memory, anonymous memory of the process."
-    )
-    return f"{text}\n\n{markdown(table)}"
+    for context in sorted({row.length for row in rows}):
+        at = [row for row in rows if row.length == context]
+        table = [["method", *titles], *([row.label, *(cell(row) for cell in titles.values())] for row in at)]
+        parts += [f"### Behind {context} tokens", markdown(table)]
+    return parts
 
 
 def _percent(value: float | None) -> str:

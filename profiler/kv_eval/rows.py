@@ -18,9 +18,10 @@ class KvRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A method on a task (accuracy, data), on held-out text (divergence), or at a context (speed).
 
     keep: part of the prompt's rows in sparse layers. kv_share: part of all keys and values of the prompt that a decode
-    pass attends to. right of n answers; score: mean over n of a task's own measure, 0 to 1. kl, nll: nats per token
-    over n tokens. ms_per_token: median of a decode pass; kv_bytes: keys and values in memory, anonymous_bytes: the
-    process's memory after decoding.
+    pass attends to. right of n answers; `lost` answers were right with full attention and are not here, `gained` ones
+    the other way round. score: mean over n of a task's own measure, 0 to 1. kl, nll: nats per token over n tokens.
+    ms_per_token: median of a decode pass; faster: than full attention, in turns in one process; kv_bytes: keys and
+    values in memory, anonymous_bytes: the process's memory after decoding, read_bytes: from a disk store per token.
     """
 
     suite: Suite
@@ -31,6 +32,7 @@ class KvRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     wait: int = 0
     select: str = ""
     store: str = ""
+    strategy: str = ""
     keep: float = 1.0
     kv_share: float = 1.0
     task: str = ""
@@ -38,14 +40,18 @@ class KvRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     depth: float = 0.0
     n: int = 0
     right: int = 0
+    lost: int | None = None
+    gained: int | None = None
     score: float | None = None
     kl: float | None = None
     nll: float | None = None
     ms_per_token: float | None = None
     ms_least: float | None = None
+    faster: float | None = None
     prefill_s: float | None = None
     kv_bytes: int | None = None
     anonymous_bytes: int | None = None
+    read_bytes: int | None = None
     seed: int = 0
     machine: DeviceInfo | None = None
     versions: dict[str, str] = {}

@@ -11,20 +11,42 @@ from pathlib import Path
 
 import msgspec
 
-from profiler.kv_eval.methods import FULL, OMNIKV
+from profiler.kv_eval.methods import COMPARED, FULL, OMNIKV
 from profiler.kv_eval.rows import KvRow
-from profiler.kv_eval.speed_run import Speed
+from profiler.kv_eval.speed_run import Speed, Turns
 from runtime.errors import EngineError
+from runtime.kv.options import DEFAULT_SELECT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE = "llama:layers=8,dim=1024,ffn=1024,heads=16,kv_heads=8,vocab=1024,ctx=131072"
 LAYERS, WAIT = (0,), 0  # weights are random: any filter layer is as good as another
+USUAL = "multi"
 _TIMEOUT_S = 3600
 
 
 @dataclass(frozen=True)
+class Way:
+    """How one row is measured: part of the prompt kept (0: full attention), store and strategy."""
+
+    keep: float = 0.0
+    store: str = ""
+    strategy: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name for people; the strategy is named where it is not the usual one."""
+        if not self.keep:
+            return FULL
+        return f"omnikv {self.keep:.0%}, {self.store}" + (f", {self.strategy}" if self.strategy != USUAL else "")
+
+
+@dataclass(frozen=True)
 class SpeedRun:
-    """Contexts in tokens, budgets (0: no filter) and stores that are measured."""
+    """Contexts in tokens, budgets, stores and the disk store's strategies that are measured.
+
+    Strategies other than the usual one are measured at one budget: the one that is compared everywhere, where it is
+    among the budgets.
+    """
 
     model: Path
     contexts: tuple[int, ...]
@@ -32,41 +54,64 @@ class SpeedRun:
     stores: tuple[str, ...]
     threads: int
     folder: str
+    strategies: tuple[str, ...] = (USUAL,)
+    select: str = DEFAULT_SELECT
     n_tokens: int = 32
     methods: tuple[str, ...] = (FULL, OMNIKV)
 
-    def ways(self) -> list[tuple[float, str]]:
-        """(keep, store) of every method; full attention has no store."""
-        every = [(0.0, ""), *((keep, store) for store in self.stores for keep in self.keeps)]
-        return [(keep, store) for keep, store in every if (OMNIKV if keep else FULL) in self.methods]
+    def ways(self) -> list[Way]:
+        """Every method; full attention has no store."""
+        every = [Way(), *(Way(keep, store, USUAL) for store in self.stores for keep in self.keeps)]
+        if "disk" in self.stores and self.keeps:
+            keep = COMPARED if COMPARED in self.keeps else self.keeps[0]
+            every += [Way(keep, "disk", name) for name in self.strategies if name != USUAL]
+        return [way for way in every if (OMNIKV if way.keep else FULL) in self.methods]
 
     def rows(self, passed: dict[str, object]) -> Iterator[KvRow]:
         """Rows as they are measured, contexts outside, methods inside. Raises EngineError."""
         for context in self.contexts:
-            for keep, store in self.ways():
-                found = self._measure(context, keep, store)
+            faster = self._turns(context)
+            for way in self.ways():
+                found = self._measure(context, way)
                 fields: dict[str, object] = {
                     "suite": "speed",
                     "model": self.model.name,
-                    "method": OMNIKV if keep else FULL,
-                    "label": f"omnikv {keep:.0%}, {store}" if keep else FULL,
-                    "layers": LAYERS if keep else (),
-                    "store": store,
-                    "keep": keep or 1.0,
+                    "method": OMNIKV if way.keep else FULL,
+                    "label": way.label,
+                    "layers": LAYERS if way.keep else (),
+                    "select": self.select if way.keep else "",
+                    "store": way.store,
+                    "strategy": way.strategy,
+                    "keep": way.keep or 1.0,
                     "length": context,
                     "n": self.n_tokens,
+                    "faster": faster.get(str(way.keep)) if way.store == "ram" else None,
                     **msgspec.to_builtins(found),
                 }
                 yield KvRow(**{**fields, **passed})  # type: ignore[arg-type]
 
-    def _measure(self, context: int, keep: float, store: str) -> Speed:
-        command: Sequence[str] = [sys.executable, "-m", "profiler.kv_eval.speed_run", str(self.model)]
+    def _turns(self, context: int) -> dict[str, float]:
+        """Budget -> times faster than full attention with everything in memory, where both are measured."""
+        if not {FULL, OMNIKV} <= set(self.methods) or "ram" not in self.stores or not self.keeps:
+            return {}
+        keeps = [part for keep in self.keeps for part in ("--keep", str(keep))]
+        return msgspec.json.decode(self._run(context, ["--turns", *keeps, *self._roles()]), type=Turns).faster
+
+    def _measure(self, context: int, way: Way) -> Speed:
+        store = ["--store", way.store, "--strategy", way.strategy, "--folder", self.folder]
+        kv = ["--keep", str(way.keep), *store, *self._roles()] if way.keep else []
+        return msgspec.json.decode(self._run(context, kv), type=Speed)
+
+    def _roles(self) -> list[str]:
+        return ["--layers", ",".join(map(str, LAYERS)), "--wait", str(WAIT), "--select", self.select]
+
+    def _run(self, context: int, flags: Sequence[str]) -> bytes:
+        """What a process of its own prints."""
+        command = [sys.executable, "-m", "profiler.kv_eval.speed_run", str(self.model)]
         sizes = ["--context", str(context), "--tokens", str(self.n_tokens), "--threads", str(self.threads)]
-        layers = ["--layers", ",".join(map(str, LAYERS)), "--wait", str(WAIT)]
-        kv = ["--keep", str(keep), "--store", store, "--folder", self.folder, *layers] if keep else []
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         done = subprocess.run(
-            [*command, *sizes, *kv],
+            [*command, *sizes, *flags],
             env={**os.environ, "PYTHONPATH": paths},
             capture_output=True,
             stdin=subprocess.DEVNULL,
@@ -76,4 +121,4 @@ class SpeedRun:
         if done.returncode != 0:
             lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
             raise EngineError(f"the measurement at {context} tokens failed: {lines[-1]}", "give a smaller --context")
-        return msgspec.json.decode(done.stdout, type=Speed)
+        return done.stdout

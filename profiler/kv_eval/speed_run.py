@@ -1,6 +1,8 @@
-"""One method at one context: times of decode passes and memory, as one JSON object.
+"""Times of decode passes at one context, as one JSON object, in a process of its own.
 
-A process of its own (`python -m profiler.kv_eval.speed_run`), so that its memory is its own.
+`python -m profiler.kv_eval.speed_run` measures one method, with its memory; with --turns full attention and the filter
+at several budgets are open side by side and decode one token each in turns, so that they share whatever else the
+machine does.
 """
 
 from __future__ import annotations
@@ -8,12 +10,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 
-from profiler.kv_eval.model import EvalModel
-from runtime.kv.options import KvFilter
+from profiler.kv_eval.model import EvalModel, begin, start_of
+from profiler.kv_eval.short_prompt import short_attention
+from runtime.engine import Engine
+from runtime.kv.options import DEFAULT_SELECT, KvFilter, parse_layers, parse_strategy
 from runtime.sizes import MB
 
 _WARM = 4
@@ -22,13 +28,20 @@ _BUDGET = 10**6 * MB  # all weights stay in memory: attention is measured, not t
 
 
 class Speed(msgspec.Struct, frozen=True):
-    """Times in ms or s, bytes of keys and values and of the process's anonymous memory after decoding."""
+    """Times in ms or s, bytes of keys and values, of the process's anonymous memory after decoding, read per token."""
 
     ms_per_token: float
     ms_least: float
     prefill_s: float
     kv_bytes: int
     anonymous_bytes: int
+    read_bytes: int
+
+
+class Turns(msgspec.Struct, frozen=True):
+    """Budget -> how many times faster than full attention: median over the tokens of the ratio of both times."""
+
+    faster: dict[str, float]
 
 
 def main() -> None:
@@ -38,41 +51,87 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep", type=float, default=0.0, help="0: no filter")
-    parser.add_argument("--layers", type=str, default="")
+    parser.add_argument("--keep", type=float, action="append", default=[], help="none: no filter")
+    parser.add_argument("--layers", default="auto")
     parser.add_argument("--wait", type=int, default=1)
+    parser.add_argument("--select", default=DEFAULT_SELECT)
     parser.add_argument("--store", default="ram")
+    parser.add_argument("--strategy", default="multi")
     parser.add_argument("--folder", default="")
+    parser.add_argument("--turns", action="store_true")
     flags = parser.parse_args()
-    kv = None
-    if flags.keep:
-        layers = tuple(int(layer) for layer in flags.layers.split(",") if layer)
-        kv = KvFilter(layers=layers, wait=flags.wait, keep=flags.keep, store=flags.store, folder=flags.folder, tail=256)
-    print(msgspec.json.encode(measure(flags.model, kv, flags.context, flags.tokens, flags.threads)).decode())
+    strategy, threshold = parse_strategy(flags.strategy)
+    filters = [
+        KvFilter(
+            layers=parse_layers(flags.layers),
+            wait=flags.wait,
+            keep=keep,
+            select=flags.select,
+            store=flags.store,
+            strategy=strategy,
+            lazy_threshold=threshold,
+            folder=flags.folder,
+            tail=256,
+        )
+        for keep in flags.keep
+    ]
+    run = Run(flags.model, flags.context, flags.tokens, flags.threads)
+    found = run.turns(filters) if flags.turns else run.measure(filters[0] if filters else None)
+    print(msgspec.json.encode(found).decode())
 
 
-def measure(path: Path, kv: KvFilter | None, context: int, n_tokens: int, threads: int) -> Speed:
-    """Times of n_tokens decode passes behind a prompt of `context` tokens. Raises H2OError."""
-    model = EvalModel(path, n_threads=threads, budget_bytes=_BUDGET)
-    try:
-        n_ctx = -(-(context + n_tokens + _WARM) // 256) * 256
-        with model.engine(kv, n_ctx) as engine:
+class Run:
+    """n_tokens decode passes behind a prompt of `context` tokens."""
+
+    def __init__(self, path: Path, context: int, n_tokens: int, threads: int) -> None:
+        self._path, self._context, self._n_tokens, self._threads = path, context, n_tokens, threads
+        self._n_ctx = -(-(context + n_tokens + _WARM) // 256) * 256
+
+    def measure(self, kv: KvFilter | None) -> Speed:
+        """Times and memory of one method. Raises H2OError."""
+        with ExitStack() as stack:
+            engine = self._open(stack, kv)
             start = time.perf_counter()
-            engine.forward([_token(i, engine.n_vocab) for i in range(context)])
+            with short_attention(engine):
+                engine.forward(self._prompt(engine))
             prefill_s = time.perf_counter() - start
-            times = []
-            for i in range(_WARM + n_tokens):
-                start = time.perf_counter()
-                engine.forward([_token(7 * i, engine.n_vocab)])
-                times.append(1000 * (time.perf_counter() - start))
+            times = [self._decode(engine, i) for i in range(_WARM + self._n_tokens)][_WARM:]
             if engine.kv:
-                kv_bytes = int(engine.kv.figures()["bytes_in_memory"])
+                figures = engine.kv.figures()
+                kv_bytes, read_bytes = int(figures["bytes_in_memory"]), int(figures["bytes_read_per_token"])
             else:
-                kv_bytes = engine.ledger.kv_bytes * (context + n_tokens + _WARM) // n_ctx
-            times = times[_WARM:]
-            return Speed(statistics.median(times), min(times), prefill_s, kv_bytes, _anonymous_bytes())
-    finally:
-        model.close()
+                kv_bytes, read_bytes = engine.ledger.kv_bytes * engine.n_past // self._n_ctx, 0
+            return Speed(
+                statistics.median(times), min(times), prefill_s, kv_bytes, _anonymous_bytes(), read_bytes=read_bytes
+            )
+
+    def turns(self, filters: Sequence[KvFilter]) -> Turns:
+        """Full attention and filters, one token of each in turns. Raises H2OError."""
+        with ExitStack() as stack:
+            full = self._open(stack, None)
+            with short_attention(full):
+                start = start_of(full, self._prompt(full))
+            engines = [full, *(self._open(stack, kv) for kv in filters)]
+            for engine in engines:
+                begin(engine, start)
+            rounds = [[self._decode(engine, i) for engine in engines] for i in range(_WARM + self._n_tokens)][_WARM:]
+        ratios = [statistics.median(times[0] / times[1 + i] for times in rounds) for i in range(len(filters))]
+        return Turns({str(kv.keep): ratio for kv, ratio in zip(filters, ratios, strict=True)})
+
+    def _open(self, stack: ExitStack, kv: KvFilter | None) -> Engine:
+        """An engine on a model of its own: engines with all weights in memory cannot share one."""
+        model = EvalModel(self._path, n_threads=self._threads, budget_bytes=_BUDGET)
+        stack.callback(model.close)
+        return stack.enter_context(model.engine(kv, self._n_ctx))
+
+    def _prompt(self, engine: Engine) -> list[int]:
+        return [_token(i, engine.n_vocab) for i in range(self._context)]
+
+    def _decode(self, engine: Engine, i: int) -> float:
+        """Milliseconds of one token."""
+        start = time.perf_counter()
+        engine.forward([_token(7 * i, engine.n_vocab)])
+        return 1000 * (time.perf_counter() - start)
 
 
 def _token(i: int, n_vocab: int) -> int:

@@ -16,6 +16,7 @@ WINDOW = 16  # queries that "uniform" and "exp" look back
 READERS = 4
 LAZY_THRESHOLD = 0.4
 DEFAULT_KEEP = 0.1
+DEFAULT_SELECT = "last"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class KvFilter:
     layers: tuple[int, ...] = ()
     wait: int = 1
     keep: float | int = DEFAULT_KEEP
-    select: str = "last"
+    select: str = DEFAULT_SELECT
     store: str = "ram"
     strategy: str = "multi"
     lazy_threshold: float = LAZY_THRESHOLD
