@@ -217,14 +217,14 @@ def _speed_rows(wanted: Wanted, passed: dict[str, object]) -> Iterator[KvRow]:
     import platformdirs
 
     from profiler.bench.make_model import make_model
-    from profiler.kv_eval.speed import SHAPE, SpeedRun
+    from profiler.kv_eval.speed import FILE_TYPE, SHAPE, SpeedRun
 
     folder = Path(platformdirs.user_cache_path("h2o")) / "models"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "kv-8-layers-16-heads.gguf"
+    path = folder / f"kv-8-layers-16-heads-{FILE_TYPE}.gguf"
     if not path.exists():
         note(f"writing {path.name}")
-        make_model(SHAPE, path)
+        make_model(SHAPE, path, file_type=FILE_TYPE)
     stores = Path(store_folder())
     stores.mkdir(parents=True, exist_ok=True)
     run = SpeedRun(

@@ -108,11 +108,11 @@ def test_report():
     rows = [
         row(n=4, right=3, lost=1, gained=0, task="needle", length=512, depth=0.5, kv_share=0.4),
         row(n=4, right=1, task="needle", length=512, depth=0.9, kv_share=0.4),
-        row(suite="speed", ms_per_token=1.5, faster=1.25, length=1024, n=32, kv_bytes=2 * 10**6),
+        row(suite="speed", ms_per_token=1.5, faster=1.25, faster_again=1.5, length=1024, n=32, kv_bytes=2 * 10**6),
     ]
     text = report(rows)
     assert "| omnikv 10% | 40% | 50 | 50 | 1 | 0 |" in text
     assert "| omnikv 10% | 75 | 25 |" in text
-    assert "| omnikv 10% | 1.5 | - | 1.25 | 2 | - | - |" in text
+    assert "| omnikv 10% | 1.5 | - | 1.25 (1.50) | - (-) | 2 | - | - |" in text
     assert accuracy_of([]) is None
     assert markdown([["a", "b"], ["c", "d"]]).splitlines()[1] == "|---|---:|"

@@ -20,7 +20,8 @@ class KvRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     keep: part of the prompt's rows in sparse layers. kv_share: part of all keys and values of the prompt that a decode
     pass attends to. right of n answers; `lost` answers were right with full attention and are not here, `gained` ones
     the other way round. score: mean over n of a task's own measure, 0 to 1. kl, nll: nats per token over n tokens.
-    ms_per_token: median of a decode pass; faster: than full attention, in turns in one process; kv_bytes: keys and
+    ms_per_token: median of a decode pass; faster: than full attention, in turns in one process,
+    with the same token again and again, and both with one thread instead of `threads`; kv_bytes: keys and
     values in memory, anonymous_bytes: the process's memory after decoding, read_bytes: from a disk store per token.
     """
 
@@ -47,7 +48,11 @@ class KvRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     nll: float | None = None
     ms_per_token: float | None = None
     ms_least: float | None = None
+    threads: int = 0
     faster: float | None = None
+    faster_again: float | None = None
+    faster_one_thread: float | None = None
+    faster_again_one_thread: float | None = None
     prefill_s: float | None = None
     kv_bytes: int | None = None
     anonymous_bytes: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from runtime.kv.options import DEFAULT_SELECT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE = "llama:layers=8,dim=1024,ffn=1024,heads=16,kv_heads=8,vocab=1024,ctx=131072"
+FILE_TYPE = "q4_0"
 LAYERS, WAIT = (0,), 0  # weights are random: any filter layer is as good as another
 USUAL = "multi"
 _TIMEOUT_S = 3600
@@ -70,7 +71,7 @@ class SpeedRun:
     def rows(self, passed: dict[str, object]) -> Iterator[KvRow]:
         """Rows as they are measured, contexts outside, methods inside. Raises EngineError."""
         for context in self.contexts:
-            faster = self._turns(context)
+            turns = {threads: self._turns(context, threads) for threads in {1, self.threads}}
             for way in self.ways():
                 found = self._measure(context, way)
                 fields: dict[str, object] = {
@@ -85,30 +86,31 @@ class SpeedRun:
                     "keep": way.keep or 1.0,
                     "length": context,
                     "n": self.n_tokens,
-                    "faster": faster.get(str(way.keep)) if way.store == "ram" else None,
+                    "threads": self.threads,
+                    **(_faster(turns, way, self.threads) if way.store == "ram" and way.keep else {}),
                     **msgspec.to_builtins(found),
                 }
                 yield KvRow(**{**fields, **passed})  # type: ignore[arg-type]
 
-    def _turns(self, context: int) -> dict[str, float]:
-        """Budget -> times faster than full attention with everything in memory, where both are measured."""
+    def _turns(self, context: int, threads: int) -> Turns | None:
+        """Filters beside full attention with everything in memory, where both are measured."""
         if not {FULL, OMNIKV} <= set(self.methods) or "ram" not in self.stores or not self.keeps:
-            return {}
+            return None
         keeps = [part for keep in self.keeps for part in ("--keep", str(keep))]
-        return msgspec.json.decode(self._run(context, ["--turns", *keeps, *self._roles()]), type=Turns).faster
+        return msgspec.json.decode(self._run(context, threads, ["--turns", *keeps, *self._roles()]), type=Turns)
 
     def _measure(self, context: int, way: Way) -> Speed:
         store = ["--store", way.store, "--strategy", way.strategy, "--folder", self.folder]
         kv = ["--keep", str(way.keep), *store, *self._roles()] if way.keep else []
-        return msgspec.json.decode(self._run(context, kv), type=Speed)
+        return msgspec.json.decode(self._run(context, self.threads, kv), type=Speed)
 
     def _roles(self) -> list[str]:
         return ["--layers", ",".join(map(str, LAYERS)), "--wait", str(WAIT), "--select", self.select]
 
-    def _run(self, context: int, flags: Sequence[str]) -> bytes:
+    def _run(self, context: int, threads: int, flags: Sequence[str]) -> bytes:
         """What a process of its own prints."""
         command = [sys.executable, "-m", "profiler.kv_eval.speed_run", str(self.model)]
-        sizes = ["--context", str(context), "--tokens", str(self.n_tokens), "--threads", str(self.threads)]
+        sizes = ["--context", str(context), "--tokens", str(self.n_tokens), "--threads", str(threads)]
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         done = subprocess.run(
             [*command, *sizes, *flags],
@@ -122,3 +124,14 @@ class SpeedRun:
             lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
             raise EngineError(f"the measurement at {context} tokens failed: {lines[-1]}", "give a smaller --context")
         return done.stdout
+
+
+def _faster(turns: Mapping[int, Turns | None], way: Way, threads: int) -> dict[str, float]:
+    """The fields of a row that compare it with full attention, in turns."""
+    fields: dict[str, float] = {}
+    keep = str(way.keep)
+    for n_threads, name in ((threads, ""), (1, "_one_thread")):
+        found = turns[n_threads]
+        if found:
+            fields |= {f"faster{name}": found.faster[keep], f"faster_again{name}": found.faster_again[keep]}
+    return fields
