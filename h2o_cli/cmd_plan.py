@@ -99,6 +99,10 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("--show writes no plan", "leave out -m and --set, or --show")
     if live and (show or by_hand):
         raise UsageError("--live finds the plan by itself", "leave out --set and --show, or --live")
+    if explain and (show or by_hand):
+        raise UsageError("--explain shows what the planner compared", "leave out --show and --set, or --explain")
+    if predict < -1:
+        raise UsageError(f"-n {predict} is not possible", "give 0 or more, or -1 for no limit")
     if ctx is not None and ctx < 1:
         raise UsageError(f"--ctx {ctx} is not possible", "give 1 or more")
     flags = flag.KvFlags(

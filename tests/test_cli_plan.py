@@ -219,6 +219,9 @@ def test_plan_by_hand(plan_json, profile, plan_file):
         (("--ctx", "0"), 2, "--ctx 0"),
         (("--show", "-m", "300"), 2, "--show writes no plan"),
         (("--layout", "round"), 2, "there is no layout"),
+        (("--show", "--explain"), 2, "--explain shows what the planner compared"),
+        (("--set", "2,1", "--explain"), 2, "--explain shows what the planner compared"),
+        (("-n", "-2"), 2, "-n -2 is not possible"),
     ],
     ids=str,
 )

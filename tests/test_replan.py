@@ -286,7 +286,7 @@ def live(plan_file, profile_path, capsys, monkeypatch):
         plans.append(write_plan(path, plan))
         return plans[-1]
 
-    monkeypatch.setattr("h2o_cli.cmd_plan.write_plan", write)
+    monkeypatch.setattr("h2o_cli.plan_live.write_plan", write)
 
     def call(*flags):
         code = cli.run_command(["plan", "--live", "-c", str(profile_path), "-s", str(plan_file), *map(str, flags)])
@@ -365,7 +365,7 @@ def test_live_leaves_a_foreign_plan_alone(live, process, plan_file, monkeypatch)
         write_plan(path, FOREIGN)
         return written
 
-    monkeypatch.setattr("h2o_cli.cmd_plan.write_plan", write_two)
+    monkeypatch.setattr("h2o_cli.plan_live.write_plan", write_two)
     code, _, err = live()
     assert code == 1
     assert "another plan was written" in err
