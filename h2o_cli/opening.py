@@ -21,6 +21,7 @@ from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, Usage
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import head_start
 from runtime.hollow import HollowModel
+from runtime.ledger import POSITION_BYTES
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan
@@ -42,7 +43,6 @@ HARMLESS_BYTES = 64 * MB
 CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
 WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
-POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
 SPECULATE = ("auto", "off")
 AUTO = "auto"
 GUESSED_DRAFT_BYTES = 32 * MB  # of a draft model beside its weights, until it is open
@@ -427,6 +427,7 @@ def _choose(model: OpenModel, options: RunOptions, settings: Settings) -> Chosen
 def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layout: Layout | None) -> Plan | None:
     """The planner's choice; None where the profile's figures say that the budget is too small (the engine decides)."""
     from planner.choose import choose_exactly
+    from planner.kv import KvUse
 
     try:
         return choose_exactly(
@@ -435,6 +436,7 @@ def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layou
             ctx_tokens=settings.n_ctx,
             ubatch_tokens=min(LEAST_UBATCH, settings.n_ubatch),
             layout=layout,
+            kv=KvUse(settings.kv_type, settings.kv),
         )
-    except BudgetError:
+    except (BudgetError, ProfileError):
         return None

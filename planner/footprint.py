@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from planner.kv import KvUse, kv_needs, padded
 from profiler.model_profile import ModelProfile
 from runtime.errors import BudgetError
+from runtime.ledger import POSITION_BYTES
 from runtime.sizes import MB, format_size
-
-POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
 
 
 @dataclass(frozen=True)

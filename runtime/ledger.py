@@ -8,6 +8,7 @@ from runtime.errors import BudgetError
 from runtime.sizes import MB, PAGE, format_size
 
 MARGIN_BYTES = 8 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
+POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
 SAMPLER_BYTES_PER_TOKEN = 16  # llama.cpp's candidate list: token id, logit, probability per vocabulary entry
 
 

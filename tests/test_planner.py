@@ -11,13 +11,14 @@ from test_model_profile import make_profile
 from planner.arms import Arm, h2o_arms, pinned_per_unit, whole_layers
 from planner.choose import choose
 from planner.exact import best_arm, best_source_arm
-from planner.footprint import POSITION_BYTES, measure_footprint, streamable_bytes
+from planner.footprint import measure_footprint, streamable_bytes
 from planner.kv import KvUse
 from planner.simulator import limit_s, source_token_ms, token_s
 from profiler.model_profile import KvLayer, KvProfile
 from profiler.source_format import SourceProfile, import_source, load_source
 from runtime.errors import BudgetError, ProfileError, UsageError
 from runtime.kv.options import KvFilter
+from runtime.ledger import POSITION_BYTES
 from runtime.plan import Layout
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
@@ -217,7 +218,8 @@ def test_footprint_of_windowed_layers_and_a_filter():
     assert smaller.filter_bytes == 1024 * 2 * 4 + 1024 * 192 + 2 * 2**20  # the slot of one layer's prompt is larger
     in_memory = measure_footprint(profile, 1000, 50, KvUse("q8_0", replace(options, store="ram", tail=1)))
     assert in_memory.kv_bytes == (34 + 68) * 4 * 1024
-    assert in_memory.filter_bytes == 1024 * 2 * 4 + 2 * (4096 + 4096)  # 25 rows of 34 and of 68 bytes: a page each
+    # 25 rows of 34 and of 68 bytes are a page each, and a page is for rows on their way
+    assert in_memory.filter_bytes == 1024 * 2 * 4 + 2 * (4096 + 4096) + 4096
 
 
 def test_kv_that_cannot_be():
