@@ -82,6 +82,7 @@ class Engine:
         self.n_vocab = self._context.n_vocab
         self._ledgers = {long: self._fixed_ledger(long=long) for long in (True, False)}
         self._long = True  # memory is laid out for a prompt, not for the next token
+        self._fits = False  # weights and what a prompt needs, both at once
         try:
             self.apply(plan)
             if settings.prefetch_input:
@@ -155,9 +156,8 @@ class Engine:
         """Share out what the budget leaves for weights in passes of the kind at hand."""
         fixed, total = self._ledgers[self._long], streamable_bytes(self.file)
         window, limit = window_bytes(self.file, plan), total
-        everything = False
+        self._fits = not plan.budget_bytes or plan.budget_bytes >= self._ledgers[True].fixed_bytes + total
         if plan.budget_bytes:
-            everything = plan.budget_bytes >= self._ledgers[True].fixed_bytes + total
             left = plan.budget_bytes - fixed.fixed_bytes
             if left >= total:
                 window, limit = 0, total
@@ -173,7 +173,7 @@ class Engine:
         self._store.apply(resident, window)
         largest = smallest_window(self.file, resident)
         self.nodes.watch_all(
-            repack=self.settings.repack and streamed == 0 and (everything or not plan.budget_bytes),
+            repack=self.settings.repack and streamed == 0 and self._fits,
             boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)),
         )
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
@@ -209,9 +209,12 @@ class Engine:
         return pass_sizes(n_tokens, min(self.settings.n_ubatch, self.settings.n_ctx), self._context.n_tokens)
 
     def _prepare(self, n_tokens: int) -> None:
-        """Lay the memory out for passes of at most n_tokens: weights make room for a prompt, and come back after it."""
+        """Lay the memory out for passes of at most n_tokens: weights make room for a prompt, and come back after it.
+
+        Where there is room for both, what a prompt was computed in stays for the next one.
+        """
         long = n_tokens > max(SHORT_PASS, self.settings.n_logits)
-        if long != self._long:
+        if long != self._long and not (self._fits and self.streamed_bytes == 0):
             self._long = long
             if not long:
                 self._context.drop_scratch()

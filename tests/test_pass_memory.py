@@ -90,3 +90,19 @@ def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
         assert opened.ledger.total_bytes <= budget
         assert opened.ledger.resident_bytes < after.resident_bytes
         assert opened.plan_changes == 1
+
+
+def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
+    with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_ubatch=256, n_ctx=1024) as opened:
+        buffers = opened._context.buffers
+        scratch = [region for region in buffers.regions if region not in buffers._cleared]
+        opened.forward(PROMPT[:256])
+        used = touched_bytes(scratch)
+        opened.forward([5])
+        assert touched_bytes(scratch) >= used > opened._pass_memory.compute(long=False)
+        assert opened.ledger.total_bytes <= 1000 * MB
+        smaller = opened.fixed_bytes + streamable_bytes(opened.file) // 2
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=smaller))
+        opened.forward([5])
+        assert touched_bytes(scratch) <= opened._pass_memory.compute(long=False)
+        assert opened.ledger.total_bytes <= smaller
