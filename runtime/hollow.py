@@ -22,6 +22,7 @@ from runtime.model_file import ModelFile
 _ZEROS_BYTES = 16 * 2**20
 _LOAD_MODE_NONE = 0
 _CHUNK = 2**20
+_CACHE_LINE = 64  # ggml aligns to 32 bytes: what comes behind an odd number of tokens is then read across two lines
 
 
 def _header_copy(path: os.PathLike[str], header_bytes: int, file_bytes: int) -> int:
@@ -158,14 +159,16 @@ class ContextBuffers:
         self._alloc = abi.AllocBuffer(self._alloc_buffer)
         self._clear = abi.Clear(self._clear_buffer)
         self._init = abi.InitTensor(self._init_tensor)
+        self._alignment = abi.GetAlignment(lambda _: _CACHE_LINE)
 
     def __enter__(self) -> ContextBuffers:
-        self._original = self._type.alloc_buffer
+        self._original = self._type.alloc_buffer, self._type.get_alignment
         self._type.alloc_buffer = ctypes.cast(self._alloc, ctypes.c_void_p)
+        self._type.get_alignment = ctypes.cast(self._alignment, ctypes.c_void_p)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._type.alloc_buffer = self._original
+        self._type.alloc_buffer, self._type.get_alignment = self._original
         for address in self._buffers:
             abi.Buffer.from_address(address).init_tensor = None  # not for every node of every graph
 

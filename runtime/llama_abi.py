@@ -132,6 +132,7 @@ SRC_BYTES = 80
 unpack_src = struct.Struct("10Q").unpack
 
 AllocBuffer = ctypes.CFUNCTYPE(POINTER, POINTER, ctypes.c_size_t)
+GetAlignment = ctypes.CFUNCTYPE(ctypes.c_size_t, POINTER)
 GetBase = ctypes.CFUNCTYPE(POINTER, POINTER)
 InitTensor = ctypes.CFUNCTYPE(ctypes.c_int, POINTER, POINTER)
 FreeBuffer = ctypes.CFUNCTYPE(None, POINTER)
