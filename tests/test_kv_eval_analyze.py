@@ -90,7 +90,7 @@ def test_a_short_text(bundled_model, tmp_path, capsys):
 
 
 def candidate(dense, kl):
-    return Candidate((1,), 0, "last", dense, 0.5, kl)
+    return Candidate((1,), 0, "last", dense, 0.5, kl=kl)
 
 
 def test_the_cheapest_that_is_good_enough():

@@ -31,7 +31,7 @@ def choice(**changes):
         "layer_numbers": (0, 1, 2),
         "similarity": ((1.0, 0.5, 0.5),) * 3,
         "curves": {3: (0.6, 0.7, 1.0)},
-        "candidates": (Candidate((1,), 0, "softmax", 2 / 3, 0.9, 0.01),),
+        "candidates": (Candidate((1,), 0, "softmax", 2 / 3, 0.9, n_prompts=2, kl=0.01, same=0.5),),
         "versions": {},
     }
     return LayerChoice(**{**fields, **changes})
