@@ -95,6 +95,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     The plan goes into the plan file; `h2o run` takes it over, also while it is running.
     """
+    flags = flag.KvFlags.of(locals())
     if show and (by_hand or memory):
         raise UsageError("--show writes no plan", "leave out -m and --set, or --show")
     if live and (show or by_hand):
@@ -105,20 +106,6 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(f"-n {predict} is not possible", "give 0 or more, or -1 for no limit")
     if ctx is not None and ctx < 1:
         raise UsageError(f"--ctx {ctx} is not possible", "give 1 or more")
-    flags = flag.KvFlags(
-        on=kv_filter,
-        layers=kv_layers,
-        wait=kv_wait,
-        keep=kv_keep,
-        select=kv_select,
-        store=kv_store,
-        sinks=kv_sinks,
-        recent=kv_recent,
-        block=kv_block,
-        strategy=kv_strategy,
-        method=kv_method,
-        config=kv_config,
-    )
     options = PlanOptions(
         budget_bytes=parse_size(memory) if memory else 0,
         plan_file=plan_file or default_plan_path(),

@@ -150,22 +150,9 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     The text goes to standard output as it comes, everything else to standard error.
     """
+    flags = kv.KvFlags.of(locals())
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
     text = _prompt_text(prompt, file, dash)
-    flags = kv.KvFlags(
-        on=kv_filter,
-        layers=kv_layers,
-        wait=kv_wait,
-        keep=kv_keep,
-        select=kv_select,
-        store=kv_store,
-        sinks=kv_sinks,
-        recent=kv_recent,
-        block=kv_block,
-        strategy=kv_strategy,
-        method=kv_method,
-        config=kv_config,
-    )
     config = read_kv_config(kv_config)
     options = RunOptions(
         model=resolve_model(model or (config.model if config else None)),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +88,12 @@ class KvFlags:
     strategy: str | None = None
     method: str | None = None
     config: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> KvFlags:
+        """From the parameters of a command: kv_filter, kv_layers, kv_wait, ..."""
+        names = [field.name for field in fields(cls) if field.name != "on"]
+        return cls(on=given["kv_filter"], **{name: given[f"kv_{name}"] for name in names})
 
 
 @dataclass(frozen=True)

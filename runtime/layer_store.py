@@ -241,7 +241,8 @@ class LayerStore:
         """The pass is over (or was ended early: not complete). Pieces that no node used leave the stream."""
         self.computed()
         with self._lock:
-            if complete and self._pass not in self._passes_without_head:
+            whole = complete and self._pass not in self._passes_without_head
+            if whole and len(self._resident) < len(self._order):
                 self._order[self._place :] = [n for n in self._order[self._place :] if n in self._resident]
             self._passes_without_head.discard(self._pass)
             if not complete:

@@ -53,6 +53,7 @@ class Nodes:
         self.callback = abi.EvalCallback(self._on_node)
         self._store = store
         self._weights = _index(file, addresses, tables)
+        self._tables = [(weight, weight.table) for weight in self._weights if weight.table]
         self._active: dict[int, Weight] = {}  # weights that are not in memory for good
         self._tiled: dict[int, Weight] = {}
         self._skipped: dict[int, int] = {}
@@ -108,14 +109,14 @@ class Nodes:
             self.stop = self.kv.end_pass(complete=complete) or self.stop
 
     def _fetch_rows(self, tokens: Sequence[int]) -> None:
-        for weight in self._weights:
-            if not weight.table or (weight.pieces and weight.address not in self._active):
+        for weight, table in self._tables:
+            if weight.pieces and weight.address not in self._active:
                 continue
             if weight.pieces and all(self._store.is_resident(piece) for piece in weight.pieces):
-                abi.Tensor.from_address(weight.address).data = self._store.home(weight.table.tensor.name).data
+                abi.Tensor.from_address(weight.address).data = self._store.home(table.tensor.name).data
             else:
-                weight.table.fetch(tokens, self._store)
-                abi.Tensor.from_address(weight.address).data = weight.table.data
+                table.fetch(tokens, self._store)
+                abi.Tensor.from_address(weight.address).data = table.data
 
     # --- llama.cpp calls back -----------------------------------------------------------------------------------
 
