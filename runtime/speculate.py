@@ -212,7 +212,7 @@ class Gauge:
             return math.inf
         compute = self._compute_s.value / self._pass_s.value
         drafting = self._drafting.value if self._drafting else compute * self._relative_cost
-        return max(1.0, compute * (1 + self._growth.value * n)) + drafting * n
+        return 1 + (compute * self._growth.value + drafting) * n  # as if computing never overlapped with reading
 
 
 class Speculation:

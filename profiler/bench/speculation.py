@@ -106,6 +106,7 @@ def measure(
         )
         for mode, flags in MODES.items()
     }
+    budgets[OFF] = budgets[LOOKUP] = max(budgets[OFF], budgets[LOOKUP])  # compared in pairs: as much memory for both
     for i, text in enumerate(texts):
         for repeat in range(repeats if text.kind == PLAIN else 1):
             modes = list(MODES) if repeat == 0 else [OFF, LOOKUP]
