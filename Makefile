@@ -24,15 +24,15 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# Profile, plan and run of the bundled model in the smallest budget that `h2o inspect` names for its whole context.
+# Profile, plan and run of the bundled model in the smallest budget that the profile names for its whole context.
 # The profile goes to the ignored folder build/.
 demo: export H2O_PROFILES := $(CURDIR)/build/profiles
 demo: setup
-	@budget=$$($(BIN)/h2o inspect $(MODEL) --json | $(BIN)/python -c \
-	  'import json, sys; print(json.load(sys.stdin)["floor_bytes"] // 10**6)') && \
-	show() { printf '\n$$ h2o'; for a; do case $$a in *' '*) a="\"$$a\"";; esac; printf ' %s' "$$a"; done; echo; \
+	@show() { printf '\n$$ h2o'; for a; do case $$a in *' '*) a="\"$$a\"";; esac; printf ' %s' "$$a"; done; echo; \
 	  $(BIN)/h2o "$$@"; } && \
 	show profile $(MODEL) && \
+	budget=$$($(BIN)/h2o inspect $(MODEL) --json | $(BIN)/python -c \
+	  'import json, sys; print(-(-json.load(sys.stdin)["floor_bytes"] // 10**6) + 1)') && \
 	show plan $(MODEL) -m $$budget && \
 	show run $(MODEL) -m $$budget -p "$(PROMPT)" -n 60 --ctx 512 --temp 0
 
