@@ -121,7 +121,7 @@ def parts_of(file: ModelFile) -> dict[str, dict[str, Any]]:
     """Bytes, number of tensors and types of each part. A tied head is the embedding's own tensor."""
     head = [] if file.tied_head else [file.head.pieces[0].tensor]
     parts = {
-        "layers": [piece.tensor for layer in file.layers for piece in layer.pieces],
+        "layers": [tensor for layer in file.layers for tensor in _matrices(layer)],
         "head": head,
         "embedding": list(file.row_tables),
         "always resident": list(file.small_tensors),
@@ -136,9 +136,14 @@ def _layer_facts(layer: Layer) -> dict[str, Any]:
     return {
         "bytes": layer_bytes(layer),
         "resident_bytes": sum(info.n_bytes for info in layer.small),
-        "tensors": len(layer.pieces) + len(layer.small),
-        "types": types_of(piece.tensor for piece in layer.pieces),
+        "tensors": len(_matrices(layer)) + len(layer.small),
+        "types": types_of(_matrices(layer)),
     }
+
+
+def _matrices(layer: Layer) -> list[TensorInfo]:
+    """The tensors of a layer's pieces; a large one is several pieces."""
+    return list({piece.tensor.name: piece.tensor for piece in layer.pieces}.values())
 
 
 # --- for people -----------------------------------------------------------------------------------------------------

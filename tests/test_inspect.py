@@ -3,8 +3,9 @@ import json
 import pytest
 from broken_models import BROKEN
 
-from h2o_cli import models
+from h2o_cli import cmd_inspect, models
 from h2o_cli.main import run_command
+from runtime import model_file
 from runtime.errors import ModelError
 from runtime.model_file import ModelFile
 
@@ -53,6 +54,16 @@ def test_a_tied_head_is_counted_once(tiny_model, capsys):
     assert found["parts"]["head"]["bytes"] == 0
     assert sum(p["bytes"] for p in found["parts"].values()) == sum(t.n_bytes for t in ModelFile.open(path).tensors)
     assert "the embedding" in inspect(capsys, path)[1]
+
+
+def test_a_matrix_in_tiles_is_counted_once(tiny_model, monkeypatch):
+    path = tiny_model("llama")
+    whole = cmd_inspect.parts_of(ModelFile.open(path))
+    monkeypatch.setattr(model_file, "TILED_BYTES", 2**14)
+    monkeypatch.setattr(model_file, "TILE_BYTES", 2**14)
+    tiled = ModelFile.open(path)
+    assert len(tiled.layers[0].pieces) > 8
+    assert cmd_inspect.parts_of(tiled) == whole
 
 
 def test_mixed_quantisation_is_shown(stories, capsys):
