@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 # Profile, plan and run of the bundled model in the smallest budget that the profile names for its whole context.
-# The profile goes to the ignored folder build/.
+# Profile and plan go to the ignored folder build/: nothing that runs later follows them.
 demo: export H2O_PROFILES := $(CURDIR)/build/profiles
 demo: setup
 	@show() { printf '\n$$ h2o'; for a; do case $$a in *' '*) a="\"$$a\"";; esac; printf ' %s' "$$a"; done; echo; \
@@ -33,8 +33,8 @@ demo: setup
 	show profile $(MODEL) && \
 	budget=$$($(BIN)/h2o inspect $(MODEL) --json | $(BIN)/python -c \
 	  'import json, sys; print(-(-json.load(sys.stdin)["floor_bytes"] // 10**6) + 1)') && \
-	show plan $(MODEL) -m $$budget && \
-	show run $(MODEL) -m $$budget -p "$(PROMPT)" -n 60 --ctx 512 --temp 0
+	show plan $(MODEL) -m $$budget -s build/plan.bin && \
+	show run $(MODEL) -m $$budget -s build/plan.bin -p "$(PROMPT)" -n 60 --ctx 512 --temp 0
 
 test: setup
 	$(BIN)/python -m pytest

@@ -15,7 +15,7 @@ from runtime.memory import Region
 from runtime.own_graph import OwnGraph, describe, operate
 
 _ELEMENT_BYTES = 4  # rows are copied as 32-bit numbers, whatever they are
-_F32, _I32, _I64 = 0, 26, 27
+_I32, _I64 = 26, 27  # types of ggml
 _COPY = "a copy of keys and values"
 
 
