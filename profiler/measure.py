@@ -237,8 +237,8 @@ class Measurement:
     def _advance(self, done_s: float) -> None:
         self._done_s = done_s
         self.share = min(1.0 if done_s == self._total_s else 0.99, done_s / self._total_s)
-        self._check()
         self._progress(self.share)
+        self._check()
 
     def _check(self) -> None:
         if self._cancelled:
