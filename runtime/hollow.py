@@ -1,8 +1,9 @@
 """Load a model into llama.cpp without its weights, and create a context whose buffers are ours.
 
-llama.cpp reads a memory file that holds the real header and, behind it, a hole; the weight buffers it asks for are
-address space that we hand out. After the load touching a weight that nobody has placed is a fault, never a wrong
-number. `weights` gives the address of every ggml_tensor by name: a weight is present once its `data` points at bytes.
+llama.cpp maps a memory file that holds the real header and ends behind it, and copies weights from that mapping into
+buffers that are address space of ours: copies that we leave out. So loading reads no weights and touches no pages for
+them, however large the model is. Afterwards touching a weight that nobody has placed is a fault, never a wrong number.
+`weights` gives the address of every ggml_tensor by name: a weight is present once its `data` points at bytes.
 """
 
 from __future__ import annotations
@@ -10,57 +11,85 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime import llama_abi as abi
 from runtime.errors import EngineError, ModelError
-from runtime.memory import Region, forget_peak, trim_heap, view
+from runtime.memory import Region, trim_heap, view
 from runtime.model_file import ModelFile
 
-_ZEROS_BYTES = 16 * 2**20
-_LOAD_MODE_NONE = 0
+_LOAD_MODE_MMAP = 1
 _CHUNK = 2**20
 _CACHE_LINE = 64  # ggml aligns to 32 bytes: what comes behind an odd number of tokens is then read across two lines
 
 
-def _header_copy(path: os.PathLike[str], header_bytes: int, file_bytes: int) -> int:
-    """A memory file with the header of path and a hole of the right size behind it."""
-    fd = os.memfd_create("h2o-header", os.MFD_CLOEXEC)
-    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for offset in range(0, header_bytes, _CHUNK):
-            os.write(fd, os.pread(source, min(_CHUNK, header_bytes - offset), offset))
-        os.ftruncate(fd, file_bytes)
-    finally:
-        os.close(source)
-    return fd
+class _HeaderCopies:
+    """Memory files with the headers of a model's files, at first as long as those are: llama.cpp checks that."""
+
+    def __init__(self, model: ModelFile) -> None:
+        self._ends = model.data_offsets
+        self._fds: list[int] = []
+        self.paths: list[bytes] = []
+        for path, header_bytes, file_bytes in zip(model.paths, model.data_offsets, model.file_sizes, strict=True):
+            fd = os.memfd_create("h2o-header", os.MFD_CLOEXEC)
+            self._fds.append(fd)
+            self.paths.append(f"/proc/self/fd/{fd}".encode())
+            source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for offset in range(0, header_bytes, _CHUNK):
+                    os.write(fd, os.pread(source, min(_CHUNK, header_bytes - offset), offset))
+                os.ftruncate(fd, file_bytes)
+            finally:
+                os.close(source)
+
+    def cut(self) -> None:
+        """End the files behind their headers: mapping them fills no more memory."""
+        for fd, end in zip(self._fds, self._ends, strict=True):
+            os.ftruncate(fd, end)
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
 
 
 class _WeightBuffers:
-    """The buffer type that gives llama.cpp address space instead of memory, and learns every weight's address."""
+    """The buffer type that gives llama.cpp address space instead of memory, and learns every weight's address.
 
-    def __init__(self) -> None:
+    `begin` is called when the model's files were opened and are not mapped yet.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
         self.regions: list[Region] = []
         self.buffers: list[int] = []
         self.weights: dict[str, list[int]] = {}
-        self._zeros = os.memfd_create("h2o-zeros", os.MFD_CLOEXEC)
-        os.ftruncate(self._zeros, _ZEROS_BYTES)
+        self._begin: Callable[[], None] | None = begin
+        self._name_text = ctypes.create_string_buffer(b"h2o")
+        self._name = abi.GetName(self._get_name)
         self._alloc = abi.AllocBuffer(self._alloc_buffer)
         self._init = abi.InitTensor(self._init_tensor)
         self._base = abi.GetBase(self._get_base)
+        self._set = abi.SetTensor(lambda *_: None)
         self.type = abi.BufferType()
         source = abi.ggml_backend_cpu_buffer_type()
         ctypes.memmove(ctypes.addressof(self.type), source, ctypes.sizeof(abi.BufferType))
+        self.type.get_name = ctypes.cast(self._name, ctypes.c_void_p)
         self.type.alloc_buffer = ctypes.cast(self._alloc, ctypes.c_void_p)
+
+    def _get_name(self, _buffer_type: int) -> int:
+        """llama.cpp asks for the name whenever it has chosen this type for a weight."""
+        if self._begin:
+            self._begin()
+            self._begin = None
+        return ctypes.addressof(self._name_text)
 
     def _alloc_buffer(self, buffer_type: int, n_bytes: int) -> int:
         region = Region(n_bytes)
-        region.map_file(self._zeros, _ZEROS_BYTES)
         address = abi.ggml_backend_cpu_buffer_from_ptr(region.address, n_bytes)
         buffer = abi.Buffer.from_address(address)
         buffer.init_tensor = ctypes.cast(self._init, ctypes.c_void_p)
+        buffer.set_tensor = ctypes.cast(self._set, ctypes.c_void_p)
         buffer.get_base = ctypes.cast(self._base, ctypes.c_void_p)
         buffer.buft = buffer_type
         self.regions.append(region)
@@ -79,7 +108,6 @@ class _WeightBuffers:
         """After the load: every weight not placed by us is a fault."""
         for region in self.regions:
             region.forbid()
-        os.close(self._zeros)
 
     def free(self) -> None:
         for region in self.regions:
@@ -90,18 +118,15 @@ class HollowModel:
     """A llama_model whose weights are placed by us. `weights`: name -> addresses of its ggml_tensor structs."""
 
     def __init__(self, model: ModelFile) -> None:
-        self._buffers = _WeightBuffers()
+        headers = _HeaderCopies(model)
+        self._buffers = _WeightBuffers(headers.cut)
         self.weights = self._buffers.weights
-        files = zip(model.paths, model.data_offsets, model.file_sizes, strict=True)
-        fds = [_header_copy(path, start, size) for path, start, size in files]
         try:
-            self.pointer = self._load(model, [f"/proc/self/fd/{fd}".encode() for fd in fds])
+            self.pointer = self._load(model, headers.paths)
         finally:
-            for fd in fds:
-                os.close(fd)
+            headers.close()
             self._buffers.seal()
         trim_heap()
-        forget_peak()
 
     def _load(self, model: ModelFile, paths: Sequence[bytes]) -> Any:
         overrides = (abi.BufferTypeOverride * 2)()
@@ -109,7 +134,7 @@ class HollowModel:
         overrides[0].buft = ctypes.addressof(self._buffers.type)
         parameters = abi.llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        parameters.load_mode = _LOAD_MODE_NONE
+        parameters.load_mode = _LOAD_MODE_MMAP
         parameters.use_extra_bufts = False
         parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         abi.take_log()

@@ -132,9 +132,11 @@ SRC_BYTES = 80
 unpack_src = struct.Struct("10Q").unpack
 
 AllocBuffer = ctypes.CFUNCTYPE(POINTER, POINTER, ctypes.c_size_t)
+GetName = ctypes.CFUNCTYPE(POINTER, POINTER)
 GetAlignment = ctypes.CFUNCTYPE(ctypes.c_size_t, POINTER)
 GetBase = ctypes.CFUNCTYPE(POINTER, POINTER)
 InitTensor = ctypes.CFUNCTYPE(ctypes.c_int, POINTER, POINTER)
+SetTensor = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, ctypes.c_size_t, ctypes.c_size_t)
 FreeBuffer = ctypes.CFUNCTYPE(None, POINTER)
 Clear = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_uint8)
 EvalCallback = llama.ggml_backend_sched_eval_callback

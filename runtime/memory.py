@@ -7,7 +7,6 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from runtime.errors import EngineError
@@ -76,12 +75,6 @@ class Region:
         """Give the whole pages inside [start, end) back; they read as zeros afterwards."""
         drop_pages(self.address + start, self.address + end)
 
-    def map_file(self, fd: int, n_bytes: int) -> None:
-        """Lay the first n_bytes of fd over this region again and again (for the hollow load only)."""
-        for start in range(0, self.n_bytes, n_bytes):
-            part = min(n_bytes, self.n_bytes - start)
-            _mmap(self.address + start, part, _PROT_RW, mmap.MAP_SHARED | _MAP_FIXED, fd)
-
     def forbid(self) -> None:
         """Make every access a fault, and give all pages back."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
@@ -131,12 +124,6 @@ def resident_bytes_outside(ranges: Iterable[tuple[int, int]]) -> int:
                 i = bisect_right(starts, start) - 1
                 counted = not (i >= 0 and end <= ours[i][1])
     return total
-
-
-def forget_peak() -> None:
-    """Start the high-water mark anew: address space mapped to one file many times over counts many times in it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -92,15 +91,6 @@ def test_huge_pages_only_where_whole_ones_fit(n_bytes):
     region.free()
 
 
-def test_a_file_laid_over_a_region_again_and_again(region):
-    with tempfile.TemporaryFile() as file:
-        file.write(b"a" * PAGE + b"b" * 2 * PAGE)
-        file.flush()
-        region.map_file(file.fileno(), 3 * PAGE)
-    content = bytes(view(region.address, region.n_bytes)[::PAGE])
-    assert content == b"abbabbab"
-
-
 def test_forbidden_memory_is_given_back_and_cannot_be_touched(region):
     view(region.address, region.n_bytes)[:] = b"x" * region.n_bytes
     region.forbid()
@@ -136,14 +126,7 @@ def test_what_is_written_counts_and_what_is_freed_does_not():
     memory.trim_heap()
 
 
-def test_the_peak_can_start_anew():
-    region = Region(64 * MIB)
-    region.use_huge_pages(0)
-    view(region.address, region.n_bytes)[::PAGE] = b"x" * (region.n_bytes // PAGE)
-    region.free()
-    before = memory._status_bytes("VmHWM")
-    memory.forget_peak()
-    assert memory._status_bytes("VmHWM") <= before - 32 * MIB
+def test_a_key_that_is_not_there():
     assert memory._status_bytes("NoSuchKey") == 0
 
 
