@@ -19,7 +19,7 @@ from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_b
 from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
-from runtime.head_start import head_start
+from runtime.head_start import Weights, head_start
 from runtime.hollow import HollowModel
 from runtime.ledger import POSITION_BYTES
 from runtime.model_file import ModelFile
@@ -36,7 +36,6 @@ from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from profiler.model_profile import ModelProfile
-    from runtime.layer_store import LayerStore
 
 CONTEXT_STEP = 256
 HARMLESS_BYTES = 64 * MB
@@ -121,7 +120,7 @@ class OpenModel:
     def __init__(self, options: RunOptions, note: Callable[[str], None]) -> None:
         """Begin to read the weights, and load llama.cpp's side meanwhile."""
         start = time.perf_counter()
-        self.store: LayerStore | None = None
+        self.weights: Weights | None = None
         with interrupts.held():
             self.file = ModelFile.open(options.model)
             self.profile = _profile(self.file, note)
@@ -132,11 +131,11 @@ class OpenModel:
             settings = replace(settings, draft_bytes=_expected_draft_bytes(self.file, options))
             plan = _choose(self, options, settings).plan
             plan = replace(plan, budget_bytes=max(0, plan.budget_bytes - settings.draft_bytes))
-            self.store = head_start(self.file, plan, settings)
+            self.weights = head_start(self.file, plan, settings)
             try:
                 self.hollow = HollowModel(self.file)
             except H2OError:
-                self.store.close()
+                self.weights.close()
                 raise
         try:
             self.tokenizer = Tokenizer(self.hollow, self.file)
@@ -156,15 +155,15 @@ class OpenModel:
         """Rows of the model's table of positions; practically unlimited where it has none."""
         return _n_positions(self.file)
 
-    def take_store(self) -> LayerStore | None:
-        """The store that reads already; it is the engine's from now on."""
-        store, self.store = self.store, None
-        return store
+    def take_weights(self) -> Weights | None:
+        """The weights that are being read already; they are the engine's from now on."""
+        weights, self.weights = self.weights, None
+        return weights
 
     def close(self) -> None:
         """Free the model."""
-        if self.store:
-            self.store.close()
+        if self.weights:
+            self.weights.close()
         self.hollow.free()
 
 
@@ -272,7 +271,7 @@ def _check_context(n_ctx: int, budget_bytes: int) -> None:
 def _open_engine(model: OpenModel, plan: Plan, settings: Settings, note: Callable[[str], None]) -> Engine:
     """The engine; a budget too small for the logits of several positions leaves look-up out."""
     try:
-        return Engine(model.file, model.hollow, plan, settings, note, model.take_store())
+        return Engine(model.file, model.hollow, plan, settings, note, model.take_weights())
     except BudgetError:
         if settings.n_logits == 1 or settings.draft_bytes:
             raise

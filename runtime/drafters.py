@@ -11,6 +11,7 @@ from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
 from runtime.engine import Engine
 from runtime.errors import H2OError, ModelError
+from runtime.head_start import Weights
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
 from runtime.model_file import ModelFile
@@ -18,6 +19,7 @@ from runtime.plan import Plan
 from runtime.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import FULL_TILES, Settings
+from runtime.small_tensors import SmallTensors
 
 LONGEST, SHORTEST = 3, 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -138,8 +140,10 @@ class DraftModel:
         settings = replace(settings, n_logits=1, n_ubatch=min(FULL_TILES, settings.n_ubatch))
         whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
         try:
-            self._store = _LateStore(file, WeightFiles(file.paths, settings.io_mode), depth=settings.depth)
-            self.engine = Engine(file, self.hollow, whole, settings, note, self._store)
+            files = WeightFiles(file.paths, settings.io_mode)
+            self._store = _LateStore(file, files, depth=settings.depth)
+            weights = Weights(self._store, SmallTensors(file, files))
+            self.engine = Engine(file, self.hollow, whole, settings, note, weights)
         except H2OError:
             self.hollow.free()
             raise

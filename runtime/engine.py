@@ -15,9 +15,8 @@ from runtime import llama_abi as abi
 from runtime.context import Context
 from runtime.embedding import RowTable
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
-from runtime.head_start import open_store
+from runtime.head_start import Weights, open_weights
 from runtime.hollow import HollowModel
-from runtime.layer_store import LayerStore
 from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger
 from runtime.memory import resident_bytes_outside
 from runtime.model_file import ModelFile
@@ -27,7 +26,6 @@ from runtime.plan import Plan
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS, Settings
 from runtime.sizes import page_down
-from runtime.small_tensors import SmallTensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,25 +57,26 @@ class Engine:
         plan: Plan,
         settings: Settings,
         note: Callable[[str], None] = print,
-        store: LayerStore | None = None,
+        weights: Weights | None = None,
     ) -> None:
-        """Take over a store that is reading already (see head_start), or begin to read now."""
+        """Take over weights that are being read already (see head_start), or begin to read now."""
         self.file, self.settings, self.plan = file, settings, plan
         self.n_past = 0
         self.plan_changes = 0
         self.counters = Counters()
         self._note = note
         self._model = model
-        self._store = store or open_store(file, settings)
-        self._small = SmallTensors(file, model, self._store.files)
+        self._weights = weights or open_weights(file, settings)
+        self._weights.small.place(model)
+        self._store = self._weights.store
         self._tables = [RowTable(t, t.n_bytes) for t in file.row_tables]
         self.nodes = Nodes(file, model.weights, self._tables, self._store, settings.n_threads)
         self.kv: Filter | None = None
         try:
             self._open_context(plan)
         except BaseException:
-            self._store.close()
-            self._free_weights()
+            self._weights.close()
+            self._close_nodes()
             raise
         self.n_vocab = self._context.n_vocab
         self._ledgers = {long: self._fixed_ledger(long=long) for long in (True, False)}
@@ -317,12 +316,11 @@ class Engine:
 
     def close(self) -> None:
         """Free the context and all weights. The hollow model stays its owner's."""
-        self._store.close()
+        self._weights.close()
         self._close_context()
-        self._free_weights()
+        self._close_nodes()
 
-    def _free_weights(self) -> None:
+    def _close_nodes(self) -> None:
         self.nodes.close()
-        self._small.free()
         for table in self._tables:
             table.free()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from runtime.aligned_io import WeightFiles
 from runtime.layer_store import LayerStore
@@ -12,28 +12,47 @@ from runtime.plan import Plan
 from runtime.residency import resident_pieces, streamable_bytes, window_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB, page_down
+from runtime.small_tensors import SmallTensors
 
 _GUESSED_PROCESS_BYTES = 80 * MB
 _GUESSED_HEADER_COPIES = 9  # llama.cpp's vocabulary takes about this many times its bytes in the file
 
 
-def open_store(file: ModelFile, settings: Settings) -> LayerStore:
-    """The store of a model's weights; nothing is read yet."""
+@dataclass
+class Weights:
+    """A model's weights, as they come from the disk."""
+
+    store: LayerStore
+    small: SmallTensors
+
+    def close(self) -> None:
+        """Stop reading and free everything; no model may compute with them afterwards."""
+        self.store.close()
+        self.small.free()
+
+
+def open_weights(file: ModelFile, settings: Settings) -> Weights:
+    """The small tensors, and a store that reads nothing yet. Raises DiskError."""
     files = WeightFiles(file.paths, settings.io_mode, file.file_sizes)
-    return LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
+    try:
+        small = SmallTensors(file, files)  # many short reads, each of which would wait for the long ones of the stream
+    except BaseException:
+        files.close()
+        raise
+    return Weights(LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth), small)
 
 
-def head_start(file: ModelFile, plan: Plan, settings: Settings) -> LayerStore:
-    """A store that reads already while llama.cpp is still loading vocabulary and header.
+def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
+    """Weights that are being read while llama.cpp is still loading vocabulary and header.
 
-    What the process will take is not measured yet, so it reads into what a careful guess leaves of the plan's budget;
-    the engine then extends that to the exact figure.
+    What the process will take is not measured yet, so they are read into what a careful guess leaves of the plan's
+    budget; the engine then extends that to the exact figure.
     """
-    store = open_store(file, settings)
+    weights = open_weights(file, settings)
     guess = _GUESSED_PROCESS_BYTES + _GUESSED_HEADER_COPIES * sum(file.data_offsets) + MARGIN_BYTES
     window = page_down(window_bytes(file, plan))
     limit = plan.budget_bytes - guess - window
     if limit > 0 and limit < streamable_bytes(file):
         plan = replace(plan, pinned_bytes=limit)
-        store.apply(resident_pieces(file, plan, limit), window)
-    return store
+        weights.store.apply(resident_pieces(file, plan, limit), window)
+    return weights

@@ -18,6 +18,7 @@ from runtime.aligned_io import WeightFiles
 from runtime.errors import EngineError
 from runtime.homes import Home
 from runtime.loads import Chunk, Load
+from runtime.memory import touch
 from runtime.model_file import ModelFile, Piece
 from runtime.ring import Ring
 from runtime.sizes import PAGE, page_down
@@ -53,7 +54,7 @@ class LayerStore:
         self._surprised = False  # a piece of this pass was not used where _order has it
         self._load_pass = 0
         self._load_place = 0
-        self._in_flight = 0
+        self._flying: list[Chunk] = []  # what readers are reading just now
         self._paused = True
         self._closing = False
         self._error: BaseException | None = None
@@ -74,18 +75,20 @@ class LayerStore:
 
         Called between two passes. What is no longer wanted is freed before anything new is loaded; new residents
         arrive with the next pass. When there is no address space for them the plan in force stays (EngineError).
+        Reads under way go on, those aside that have no place in the new plan.
         """
         with self._lock:
             self._paused = True
             try:
-                while self._in_flight:
+                same_ring = window_bytes == self.window_bytes
+                while any(c.load and not _has_place(c.load, wanted, same_ring) for c in self._flying):
                     self._arrived.wait(_POLL_S)
                 self._expect_residents(wanted)
                 ring = self._ring
-                if window_bytes != self.window_bytes:
+                if not same_ring:
                     ring = Ring(window_bytes) if window_bytes else None
                 self._drop_homes(wanted)
-                self._drop_loads(wanted, ring is self._ring)
+                self._drop_loads(wanted, same_ring)
                 if self._ring and ring is not self._ring:
                     self._ring.free()
                 self._wanted, self._ring = wanted, ring
@@ -110,7 +113,7 @@ class LayerStore:
         """Forget what was read, or is going to be, for a place that the new plan does not have."""
         for number, load in list(self._loads.items()):
             load.pass_number = self._pass
-            if not (same_ring if load.slot else number in wanted):
+            if not _has_place(load, wanted, same_ring):
                 del self._loads[number]
         left = set(map(id, self._loads.values()))
         self._queue = deque(chunk for chunk in self._queue if chunk.load is None or id(chunk.load) in left)
@@ -196,7 +199,7 @@ class LayerStore:
         for load in list(self._loads.values()):
             if load.slot and not load.asked:
                 self._drop(load)
-        if not self._start(piece) and not self._in_flight:
+        if not self._start(piece) and not self._flying:
             raise EngineError("the streaming window is smaller than one tensor", "raise -m")
 
     def _check(self) -> None:
@@ -232,7 +235,7 @@ class LayerStore:
         """Wait until the readers have filled the window and rest, then call `then`: a wait, too (for measuring)."""
         start = time.perf_counter()
         with self._lock:
-            while not self._error and (self._queue or self._in_flight or self._start_load()):
+            while not self._error and (self._queue or self._flying or self._start_load()):
                 self._arrived.wait(_POLL_S)
         then()
         self.wait_s += time.perf_counter() - start
@@ -298,19 +301,21 @@ class LayerStore:
                 chunk = self._next_chunk()
                 if chunk is None:
                     return
-                self._in_flight += 1
+                self._flying.append(chunk)
             error: BaseException | None = None
             try:
                 self._read(chunk)
             except BaseException as caught:  # noqa: BLE001 - handed to the computing thread, which raises it
                 error = caught
             with self._lock:
-                self._in_flight -= 1
+                self._flying.remove(chunk)
                 self._finish(chunk, error)
                 self._arrived.notify_all()
 
     def _read(self, chunk: Chunk) -> None:
         start = time.perf_counter()
+        if chunk.load:
+            touch(chunk.address, chunk.n_bytes)
         self.files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
         if LayerStore.read_observer:
             LayerStore.read_observer(chunk.offset, chunk.n_bytes, start, time.perf_counter())
@@ -441,3 +446,8 @@ class LayerStore:
         for home in self._homes.values():
             home.free()
         self.files.close()
+
+
+def _has_place(load: Load, wanted: frozenset[int], same_ring: bool) -> bool:
+    """Whether a load's place is there under a plan that keeps `wanted` resident, and the same ring or another one."""
+    return same_ring if load.slot else load.piece.number in wanted

@@ -20,7 +20,7 @@ class Load:
     asked: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """One read request. load is None for reads outside the stream (embedding rows)."""
 

@@ -16,6 +16,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 HUGE_PAGE = 2 * 2**20
@@ -36,6 +37,18 @@ def _mmap(address: int | None, n_bytes: int, prot: int, flags: int, fd: int = -1
             f"the system gave no address space ({n_bytes} bytes: {reason})", "lower -m or raise `ulimit -v`"
         )
     return int(found)
+
+
+def touch(address: int, n_bytes: int) -> None:
+    """Have the huge pages there of a range that is to be read into; its first and last page may be in use already.
+
+    Pages that a read finds missing are made under a lock that every allocation of the process waits for; what a thread
+    touches itself is not. A byte is set to zero in each of them.
+    """
+    first, end = address + PAGE, address + n_bytes - PAGE
+    if first < end:
+        for place in (first, *range(-(-(first + 1) // HUGE_PAGE) * HUGE_PAGE, end, HUGE_PAGE)):
+            _libc.memset(place, 0, 1)
 
 
 def drop_pages(start: int, end: int) -> None:

@@ -13,24 +13,29 @@ from runtime.sizes import PAGE, page_down, page_up
 class SmallTensors:
     """Norms, biases and tables outside the layers: read once, always there."""
 
-    def __init__(self, file: ModelFile, model: HollowModel, files: WeightFiles) -> None:
-        tensors = [t for t in file.small_tensors if t.name in model.weights]
-        offsets, end = [], 0
-        for info in tensors:
-            offsets.append(end)
+    def __init__(self, file: ModelFile, files: WeightFiles) -> None:
+        """Read them. Raises DiskError."""
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for info in file.small_tensors:
+            self._offsets[info.name] = end
             end += -(-info.n_bytes // 64) * 64
         self._region = Region(end or PAGE)
         self._region.use_huge_pages(0)
-        self._read(tensors, offsets, files)
-        for info, offset in zip(tensors, offsets, strict=True):
-            for address in model.weights[info.name]:
+        self._read(sorted(file.small_tensors, key=lambda info: (info.file, info.offset)), files)
+
+    def place(self, model: HollowModel) -> None:
+        """Point the model's tensors at them."""
+        for name, offset in self._offsets.items():
+            for address in model.weights.get(name, ()):
                 abi.Tensor.from_address(address).data = self._region.address + offset
 
-    def _read(self, tensors: list[TensorInfo], offsets: list[int], files: WeightFiles) -> None:
+    def _read(self, tensors: list[TensorInfo], files: WeightFiles) -> None:
         """Through a bounce buffer, neighbours in the file together."""
         bounce = Region(2 * 2**20)
         have = (-1, 0, 0)  # file and range now in the bounce buffer
-        for info, offset in sorted(zip(tensors, offsets, strict=True), key=lambda t: (t[0].file, t[0].offset)):
+        for info in tensors:
+            offset = self._offsets[info.name]
             done = 0
             while done < info.n_bytes:
                 place = info.offset + done

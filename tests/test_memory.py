@@ -91,6 +91,19 @@ def test_huge_pages_only_where_whole_ones_fit(n_bytes):
     region.free()
 
 
+@pytest.mark.parametrize(("start", "n_pages"), [(0, 1), (0, 2), (1, 3), (3, 700), (510, 1030)])
+def test_touching_leaves_the_first_and_the_last_page_alone(start, n_pages):
+    region = Region(4 * HUGE_PAGE)
+    region.use_huge_pages(0)
+    address = region.address + start * PAGE
+    memory.touch(address, n_pages * PAGE)
+    edges = [(address, address + PAGE), (address + (n_pages - 1) * PAGE, address + n_pages * PAGE)]
+    assert bytes_in_memory(edges) == 0
+    touched = {start + 1} | {page for page in range(0, 2048, 512) if start < page < start + n_pages - 1}
+    assert bytes_in_memory([region.range]) == PAGE * len(touched if n_pages > 2 else ())
+    region.free()
+
+
 def test_forbidden_memory_is_given_back_and_cannot_be_touched(region):
     view(region.address, region.n_bytes)[:] = b"x" * region.n_bytes
     region.forbid()
