@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime import llama_abi as abi
@@ -92,13 +92,27 @@ class Context:
         pointer = abi.llama.llama_get_logits_ith(self.pointer, i - self._n_outputs if i >= 0 else i)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
+    def align_scratch(self, n_bytes: int) -> None:
+        """Give ggml n_bytes for products' inputs (touched lazily) that begin at a cache line, before its first pass.
+
+        What it takes itself begins 16 bytes behind a page: then half of all vector loads span two lines, and a prompt
+        in f16 takes 2 % longer. It frees this memory like its own, and takes other memory where this is too little.
+        """
+        for backend in self._backends():
+            address = abi.aligned_alloc(abi.CACHE_LINE, n_bytes) if not backend.work_data else None
+            if address:
+                backend.work_data, backend.work_size = address, n_bytes
+
     def drop_scratch(self) -> None:
         """Give back the memory the last pass computed in. Its logits are gone; keys and values stay."""
         self.buffers.drop_scratch()
-        for i in range(abi.ggml_backend_sched_get_n_backends(self._scheduler)):
-            backend = abi.cpu_backend(abi.ggml_backend_sched_get_backend(self._scheduler, i))
+        for backend in self._backends():
             if backend.work_data:
                 drop_pages(backend.work_data, backend.work_data + backend.work_size)
+
+    def _backends(self) -> Iterator[abi.CpuBackend]:
+        for i in range(abi.ggml_backend_sched_get_n_backends(self._scheduler)):
+            yield abi.cpu_backend(abi.ggml_backend_sched_get_backend(self._scheduler, i))
 
     def close(self) -> None:
         """Free it; the model stays its owner's."""

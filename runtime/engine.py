@@ -100,6 +100,7 @@ class Engine:
         while True:
             self._context = Context(self._model, self.settings, n_tokens, self.nodes.callback)
             self._pass_memory = PassMemory(self.file, self.settings, self._context)
+            self._context.align_scratch(self._pass_memory.scratch_bytes)
             try:
                 self.kv = self.nodes.kv = self._open_filter()
             except H2OError:

@@ -22,7 +22,6 @@ from runtime.model_file import ModelFile
 
 _LOAD_MODE_MMAP = 1
 _CHUNK = 2**20
-_CACHE_LINE = 64  # ggml aligns to 32 bytes: what comes behind an odd number of tokens is then read across two lines
 
 
 class _HeaderCopies:
@@ -184,7 +183,8 @@ class ContextBuffers:
         self._alloc = abi.AllocBuffer(self._alloc_buffer)
         self._clear = abi.Clear(self._clear_buffer)
         self._init = abi.InitTensor(self._init_tensor)
-        self._alignment = abi.GetAlignment(lambda _: _CACHE_LINE)
+        # with ggml's 32 bytes what comes behind an odd number of tokens is read across two lines
+        self._alignment = abi.GetAlignment(lambda _: abi.CACHE_LINE)
 
     def __enter__(self) -> ContextBuffers:
         self._original = self._type.alloc_buffer, self._type.get_alignment

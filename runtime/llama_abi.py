@@ -36,6 +36,11 @@ if hasattr(_libc, "mallopt"):
     _libc.mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
 
+CACHE_LINE = 64
+aligned_alloc = _libc.aligned_alloc
+aligned_alloc.restype, aligned_alloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_size_t]
+
+
 def _bindings() -> tuple[Any, Path, str]:
     """llama-cpp-python's ctypes bindings alone, their folder and version.
 

@@ -37,6 +37,11 @@ class PassMemory:
             buffer = min(buffer, logits + int(share * max(0, buffer - logits)) + MB // 4)
         return buffer + logits + self._work_bytes(n_tokens if long else min(n_tokens, SHORT_PASS))
 
+    @property
+    def scratch_bytes(self) -> int:
+        """More than ggml's scratch takes in the longest pass."""
+        return page_up(2 * self._work_bytes(self.context.n_tokens) + MB)
+
     def _work_bytes(self, n_tokens: int) -> int:
         """ggml's scratch for a product: the input in the type the weights are multiplied with."""
         tensors = (piece.tensor for layer in self.file.layers for piece in layer.pieces)

@@ -65,6 +65,16 @@ def test_a_token_computes_without_a_callback_once_every_weight_is_in_memory(tiny
             assert np.array_equal(mine, other)
 
 
+@pytest.mark.parametrize("file_type", ["f16", "q8_0"])
+def test_scratch_begins_at_a_cache_line_and_is_large_enough(tiny_model, file_type):
+    with engine(tiny_model("llama", file_type), n_ubatch=256) as opened:
+        before = [(backend.work_data, backend.work_size) for backend in opened._context._backends()]
+        opened.forward(list(range(201)))
+        opened.forward([1])
+        assert before == [(backend.work_data, backend.work_size) for backend in opened._context._backends()]
+        assert all(address % 64 == 0 for address, _ in before)
+
+
 def test_an_engine_that_cannot_be_opened_leaves_nothing_behind(tiny_model):
     before = set(threading.enumerate())
     with pytest.raises(H2OError), engine(tiny_model("llama"), Plan(0, 1), kv=KvFilter(layers=(99,))):
