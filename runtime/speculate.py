@@ -19,7 +19,7 @@ from runtime.settings import SHORT_PASS
 MOST_DRAFTED = SHORT_PASS - 1
 LOOKUP, DRAFT, OFF = "lookup", "draft", "off"
 
-_LOGITS_SHARE, _LOGITS_FREE = 0.01, 2**16  # of the model's bytes that the drafts' logits may take; as much always may
+_LOGITS_SHARE, _LOGITS_FREE = 0.01, 2**15  # of the model's bytes that the drafts' logits may take; as much always may
 _MEMORY = 16  # observations a running mean remembers
 _OUTLIER = 4  # times the mean
 _MARGIN = 0.05  # predicted gain below which one token per pass is better: predictions are no more exact than that
