@@ -22,7 +22,7 @@ from profiler.bench.rows import InTurns, Rounds
 from runtime.errors import EngineError
 
 OPENINGS = 3
-PREFILL_PAIRS, DECODE_PAIRS = 3, 10  # of each opening
+PREFILL_PAIRS, DECODE_PAIRS = 6, 10  # of each opening
 WARM_DECODE_PAIRS = 1
 DECODE_TOKENS = 8
 N_TOKENS = 1 + (WARM_DECODE_PAIRS + DECODE_PAIRS) * DECODE_TOKENS
