@@ -7,8 +7,8 @@ import threading
 
 from profiler.model_profile import Spread
 from profiler.timing import seconds_of
-from runtime.homes import Home
-from runtime.model_file import Layer, Piece
+from runtime.homes import Homes
+from runtime.model_file import Layer
 from runtime.residency import layer_bytes
 from runtime.ring import Ring, Slot
 
@@ -38,16 +38,15 @@ def resident_release(layer: Layer, repeats: int) -> Spread:
     """Seconds to free the pages of one resident layer. Takes the layer's bytes of memory while it runs."""
     samples = []
     for _ in range(repeats + 1):
-        homes = [(Home(piece.tensor), piece) for piece in layer.pieces]
-        for home, piece in homes:
-            home.expect(piece.span_bytes)
-            ctypes.memset(home.span_address(piece), 1, piece.span_bytes)
+        homes = Homes()
+        homes.expect(layer.pieces)
+        for piece in layer.pieces:
+            ctypes.memset(homes[piece.tensor.name].span_address(piece), 1, piece.span_bytes)
 
-        def drop(homes: list[tuple[Home, Piece]] = homes) -> None:
-            for home, piece in homes:
-                home.drop(piece, set())
+        def drop(homes: Homes = homes) -> None:
+            for piece in layer.pieces:
+                homes[piece.tensor.name].drop(piece, ())
 
         samples.append(seconds_of(drop))
-        for home, _ in homes:
-            home.free()
+        homes.free()
     return Spread.of(samples[1:])

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from runtime.aligned_io import WeightFiles
 from runtime.errors import EngineError
-from runtime.homes import Home
+from runtime.homes import Home, Homes
 from runtime.loads import Chunk, Load
 from runtime.memory import touch
 from runtime.model_file import ModelFile, Piece
@@ -40,7 +40,7 @@ class LayerStore:
         self._is_head = [piece.layer == model.n_layers for piece in self._pieces]
         self._request_bytes = max(PAGE, page_down(request_bytes))
         self._order = [piece.number for piece in self._pieces]
-        self._homes: dict[str, Home] = {}
+        self._homes = Homes()
         self._wanted: frozenset[int] = frozenset()
         self._resident: set[int] = set()
         self._missing: list[int] = []  # wanted and not read yet, the last one first
@@ -83,7 +83,7 @@ class LayerStore:
                 same_ring = window_bytes == self.window_bytes
                 while any(c.load and not _has_place(c.load, wanted, same_ring) for c in self._flying):
                     self._arrived.wait(_POLL_S)
-                self._expect_residents(wanted)
+                self._homes.expect(self._pieces[number] for number in sorted(wanted))
                 ring = self._ring
                 if not same_ring:
                     ring = Ring(window_bytes) if window_bytes else None
@@ -117,19 +117,6 @@ class LayerStore:
                 del self._loads[number]
         left = set(map(id, self._loads.values()))
         self._queue = deque(chunk for chunk in self._queue if chunk.load is None or id(chunk.load) in left)
-
-    def _expect_residents(self, wanted: frozenset[int]) -> None:
-        """Tell every home how many of its first bytes will be resident (pieces of one tensor are taken in order)."""
-        sizes: dict[str, int] = {}
-        for number in wanted:
-            piece = self._pieces[number]
-            sizes[piece.tensor.name] = sizes.get(piece.tensor.name, 0) + piece.span_bytes
-        for name, n_bytes in sizes.items():
-            home = self._homes.get(name)
-            if home is None:
-                info = next(p.tensor for p in self._pieces if p.tensor.name == name)
-                home = self._homes[name] = Home(info)
-            home.expect(n_bytes)
 
     # --- the computation's side ---------------------------------------------------------------------------------
 
@@ -413,7 +400,7 @@ class LayerStore:
     def ranges(self) -> list[tuple[int, int]]:
         """Address ranges of all weights, present or not."""
         with self._lock:
-            return [home.range for home in self._homes.values()] + ([self._ring.range] if self._ring else [])
+            return self._homes.ranges + ([self._ring.range] if self._ring else [])
 
     def is_resident(self, piece: Piece) -> bool:
         """Whether the piece is in memory for good."""
@@ -443,8 +430,7 @@ class LayerStore:
             thread.join()
         if self._ring:
             self._ring.free()
-        for home in self._homes.values():
-            home.free()
+        self._homes.free()
         self.files.close()
 
 

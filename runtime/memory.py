@@ -26,7 +26,7 @@ _PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15
+_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_COLD = 4, 14, 15, 20
 
 
 def _mmap(address: int | None, n_bytes: int, prot: int, flags: int, fd: int = -1) -> int:
@@ -52,10 +52,24 @@ def touch(address: int, n_bytes: int) -> None:
 
 
 def drop_pages(start: int, end: int) -> None:
-    """Give the whole pages inside the addresses [start, end) back; they read as zeros afterwards."""
+    """Give the whole pages inside the addresses [start, end) back; they read as zeros afterwards.
+
+    The kernel keeps a huge page whole, and counts all of it, until all of it was given back. So those that lie in the
+    range in part are split first, which is what MADV_COLD does with them.
+    """
     first, last = page_up(start), page_down(end)
     if last > first:
+        inner_start, inner_end = -(-first // HUGE_PAGE) * HUGE_PAGE, last // HUGE_PAGE * HUGE_PAGE
+        for edge_start, edge_end in ((first, min(inner_start, last)), (max(inner_end, first), last)):
+            if edge_start < edge_end:
+                _libc.madvise(edge_start, edge_end - edge_start, _MADV_COLD)
         _libc.madvise(first, last - first, _MADV_DONTNEED)
+
+
+def huge_pages(start: int, end: int, *, wanted: bool) -> None:
+    """Ask for huge pages between two addresses (multiples of the page size), or for small ones."""
+    if start < end:
+        _libc.madvise(start, end - start, _MADV_HUGEPAGE if wanted else _MADV_NOHUGEPAGE)
 
 
 class Region:
@@ -78,11 +92,9 @@ class Region:
 
     def use_huge_pages(self, n_bytes: int) -> None:
         """Ask for huge pages in the first n_bytes (rounded down to whole ones), small pages behind them."""
-        huge = n_bytes // HUGE_PAGE * HUGE_PAGE
-        if huge:
-            _libc.madvise(self.address, huge, _MADV_HUGEPAGE)
-        if huge < self.n_bytes:
-            _libc.madvise(self.address + huge, self.n_bytes - huge, _MADV_NOHUGEPAGE)
+        middle = self.address + n_bytes // HUGE_PAGE * HUGE_PAGE
+        huge_pages(self.address, middle, wanted=True)
+        huge_pages(middle, self.address + self.n_bytes, wanted=False)
 
     def drop(self, start: int, end: int) -> None:
         """Give the whole pages inside [start, end) back; they read as zeros afterwards."""

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_residency import make_index
 
-from runtime import layer_store
+from runtime import homes, layer_store
 from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError, EngineError
 from runtime.layer_store import LayerStore
@@ -610,8 +610,8 @@ def test_a_window_below_one_piece_is_an_error_not_a_wait():
             s.need(c.pieces[0])
 
 
-@pytest.mark.parametrize("name", ["Ring", "Home"])
-def test_without_address_space_for_a_new_plan_the_old_one_stays(monkeypatch, name):
+@pytest.mark.parametrize(("module", "name"), [(layer_store, "Ring"), (homes, "Region")])
+def test_without_address_space_for_a_new_plan_the_old_one_stays(monkeypatch, module, name):
     def refuse(_):
         raise EngineError("the system gave no address space")
 
@@ -619,7 +619,7 @@ def test_without_address_space_for_a_new_plan_the_old_one_stays(monkeypatch, nam
         c.plan({1}, ONE)
         c.one_pass()
         with monkeypatch.context() as patch:
-            patch.setattr(layer_store, name, refuse)
+            patch.setattr(module, name, refuse)
             with pytest.raises(EngineError, match="address space"):
                 s.apply(frozenset({3}), 2 * ONE)
         c.one_pass()

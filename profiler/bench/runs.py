@@ -29,6 +29,7 @@ LONG_PROMPT = _SENTENCE * 9
 MMAP, DIRECT_IO = (f"{LLAMA_CPP} {load}" for load in ("mmap", "direct-io"))
 SHORT_UBATCH, LLAMA_UBATCH = 128, 512  # small buffers are a favour to mmap; 512 is llama.cpp's default
 FLOOR = "floor"
+LONG_PROMPT_RUNS = 2  # per repeat: it shows the drift of the host the most
 FITTING = 1.1  # times the file: everything fits
 START_S = 2.5  # a process until its first read, cold
 COMPUTE_BYTES_PER_S = 25e9  # for estimates of time only
@@ -156,7 +157,7 @@ def _first_token_cases(settings: Settings, model: BenchModel, budgets: dict[str,
     """A long prompt in 60 % of the file, or the largest budget where that is none."""
     middle = "60%" if "60%" in budgets else next(reversed(budgets), "")
     if middle:
-        for repeat in range(settings.repeats):
+        for repeat in range(LONG_PROMPT_RUNS * settings.repeats):
             for engine in (H2O, MMAP) if repeat == 0 else (H2O,):
                 yield Case("first token", model, middle, budgets[middle], engine, repeat, LONG_PROMPT, 2)
 
