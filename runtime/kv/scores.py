@@ -7,30 +7,35 @@ and keys before (rotary positions, norms, the rotation of a quantised cache) is 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime import llama_abi as abi
 from runtime.errors import EngineError
+from runtime.kv.jobs import Jobs
 from runtime.kv.slots import Rows
 from runtime.memory import Region, view
 from runtime.own_graph import OwnGraph, cut_off, describe, operate
 
 Floats = npt.NDArray[np.float32]
 _F32 = 0
+_WORTH_A_SECOND_CORE = 1 << 16  # products
 
 
 class Scorer:
-    """Multiplies one query per head with the first keys of a layer, on a CPU backend of its own."""
+    """Multiplies one query per head with the first keys of a layer: with the threads that compute, and with a core
+    that they leave free, where there is one."""
 
     def __init__(self, n_threads: int, n_heads: int) -> None:
-        """n_heads: the most query heads of a layer."""
+        """n_threads: that compute; n_heads: the most query heads of a layer."""
         self.n_threads, self.n_heads = n_threads, n_heads
-        self._keys, self._query, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
-        operate(self._output, abi.OP_MUL_MAT, self._keys, self._query)
-        self._graph = OwnGraph(n_threads, [self._output])
+        self._product = _Product(n_threads)
+        self._aside = _Product(1) if n_threads < len(os.sched_getaffinity(0)) else None
+        self._jobs = Jobs(1 if self._aside else 0)
         self._result = Region(0)
 
     def logits(self, query: Floats, keys: abi.Tensor, n_rows: int) -> Floats:
@@ -39,16 +44,19 @@ class Scorer:
         query [n_heads, head_dim], contiguous; keys: the flash-attention node's src[1] [head_dim, n_kv, n_kv_heads],
         query head h uses key head h // (n_heads / n_kv_heads).
         """
-        n_heads, head_dim = query.shape
+        n_heads = len(query)
         self._reserve(n_heads * n_rows * 4)
-        ctypes.memmove(ctypes.addressof(self._keys), ctypes.addressof(keys), abi.TENSOR_BYTES)
-        cut_off(self._keys)
-        self._keys.ne[1] = n_rows
-        describe(self._query, query.ctypes.data, (head_dim, 1, n_heads))
-        describe(self._output, self._result.address, (n_rows, 1, n_heads))
-        self._graph.compute("scores", "run without --kv-filter")
-        found = np.frombuffer(view(self._result.address, n_heads * n_rows * 4), np.float32)
-        return found.reshape(n_heads, n_rows)
+        result = np.frombuffer(view(self._result.address, n_heads * n_rows * 4), np.float32).reshape(n_heads, n_rows)
+        if self._aside is None or result.size < _WORTH_A_SECOND_CORE:
+            self._product.compute(query, keys, result, 0, n_rows)
+            return result
+        middle = n_rows * self.n_threads // (self.n_threads + 1)
+        job = self._jobs.start(partial(self._aside.compute, query, keys, result, middle, n_rows))
+        try:
+            self._product.compute(query, keys, result, 0, middle)
+        finally:
+            job.wait(lambda: None)
+        return result
 
     def _reserve(self, n_bytes: int) -> None:
         if n_bytes > self._result.n_bytes:
@@ -56,9 +64,38 @@ class Scorer:
             self._result = Region(n_bytes)
 
     def close(self) -> None:
+        """Free the backends."""
+        self._jobs.close()
+        for product in (self._product, self._aside):
+            if product:
+                product.close()
+        self._result.free()
+
+
+class _Product:
+    """A graph of one node: queries times some of the keys."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._keys, self._query, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
+        operate(self._output, abi.OP_MUL_MAT, self._keys, self._query)
+        self._graph = OwnGraph(n_threads, [self._output])
+
+    def compute(self, query: Floats, keys: abi.Tensor, result: Floats, start: int, end: int) -> None:
+        """Products of query [n_heads, head_dim] with the keys of rows [start, end) into result [n_heads, n_rows]."""
+        n_heads, head_dim = query.shape
+        ctypes.memmove(ctypes.addressof(self._keys), ctypes.addressof(keys), abi.TENSOR_BYTES)
+        cut_off(self._keys)
+        self._keys.data += start * self._keys.nb[1]
+        self._keys.ne[1] = end - start
+        describe(self._query, query.ctypes.data, (head_dim, 1, n_heads))
+        describe(self._output, result.ctypes.data + start * result.itemsize, (end - start, 1, n_heads))
+        for i in (1, 2, 3):
+            self._output.nb[i] = result.strides[0] * (n_heads if i == 3 else 1)
+        self._graph.compute("scores", "run without --kv-filter")
+
+    def close(self) -> None:
         """Free the backend."""
         self._graph.close()
-        self._result.free()
 
 
 def queries(tensor: abi.Tensor, n_last: int = 1) -> Floats:
