@@ -48,6 +48,7 @@ class LayerStore:
         self._loads: dict[int, Load] = {}
         self._pending: list[Load] = []
         self._queue: deque[Chunk] = deque()
+        self._ahead: Load | None = None  # of a resident piece that the stream has not come to yet
         self._passes_without_head: set[int] = set()
         self._pass = 0  # the pass being computed
         self._place = 0  # in _order: where the computation is
@@ -83,7 +84,8 @@ class LayerStore:
                 same_ring = window_bytes == self.window_bytes
                 while any(c.load and not _has_place(c.load, wanted, same_ring) for c in self._flying):
                     self._arrived.wait(_POLL_S)
-                self._homes.expect(self._pieces[number] for number in sorted(wanted))
+                everything = len(wanted) == len(self._pieces)
+                self._homes.expect((self._pieces[number] for number in sorted(wanted)), everything=everything)
                 ring = self._ring
                 if not same_ring:
                     ring = Ring(window_bytes) if window_bytes else None
@@ -333,6 +335,8 @@ class LayerStore:
         """The next read, waiting for one; None when the store is closed. Holds the lock."""
         while not self._closing:
             if self._queue and (not self._paused or self._queue[0].batch):
+                if self._ahead and self._queue[0].load is self._ahead:
+                    self._start_next()  # there may be room again: it is used before the piece that is being read
                 return self._queue.popleft()
             if self._paused or not self._start_load():
                 self._readable.wait()
@@ -340,15 +344,24 @@ class LayerStore:
 
     def _start_load(self) -> bool:
         """Queue the reads of the next piece: of the stream, or while there is no room for that, of a resident one."""
-        piece = self._next_piece()
-        if piece and self._start(piece):
-            self._load_place += 1
+        if self._start_next():
             return True
         piece = self._next_missing()
-        return piece is not None and self._start(piece)
+        if piece is None or not self._start(piece):
+            return False
+        self._ahead = self._loads[piece.number]
+        return True
+
+    def _start_next(self) -> bool:
+        """Queue the reads of the stream's next piece, before all others."""
+        piece = self._next_piece()
+        if piece is None or not self._start(piece):
+            return False
+        self._load_place += 1
+        return True
 
     def _start(self, piece: Piece) -> bool:
-        """Queue the reads of a piece; False when it needs the ring and there is no room."""
+        """Queue the reads of a piece, before all others; False when it needs the ring and there is no room."""
         slot = None
         if piece.number in self._wanted:
             address = self._homes[piece.tensor.name].span_address(piece)
@@ -359,11 +372,13 @@ class LayerStore:
             address = self._ring.address(slot)
         load = self._loads[piece.number] = Load(piece, self._load_pass, address, slot)
         start, end = piece.span
-        for offset in range(start, end, self._request_bytes):
-            n_bytes = min(self._request_bytes, end - offset)
-            self._queue.append(Chunk(piece.tensor.file, offset, address + offset - start, n_bytes, load))
-            load.chunks_left += 1
-        self._readable.notify(load.chunks_left)
+        chunks = [
+            Chunk(piece.tensor.file, at, address + at - start, min(self._request_bytes, end - at), load)
+            for at in range(start, end, self._request_bytes)
+        ]
+        load.chunks_left = len(chunks)
+        self._queue.extendleft(reversed(chunks))
+        self._readable.notify(len(chunks))
         return True
 
     def _next_piece(self) -> Piece | None:
@@ -375,6 +390,8 @@ class LayerStore:
             number = self._order[self._load_place]
             load = self._loads.get(number)
             skip_head = self._is_head[number] and self._load_pass in self._passes_without_head
+            if load and load is self._ahead:
+                self._ahead = None  # the stream has come to it: nothing is used before it any more
             if skip_head or number in self._resident or (load and load.pass_number >= self._load_pass):
                 self._load_place += 1
             elif load:

@@ -1,4 +1,4 @@
-"""Sizes as people write them: bare numbers are MB (10^6 bytes)."""
+"""Sizes as people write them: bare numbers are MB (10^6 bytes), K, M and G are KB, MB and GB."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from runtime.errors import UsageError
 UNITS = {
     "": 10**6,
     "B": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,

@@ -1,4 +1,4 @@
-"""Homes of resident pieces: huge pages under all of what is wanted and only there, and given back as a whole."""
+"""Homes of resident pieces: huge pages when everything is resident, and memory given back as a whole."""
 
 import sys
 
@@ -19,7 +19,6 @@ INFOS = [
     for i in range(3)
 ]
 WHOLE = [Piece(2 * i, 0, info, 0, N_ROWS) for i, info in enumerate(INFOS)]
-HALVES = [Piece(2 * i + 1, 0, info, 0, N_ROWS // 2) for i, info in enumerate(INFOS)]
 
 HALF_GIVEN_BACK = """
 import ctypes, sys
@@ -52,29 +51,27 @@ def flags_in(homes, info):
     return ["huge" if "hg" in flags else "small" if "nh" in flags else "" for flags in map(flags_of, places)]
 
 
-def test_huge_pages_under_what_is_wanted_and_only_there(homes):
-    homes.expect([WHOLE[0], WHOLE[1], HALVES[2]])
+def test_huge_pages_when_everything_is_resident_and_only_then(homes):
+    homes.expect(WHOLE, everything=True)
     if flags_in(homes, INFOS[0]) == ["", ""]:
         pytest.skip("this kernel has no huge pages to ask for")
-    assert [flags_in(homes, info) for info in INFOS] == [["huge", "huge"], ["huge", "huge"], ["huge", "small"]]
-    homes.expect([WHOLE[0], HALVES[1]])
-    assert [flags_in(homes, info) for info in INFOS] == [["huge", "huge"], ["huge", "small"], ["small", "small"]]
-    homes.expect([])
+    assert [flags_in(homes, info) for info in INFOS] == [["huge", "huge"]] * 3
+    homes.expect(WHOLE[:2], everything=False)
     assert [flags_in(homes, info) for info in INFOS] == [["small", "small"]] * 3
 
 
 def test_homes_lie_one_behind_the_other_and_keep_their_places(homes):
-    homes.expect(WHOLE[:2])
+    homes.expect(WHOLE[:2], everything=False)
     first, second = (homes[info.name].data for info in INFOS[:2])
     assert second - first == home_bytes(INFOS[0])
-    homes.expect(WHOLE)
+    homes.expect(WHOLE, everything=True)
     assert [homes[info.name].data for info in INFOS[:2]] == [first, second]
     assert len(homes.ranges) == 2
 
 
 def test_writing_a_wanted_tensor_takes_no_memory_of_one_that_is_not(homes):
-    homes.expect(WHOLE)
-    homes.expect([WHOLE[0], WHOLE[2]])
+    homes.expect(WHOLE, everything=True)
+    homes.expect([WHOLE[0], WHOLE[2]], everything=False)
     for piece in (WHOLE[0], WHOLE[2]):
         view(homes[piece.tensor.name].span_address(piece), piece.span_bytes)[:] = b"x" * piece.span_bytes
     start = homes["t1"].span_address(WHOLE[1])
@@ -83,7 +80,7 @@ def test_writing_a_wanted_tensor_takes_no_memory_of_one_that_is_not(homes):
 
 
 def test_dropping_one_leaves_its_neighbours_alone(homes):
-    homes.expect(WHOLE)
+    homes.expect(WHOLE, everything=True)
     for i, piece in enumerate(WHOLE):
         view(homes[piece.tensor.name].span_address(piece), piece.span_bytes)[:] = bytes([i + 1]) * piece.span_bytes
     homes["t1"].drop(WHOLE[1], ())

@@ -402,6 +402,37 @@ def test_residents_arrive_while_the_window_is_full():
         assert s.resident_bytes == n_bytes(c.pieces[4:])
 
 
+def test_the_stream_goes_first_once_there_is_room_for_it_again():
+    files = PatternFiles()
+    last = list(SMALL.pieces)[-1]
+    files.held.add(last.span[0])
+    with computing(SMALL, files, depth=1, request_bytes=PAGE) as (c, s, _):
+        c.plan({last.number}, ONE)
+        assert files.holding.wait(PATIENCE_S)  # the window is full: the resident piece is read meanwhile
+        c.use(c.pieces[0])
+        c.report()
+        files.go.set()
+        c.use(c.pieces[1])
+        offsets = [offset for _, offset, _ in files.reads]
+        s.settle()
+        assert last.span[0] + PAGE not in offsets[: offsets.index(c.pieces[1].span[1] - PAGE)]
+        assert s.resident_bytes == last.span_bytes
+        assert files.reads.count((last.tensor.file, last.span[0], PAGE)) == 1
+
+
+def test_a_resident_piece_that_the_stream_has_come_to_is_not_overtaken():
+    files = PatternFiles()
+    second = list(SMALL.pieces)[1]
+    files.held.add(second.span[0])
+    with computing(SMALL, files, depth=1, request_bytes=PAGE) as (c, s, _):
+        c.plan({second.number}, 2 * ONE)
+        assert files.holding.wait(PATIENCE_S)
+        files.go.set()
+        s.settle()
+        offsets = [offset for _, offset, _ in files.reads]
+        assert offsets == sorted(offsets)
+
+
 def test_passes_without_head_do_not_read_it():
     with computing(SMALL) as (c, s, files):
         c.plan(set(), EVERYTHING)

@@ -23,6 +23,8 @@ from runtime.sizes import MB, PAGE, UNITS, format_size, page_down, page_up, pars
         ("2gib", 2**31),
         ("7b", 7),
         ("3KB", 3000),
+        ("4G", 4 * 10**9),
+        ("400m", 400 * MB),
         ("3KiB", 3072),
     ],
 )
