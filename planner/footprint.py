@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from planner.kv import KvUse, kv_needs, padded
 from profiler.model_profile import ModelProfile
 from runtime.errors import BudgetError
-from runtime.ledger import POSITION_BYTES
+from runtime.ledger import POSITION_BYTES, budget_for, usable_bytes
 from runtime.sizes import MB, format_size
 
 
@@ -47,26 +47,29 @@ class Footprint:
 
     def available_bytes(self, budget_bytes: int) -> int:
         """Bytes for resident weights and the window. Raises BudgetError below the floor."""
-        if budget_bytes < self.floor_bytes:
+        usable = usable_bytes(budget_bytes)
+        if usable < self.floor_bytes:
+            floor = budget_for(self.floor_bytes)
             raise BudgetError(
                 f"{format_size(budget_bytes)} is too little for this model and context",
-                f"the smallest budget that works is -m {-(-self.floor_bytes // MB)} (MB)",
-                self.floor_bytes,
+                f"the smallest budget that works is -m {-(-floor // MB)} (MB)",
+                floor,
             )
-        return budget_bytes - self.fixed_bytes
+        return usable - self.fixed_bytes
 
     def ledger(self, budget_bytes: int, pinned_bytes: int, window_bytes: int) -> dict[str, int]:
         """Part -> bytes; the parts add up to the budget. filter_bytes is there where there is a filter."""
+        usable = usable_bytes(budget_bytes)
         return {
             "process_bytes": self.process_bytes,
             "kv_bytes": self.kv_bytes,
             **({"filter_bytes": self.filter_bytes} if self.filter_bytes else {}),
             "compute_bytes": self.compute_bytes,
             "small_tensor_bytes": self.small_tensor_bytes,
-            "margin_bytes": self.margin_bytes,
+            "margin_bytes": self.margin_bytes + budget_bytes - usable,
             "resident_bytes": pinned_bytes,
             "window_bytes": window_bytes,
-            "free_bytes": budget_bytes - self.fixed_bytes - pinned_bytes - window_bytes,
+            "free_bytes": usable - self.fixed_bytes - pinned_bytes - window_bytes,
         }
 
 

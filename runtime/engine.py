@@ -17,7 +17,7 @@ from runtime.embedding import RowTable
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.head_start import Weights, open_weights
 from runtime.hollow import HollowModel
-from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger
+from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, usable_bytes
 from runtime.memory import resident_bytes_outside
 from runtime.model_file import ModelFile
 from runtime.nodes import Nodes
@@ -107,7 +107,7 @@ class Engine:
                 self._context.close()
                 raise
             fixed = self._fixed_ledger(long=True).fixed_bytes
-            room = plan.budget_bytes - fixed >= _ROOM_PIECES * smallest_window(self.file)
+            room = usable_bytes(plan.budget_bytes) - fixed >= _ROOM_PIECES * smallest_window(self.file)
             if room or n_tokens <= FULL_TILES:
                 return
             self._close_context()
@@ -156,8 +156,10 @@ class Engine:
         """Share out what the budget leaves for weights in passes of the kind at hand."""
         fixed, total = self._ledgers[self._long], streamable_bytes(self.file)
         window, limit = window_bytes(self.file, plan), total
-        self._fits = not plan.budget_bytes or plan.budget_bytes >= self._ledgers[True].fixed_bytes + total
+        usable = usable_bytes(plan.budget_bytes)
+        self._fits = not plan.budget_bytes or usable >= self._ledgers[True].fixed_bytes + total
         if plan.budget_bytes:
+            fixed = replace(fixed, margin_bytes=fixed.margin_bytes + plan.budget_bytes - usable)
             left = plan.budget_bytes - fixed.fixed_bytes
             if left >= total:
                 window, limit = 0, total

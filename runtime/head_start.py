@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from runtime.aligned_io import WeightFiles
 from runtime.layer_store import LayerStore
-from runtime.ledger import MARGIN_BYTES
+from runtime.ledger import MARGIN_BYTES, usable_bytes
 from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.residency import resident_pieces, streamable_bytes, window_bytes
@@ -51,7 +51,7 @@ def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
     weights = open_weights(file, settings)
     guess = _GUESSED_PROCESS_BYTES + _GUESSED_HEADER_COPIES * sum(file.data_offsets) + MARGIN_BYTES
     window = page_down(window_bytes(file, plan))
-    limit = plan.budget_bytes - guess - window
+    limit = usable_bytes(plan.budget_bytes) - guess - window
     if limit > 0 and limit < streamable_bytes(file):
         plan = replace(plan, pinned_bytes=limit)
         weights.store.apply(resident_pieces(file, plan, limit), window)

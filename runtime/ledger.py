@@ -9,6 +9,8 @@ from runtime.sizes import MB, PAGE, format_size
 
 MARGIN_BYTES = 8 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
 POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
+_TABLE_ENTRY_BYTES = 8  # per page of memory
+_TABLES_IN_MARGIN = 10**9  # of a budget: the margin has room for their page tables
 SAMPLER_BYTES_PER_TOKEN = 16  # llama.cpp's candidate list: token id, logit, probability per vocabulary entry
 
 
@@ -66,10 +68,21 @@ class Ledger:
 
     def weights_bytes(self, budget_bytes: int, smallest_window: int) -> int:
         """What the budget leaves for window and resident pieces. Raises BudgetError below the floor."""
-        floor = self.fixed_bytes + smallest_window
-        if budget_bytes < floor:
-            raise below_floor(budget_bytes, floor)
-        return budget_bytes - self.fixed_bytes
+        usable, floor = usable_bytes(budget_bytes), self.fixed_bytes + smallest_window
+        if usable < floor:
+            raise below_floor(budget_bytes, budget_for(floor))
+        return usable - self.fixed_bytes
+
+
+def usable_bytes(budget_bytes: int) -> int:
+    """A budget without the page tables the kernel charges to a process; those of the first GB are in the margin."""
+    return budget_bytes - max(0, budget_bytes - _TABLES_IN_MARGIN) * _TABLE_ENTRY_BYTES // PAGE
+
+
+def budget_for(usable: int) -> int:
+    """The smallest budget, to a few bytes, that leaves so many usable bytes."""
+    more = max(0, usable - _TABLES_IN_MARGIN) * _TABLE_ENTRY_BYTES
+    return usable + -(-more // (PAGE - _TABLE_ENTRY_BYTES))
 
 
 def below_floor(budget_bytes: int, floor_bytes: int) -> BudgetError:

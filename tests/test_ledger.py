@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import BudgetError
-from runtime.ledger import MARGIN_BYTES, Ledger, below_floor, embedding_rows_bytes
+from runtime.ledger import MARGIN_BYTES, Ledger, below_floor, budget_for, embedding_rows_bytes, usable_bytes
 from runtime.sizes import MB, PAGE, page_down, page_up, parse_size
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -38,16 +38,16 @@ def test_the_draft_is_listed_only_where_there_is_one():
 @QUICK
 @given(ledgers, sizes, sizes)
 def test_weights_get_what_is_left_or_the_floor_is_named(ledger, budget, smallest_window):
-    if budget >= ledger.fixed_bytes + smallest_window:
+    if usable_bytes(budget) >= ledger.fixed_bytes + smallest_window:
         left = ledger.weights_bytes(budget, smallest_window)
-        assert left + ledger.fixed_bytes == budget
+        assert left + ledger.fixed_bytes == usable_bytes(budget)
         assert left >= smallest_window
         return
     with pytest.raises(BudgetError) as caught:
         ledger.weights_bytes(budget, smallest_window)
     floor = caught.value.floor_bytes
     assert ledger.weights_bytes(floor, smallest_window) >= smallest_window
-    assert floor <= ledger.fixed_bytes + smallest_window + 2 * MB
+    assert floor <= budget_for(ledger.fixed_bytes + smallest_window) + 2 * MB
 
 
 @QUICK
@@ -66,3 +66,15 @@ def test_rows_anywhere_in_the_table_fit(row_bytes, n_tokens, start, data):
     places = [(start + row * row_bytes, start + (row + 1) * row_bytes) for row in rows]
     pages = {page for a, b in places for page in range(page_down(a), page_up(b), PAGE)}
     assert len(pages) * PAGE <= embedding_rows_bytes(row_bytes, n_tokens)
+
+
+def test_large_budgets_leave_room_for_page_tables():
+    assert usable_bytes(10**9) == 10**9
+    assert usable_bytes(33 * 10**9) == pytest.approx(33 * 10**9 - 32 * 10**9 / 512, abs=1)
+
+
+@QUICK
+@given(st.integers(1, 10**12))
+def test_a_budget_for_what_is_needed(usable):
+    budget = budget_for(usable)
+    assert usable_bytes(budget) >= usable > usable_bytes(budget - 4)
