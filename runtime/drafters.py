@@ -112,11 +112,11 @@ class _LateStore(LayerStore):
     _plan: tuple[frozenset[int], int] | None = None
     _started = False
 
-    def apply(self, wanted: frozenset[int], window_bytes: int) -> None:
+    def apply(self, wanted: frozenset[int], window_bytes: int, *, everything: bool = False) -> None:
         """Keep the plan for later, or adopt it."""
         self._plan = (wanted, window_bytes)
         if self._started:
-            super().apply(wanted, window_bytes)
+            super().apply(wanted, window_bytes, everything=everything)
 
     @property
     def is_complete(self) -> bool:

@@ -52,7 +52,8 @@ def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
     guess = _GUESSED_PROCESS_BYTES + _GUESSED_HEADER_COPIES * sum(file.data_offsets) + MARGIN_BYTES
     window = page_down(window_bytes(file, plan))
     limit = usable_bytes(plan.budget_bytes) - guess - window
-    if limit > 0 and limit < streamable_bytes(file):
-        plan = replace(plan, pinned_bytes=limit)
-        weights.store.apply(resident_pieces(file, plan, limit), window)
+    total = streamable_bytes(file)
+    if 0 < limit < total:
+        resident = resident_pieces(file, replace(plan, pinned_bytes=limit), limit)
+        weights.store.apply(resident, window, everything=plan.pinned_bytes >= total)
     return weights

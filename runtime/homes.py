@@ -65,7 +65,7 @@ class Homes:
         return [region.range for region in self._regions]
 
     def expect(self, pieces: Iterable[Piece], *, everything: bool) -> None:
-        """These pieces are going to be resident; everything: no others are there.
+        """These pieces are going to be resident; everything: in the end all pieces are.
 
         Raises EngineError, and leaves everything as it is, when there is no address space.
         """

@@ -71,8 +71,10 @@ class LayerStore:
 
     # --- plans --------------------------------------------------------------------------------------------------
 
-    def apply(self, wanted: frozenset[int], window_bytes: int) -> None:
+    def apply(self, wanted: frozenset[int], window_bytes: int, *, everything: bool = False) -> None:
         """From now on keep the pieces in `wanted` resident and stream the others through window_bytes.
+
+        everything: a later plan is going to keep all of them.
 
         Called between two passes. What is no longer wanted is freed before anything new is loaded; new residents
         arrive with the next pass. When there is no address space for them the plan in force stays (EngineError).
@@ -84,7 +86,7 @@ class LayerStore:
                 same_ring = window_bytes == self.window_bytes
                 while any(c.load and not _has_place(c.load, wanted, same_ring) for c in self._flying):
                     self._arrived.wait(_POLL_S)
-                everything = len(wanted) == len(self._pieces)
+                everything = everything or len(wanted) == len(self._pieces)
                 self._homes.expect((self._pieces[number] for number in sorted(wanted)), everything=everything)
                 ring = self._ring
                 if not same_ring:

@@ -433,6 +433,17 @@ def test_a_resident_piece_that_the_stream_has_come_to_is_not_overtaken():
         assert offsets == sorted(offsets)
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_part_of_what_is_going_to_be_resident_as_a_whole_has_huge_pages(everything, monkeypatch):
+    asked = []
+    monkeypatch.setattr(homes, "huge_pages", lambda _start, _end, wanted: asked.append(wanted))
+    with computing(SMALL) as (c, s, _):
+        s.apply(frozenset({0}), ONE, everything=everything)
+        assert asked == [everything]
+        c.plan(numbers_of(c.pieces), 0)
+        assert set(asked[1:]) == {True}
+
+
 def test_passes_without_head_do_not_read_it():
     with computing(SMALL) as (c, s, files):
         c.plan(set(), EVERYTHING)
