@@ -338,7 +338,7 @@ class LayerStore:
         while not self._closing:
             if self._queue and (not self._paused or self._queue[0].batch):
                 if self._ahead and self._queue[0].load is self._ahead:
-                    self._start_next()  # there may be room again: it is used before the piece that is being read
+                    self._overtake()
                 return self._queue.popleft()
             if self._paused or not self._start_load():
                 self._readable.wait()
@@ -346,7 +346,9 @@ class LayerStore:
 
     def _start_load(self) -> bool:
         """Queue the reads of the next piece: of the stream, or while there is no room for that, of a resident one."""
-        if self._start_next():
+        piece = self._next_piece()
+        if piece and self._start(piece):
+            self._load_place += 1
             return True
         piece = self._next_missing()
         if piece is None or not self._start(piece):
@@ -354,13 +356,11 @@ class LayerStore:
         self._ahead = self._loads[piece.number]
         return True
 
-    def _start_next(self) -> bool:
-        """Queue the reads of the stream's next piece, before all others."""
+    def _overtake(self) -> None:
+        """Where there is room again, queue what the stream needs before the piece that is being read ahead of it."""
         piece = self._next_piece()
-        if piece is None or not self._start(piece):
-            return False
-        self._load_place += 1
-        return True
+        if piece and self._ahead and self._start(piece):
+            self._load_place += 1
 
     def _start(self, piece: Piece) -> bool:
         """Queue the reads of a piece, before all others; False when it needs the ring and there is no room."""
