@@ -45,7 +45,7 @@ class Context:
         self._memory = abi.llama.llama_get_memory(self.pointer)
         self._scheduler = abi.llama_context_get_sched(self.pointer)
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
-        self._n_outputs = 0
+        self._n_outputs = self._most_outputs = 1
 
     def call_back(self, *, wanted: bool) -> None:
         """Whether llama.cpp calls back in the next pass (a graph that is built anew does once more)."""
@@ -66,6 +66,8 @@ class Context:
         finally:
             abi.llama.llama_batch_free(batch)
         self._n_outputs = n_logits
+        if status == 0:
+            self._most_outputs = max(n_logits, self._most_outputs)
         return status
 
     def truncate(self, n_past: int) -> None:
@@ -106,6 +108,9 @@ class Context:
     def drop_scratch(self) -> None:
         """Give back the memory the last pass computed in. Its logits are gone; keys and values stay."""
         self.buffers.drop_scratch()
+        logits = ctypes.cast(abi.llama.llama_get_logits(self.pointer), ctypes.c_void_p).value
+        if logits:
+            drop_pages(logits, logits + 4 * self.n_vocab * self._most_outputs)
         for backend in self._backends():
             if backend.work_data:
                 drop_pages(backend.work_data, backend.work_data + backend.work_size)

@@ -21,7 +21,7 @@ from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, usable_bytes
 from runtime.memory import resident_bytes_outside
 from runtime.model_file import ModelFile
 from runtime.nodes import Nodes
-from runtime.pass_memory import PassMemory, pass_sizes
+from runtime.pass_memory import PassMemory, Use, pass_sizes
 from runtime.plan import Plan
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS, Settings
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from runtime.kv.filter import Filter
 
 _ROOM_PIECES = 2  # of the largest size: less room than that for weights, and shorter passes are better
+_MOST, _LEAST = Use(long=True, drafts=True), Use(long=False, drafts=False)
+_DRAFTS_KEPT = 2  # passes without drafts after which weights take the place of their logits
 
 
 @dataclass
@@ -79,9 +81,11 @@ class Engine:
             self._close_nodes()
             raise
         self.n_vocab = self._context.n_vocab
-        self._ledgers = {long: self._fixed_ledger(long=long) for long in (True, False)}
-        self._long = True  # memory is laid out for a prompt, not for the next token
-        self._fits = False  # weights and what a prompt needs, both at once
+        uses = [Use(long, drafts) for long in (True, False) for drafts in (True, False)]
+        self._ledgers = {use: self._fixed_ledger(use) for use in uses}
+        self._use = Use(long=True, drafts=False)
+        self._n_undrafted = 0  # passes without drafts since the last one with some
+        self._fits = False  # weights and what any pass needs, both at once
         try:
             self.apply(plan)
             if settings.prefetch_input:
@@ -106,7 +110,7 @@ class Engine:
             except H2OError:
                 self._context.close()
                 raise
-            fixed = self._fixed_ledger(long=True).fixed_bytes
+            fixed = self._fixed_ledger(_MOST).fixed_bytes
             room = usable_bytes(plan.budget_bytes) - fixed >= _ROOM_PIECES * smallest_window(self.file)
             if room or n_tokens <= FULL_TILES:
                 return
@@ -126,14 +130,14 @@ class Engine:
         source = CacheSource(self._context.buffers.caches, self._model.pointer)
         return open_filter(self.settings, self.file, source, lambda: self.nodes.stop)
 
-    def _fixed_ledger(self, *, long: bool) -> Ledger:
-        """The ledger without weights while a prompt is computed (long), or for the tokens after it."""
+    def _fixed_ledger(self, use: Use) -> Ledger:
+        """The ledger without weights."""
         passes, buffers = self._pass_memory, self._context.buffers
         return Ledger(
             process_bytes=resident_bytes_outside(self._store.ranges),
             kv_bytes=buffers.kv_bytes - (self.kv.spared_bytes if self.kv else 0),
-            compute_bytes=passes.compute(long=long),
-            embedding_bytes=sum(passes.embedding(table.tensor, long=long) for table in self._tables),
+            compute_bytes=passes.compute(use),
+            embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self._tables),
             sampler_bytes=self._context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
             draft_bytes=self.settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
@@ -147,17 +151,17 @@ class Engine:
         A plan made for a budget is filled to the last byte of it; a plan without one keeps exactly its k layers.
         """
         if plan.budget_bytes:
-            self._ledgers[True].weights_bytes(plan.budget_bytes, smallest_window(self.file))
+            self._ledgers[_MOST].weights_bytes(plan.budget_bytes, smallest_window(self.file))
         self._lay_out(plan)
         self._asked_plan = plan
         self.plan_changes += 1
 
     def _lay_out(self, plan: Plan) -> None:
         """Share out what the budget leaves for weights in passes of the kind at hand."""
-        fixed, total = self._ledgers[self._long], streamable_bytes(self.file)
+        fixed, total = self._ledgers[self._use], streamable_bytes(self.file)
         window, limit = window_bytes(self.file, plan), total
         usable = usable_bytes(plan.budget_bytes)
-        self._fits = not plan.budget_bytes or usable >= self._ledgers[True].fixed_bytes + total
+        self._fits = not plan.budget_bytes or usable >= self._ledgers[_MOST].fixed_bytes + total
         if plan.budget_bytes:
             fixed = replace(fixed, margin_bytes=fixed.margin_bytes + plan.budget_bytes - usable)
             left = plan.budget_bytes - fixed.fixed_bytes
@@ -182,7 +186,7 @@ class Engine:
         self.plan = replace(plan, k=layers_in(self.file, pinned) if plan.budget_bytes else plan.k)
         self.streamed_bytes = streamed
         for table in self._tables:
-            table.resize(self._pass_memory.embedding(table.tensor, long=self._long))
+            table.resize(self._pass_memory.embedding(table.tensor, long=self._use.long))
 
     # --- computing ----------------------------------------------------------------------------------------------
 
@@ -197,7 +201,7 @@ class Engine:
                 f"{self.n_past + len(tokens)} tokens do not fit a context of {self.settings.n_ctx}", "raise --ctx"
             )
         sizes = self.pass_sizes(len(tokens))
-        self._prepare(max(sizes))
+        self._prepare(max(sizes), n_logits)
         self._store.expect_passes([i == len(sizes) - 1 for i in range(len(sizes))])
         start = 0
         for i, size in enumerate(sizes):
@@ -210,15 +214,19 @@ class Engine:
         """The tokens of each pass that n_tokens take."""
         return pass_sizes(n_tokens, min(self.settings.n_ubatch, self.settings.n_ctx), self._context.n_tokens)
 
-    def _prepare(self, n_tokens: int) -> None:
-        """Lay the memory out for passes of at most n_tokens: weights make room for a prompt, and come back after it.
+    def _prepare(self, n_tokens: int, n_logits: int) -> None:
+        """Lay the memory out for passes of at most n_tokens: weights make room for a prompt and for the logits of
+        drafted tokens, and come back after them.
 
-        Where there is room for both, what a prompt was computed in stays for the next one.
+        Where there is room for everything, what was touched stays for the next time.
         """
+        self._n_undrafted = self._n_undrafted + 1 if n_logits == 1 else 0
         long = n_tokens > max(SHORT_PASS, self.settings.n_logits)
-        if long != self._long and not (self._fits and self.streamed_bytes == 0):
-            self._long = long
-            if not long:
+        drafts = n_logits > 1 or (self._use.drafts and not long and self._n_undrafted <= _DRAFTS_KEPT)
+        use, before = Use(long, drafts), self._use
+        if use != before and not (self._fits and self.streamed_bytes == 0):
+            self._use = use
+            if not use.covers(before):
                 self._context.drop_scratch()
             if self._asked_plan.budget_bytes:
                 self._lay_out(self._asked_plan)
@@ -299,13 +307,13 @@ class Engine:
 
     @property
     def fixed_bytes(self) -> int:
-        """What this process needs besides streamable weights, at its most: while a prompt is computed."""
-        return self._ledgers[True].fixed_bytes
+        """What this process needs besides streamable weights, at its most."""
+        return self._ledgers[_MOST].fixed_bytes
 
     @property
     def prompt_bytes(self) -> int:
         """The part of the compute buffers that only a prompt needs; weights take its place afterwards."""
-        return self._ledgers[True].compute_bytes - self._ledgers[False].compute_bytes
+        return self._ledgers[_MOST].compute_bytes - self._ledgers[_LEAST].compute_bytes
 
     @property
     def bytes_read(self) -> int:

@@ -1,12 +1,14 @@
 """What a pass needs besides weights, keys and values: buffers that grow with its tokens.
 
-llama.cpp reserves its compute buffer for the longest pass. It is memory that is touched lazily, so a short pass (a
-token and its drafts) takes a small part of it. What a prompt touched is given back, and weights take its place.
+llama.cpp reserves its compute buffer for the longest pass, and an output for the logits of as many tokens as are ever
+drafted. It is memory that is touched lazily: a short pass (a token and its drafts) takes a small part of the first, a
+pass without drafts one row of the second. What was touched and is not needed is given back, and weights take its place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime import llama_abi as abi
 from runtime.context import Context
@@ -19,6 +21,20 @@ _KEPT_ROWS = 64  # embedding rows of past tokens that stay in memory
 _SPREAD = 1.25  # a short pass touches pages here and there: at most this times its share of the buffer (measured)
 
 
+class Use(NamedTuple):
+    """What memory is laid out for.
+
+    long: passes of a prompt; else of at most SHORT_PASS tokens. drafts: logits of the drafted tokens; else one row.
+    """
+
+    long: bool
+    drafts: bool
+
+    def covers(self, other: Use) -> bool:
+        """Whether nothing of the other use needs more memory than this one."""
+        return self.long >= other.long and self.drafts >= other.drafts
+
+
 @dataclass(frozen=True)
 class PassMemory:
     """Bytes that the passes of a context need."""
@@ -27,15 +43,15 @@ class PassMemory:
     settings: Settings
     context: Context
 
-    def compute(self, *, long: bool) -> int:
-        """Compute and output buffers: of the longest pass, or of one of SHORT_PASS tokens."""
+    def compute(self, use: Use) -> int:
+        """Compute and output buffers."""
         buffers, n_tokens = self.context.buffers, self.context.n_tokens
-        logits = 4 * self.context.n_vocab * self.settings.n_logits
+        logits = 4 * self.context.n_vocab * (self.settings.n_logits if use.drafts else 1)
         buffer = buffers.n_bytes - buffers.kv_bytes
-        if not long:
+        if not use.long:
             share = _SPREAD * min(1.0, SHORT_PASS / n_tokens)
             buffer = min(buffer, logits + int(share * max(0, buffer - logits)) + MB // 4)
-        return buffer + logits + self._work_bytes(n_tokens if long else min(n_tokens, SHORT_PASS))
+        return buffer + logits + self._work_bytes(n_tokens if use.long else min(n_tokens, SHORT_PASS))
 
     @property
     def scratch_bytes(self) -> int:

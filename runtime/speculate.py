@@ -36,8 +36,8 @@ _NEXT_RIGHT = 0.7
 def most_drafted(n_vocab: int, model_bytes: int) -> int:
     """The most tokens to draft, 2 to MOST_DRAFTED.
 
-    The logits of every drafted token take 4 bytes per entry of the vocabulary from the resident weights, whether
-    drafts are used or not. So they may take no more than a small share of what a pass reads.
+    The logits of every drafted token take the place of resident weights: 4 bytes per entry of the vocabulary, twice.
+    So they may take no more than a small share of what a pass reads.
     """
     allowed = max(_LOGITS_FREE, int(_LOGITS_SHARE * model_bytes))
     return max(2, min(MOST_DRAFTED, allowed // (4 * max(1, n_vocab))))

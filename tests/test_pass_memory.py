@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 from engines import engine
@@ -9,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_layer_store import bytes_in_memory
 
-from runtime.pass_memory import pass_sizes
+from runtime import llama_abi as abi
+from runtime.pass_memory import Use, pass_sizes
 from runtime.plan import Layout, Plan
 from runtime.residency import smallest_window, streamable_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS
-from runtime.sizes import MB
+from runtime.sizes import MB, page_down, page_up
 
 PROMPT = [3 + i * 7 % 250 for i in range(300)]
 
@@ -68,10 +71,10 @@ def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch):
         scratch = [region for region in buffers.regions if region not in buffers._cleared]
         prompt = PROMPT[: opened.pass_sizes(300)[0]]
         opened.forward(prompt)
-        assert touched_bytes(scratch) <= memory.compute(long=True)
+        assert touched_bytes(scratch) <= memory.compute(Use(long=True, drafts=True))
         for n in (1, 4, SHORT_PASS, 2):
             opened.forward([5] * n, min(n, 4))
-            assert touched_bytes(scratch) <= memory.compute(long=False), n
+            assert touched_bytes(scratch) <= memory.compute(Use(long=False, drafts=True)), n
 
 
 def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
@@ -92,6 +95,34 @@ def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
         assert opened.plan_changes == 1
 
 
+def test_weights_take_the_place_of_the_logits_of_drafts_that_are_not_made(bundled_model):
+    with engine(bundled_model, n_ubatch=64, n_ctx=512, n_logits=16) as opened:
+        budget = opened.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=budget))
+        rows = 15 * 4 * opened.n_vocab
+
+        def token(n_drafted=0):
+            opened.forward([5] * (1 + n_drafted), 1 + n_drafted)
+            return opened.ledger
+
+        opened.forward(PROMPT[:60])
+        without = token()
+        drafted = token(15)
+        assert drafted.compute_bytes >= without.compute_bytes + rows
+        assert drafted.resident_bytes < without.resident_bytes
+        assert drafted.total_bytes <= budget
+        logits = ctypes.addressof(abi.llama.llama_get_logits(opened.context).contents)
+        output = [(page_up(logits), page_down(logits + rows))]
+        assert bytes_in_memory(output) > rows * 3 // 4
+        assert token().resident_bytes < without.resident_bytes  # more drafts may follow
+        token(2)
+        token(), token()
+        back = token()
+        assert back.fixed_bytes == without.fixed_bytes
+        assert back.resident_bytes > drafted.resident_bytes
+        assert bytes_in_memory(output) < rows // 4
+
+
 def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
     with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_ubatch=256, n_ctx=1024) as opened:
         buffers = opened._context.buffers
@@ -99,10 +130,10 @@ def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
         opened.forward(PROMPT[:256])
         used = touched_bytes(scratch)
         opened.forward([5])
-        assert touched_bytes(scratch) >= used > opened._pass_memory.compute(long=False)
+        assert touched_bytes(scratch) >= used > opened._pass_memory.compute(Use(long=False, drafts=False))
         assert opened.ledger.total_bytes <= 1000 * MB
         smaller = opened.fixed_bytes + streamable_bytes(opened.file) // 2
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=smaller))
         opened.forward([5])
-        assert touched_bytes(scratch) <= opened._pass_memory.compute(long=False)
+        assert touched_bytes(scratch) <= opened._pass_memory.compute(Use(long=False, drafts=False))
         assert opened.ledger.total_bytes <= smaller
