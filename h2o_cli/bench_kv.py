@@ -63,76 +63,83 @@ class Wanted:
     strategies: tuple[str, ...] = STRATEGIES
 
 
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Default: the bundled model.", show_default=False),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer lengths, budgets and trials.")]
+Suites = Annotated[list[str] | None, typer.Option("--suite", metavar="NAME", help="quality or speed; repeatable.")]
+Keeps = Annotated[list[float] | None, typer.Option("--keep", metavar="F", help="A budget; repeatable.")]
+Lengths = Annotated[
+    list[int] | None, typer.Option("--length", metavar="N", min=128, help="Tokens of a prompt; repeatable.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", metavar="NAME", help="needle, recall, two-stage, sum-key; repeatable.")
+]
+Trials = Annotated[int | None, typer.Option("--trials", metavar="N", min=1, help="Questions per depth.")]
+Layers = Annotated[str, typer.Option("--layers", metavar="I,J,..|auto", help="Filter layers.")]
+Wait = Annotated[int | None, typer.Option("--wait", metavar="N", min=0, help="Layers behind each that see everything.")]
+Others = Annotated[
+    list[str] | None, typer.Option("--other", metavar="I,J,..", help="More filter layers to compare; repeatable.")
+]
+Select = Annotated[
+    str | None,
+    typer.Option("--select", metavar="NAME", help="last, softmax, uniform or exp. [default: as --layers auto]"),
+]
+Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="Only this method; repeatable.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", metavar="FILE", help="JSON lines of LongBench or InfiniteBench; repeatable."),
+]
+Examples = Annotated[int, typer.Option("--examples", metavar="N", min=0, help="Most lines of a file; 0: all.")]
+Contexts = Annotated[
+    list[int] | None, typer.Option("--context", metavar="N", min=64, help="Context for the speed; repeatable.")
+]
+Stores = Annotated[
+    list[str] | None, typer.Option("--store", metavar="NAME", help="ram or disk for the speed; repeatable.")
+]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option("--strategy", metavar="NAME", help="How a disk store fetches, for the speed; repeatable."),
+]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same questions.")]
+Output = Annotated[Path, typer.Option("--output", metavar="FOLDER", help="For rows, report and plots.")]
+Add = Annotated[bool, typer.Option("--add", help="Keep the rows that are in the folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print every row as a JSON object.")]
+
+
 def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="Default: the bundled model.", show_default=False),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, budgets and trials.")] = False,
-    suite: Annotated[
-        list[str] | None, typer.Option("--suite", metavar="NAME", help="quality or speed; repeatable.")
-    ] = None,
-    keep: Annotated[list[float] | None, typer.Option("--keep", metavar="F", help="A budget; repeatable.")] = None,
-    length: Annotated[
-        list[int] | None, typer.Option("--length", metavar="N", min=128, help="Tokens of a prompt; repeatable.")
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME", help="needle, recall, two-stage, sum-key; repeatable.")
-    ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", metavar="N", min=1, help="Questions per depth.")] = None,
-    layers: Annotated[str, typer.Option("--layers", metavar="I,J,..|auto", help="Filter layers.")] = "auto",
-    wait: Annotated[
-        int | None, typer.Option("--wait", metavar="N", min=0, help="Layers behind each that see everything.")
-    ] = None,
-    other: Annotated[
-        list[str] | None, typer.Option("--other", metavar="I,J,..", help="More filter layers to compare; repeatable.")
-    ] = None,
-    select: Annotated[
-        str | None,
-        typer.Option("--select", metavar="NAME", help="last, softmax, uniform or exp. [default: as --layers auto]"),
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option("--method", metavar="NAME", help="Only this method; repeatable.")
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", metavar="FILE", help="JSON lines of LongBench or InfiniteBench; repeatable."),
-    ] = None,
-    examples: Annotated[int, typer.Option("--examples", metavar="N", min=0, help="Most lines of a file; 0: all.")] = 0,
-    context: Annotated[
-        list[int] | None, typer.Option("--context", metavar="N", min=64, help="Context for the speed; repeatable.")
-    ] = None,
-    store: Annotated[
-        list[str] | None, typer.Option("--store", metavar="NAME", help="ram or disk for the speed; repeatable.")
-    ] = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option("--strategy", metavar="NAME", help="How a disk store fetches, for the speed; repeatable."),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same questions.")] = 0,
-    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="For rows, report and plots.")] = OUTPUT,
-    add: Annotated[bool, typer.Option("--add", help="Keep the rows that are in the folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every row as a JSON object.")] = False,
+    model: Model = None,
+    quick: Quick = False,
+    suite: Suites = None,
+    keep: Keeps = None,
+    length: Lengths = None,
+    task: Tasks = None,
+    trials: Trials = None,
+    layers: Layers = "auto",
+    wait: Wait = None,
+    other: Others = None,
+    select: Select = None,
+    method: Methods = None,
+    data: Data = None,
+    examples: Examples = 0,
+    context: Contexts = None,
+    store: Stores = None,
+    strategy: Strategies = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    output: Output = OUTPUT,
+    add: Add = False,
+    as_json: Json = False,
 ) -> None:
     """Measure filtered keys and values beside full attention and baselines: answers, divergence, speed, memory."""
-    from profiler.kv_eval.methods import NAMES
-    from profiler.kv_eval.needles import TASKS as KNOWN_TASKS
     from profiler.kv_eval.quality import Quality, examples_of
     from profiler.kv_eval.rows import read_rows
-    from runtime.kv.options import KvFilter
 
-    for names, known in ((suite, SUITES), (task, KNOWN_TASKS), (method, NAMES), (store, STORES)):
-        for name in names or ():
-            if name not in known:
-                raise UsageError(f"{name!r} is not known", f"choose one of {', '.join(known)}")
-    for share in keep or ():
-        KvFilter(keep=float(share))
-    KvFilter(select=select or DEFAULT_SELECT)
-    for name in strategy or ():
-        KvFilter(strategy=parse_strategy(name)[0])
+    _check(suite, task, method, store, keep, select, strategy)
     lengths = tuple(length or (QUICK_LENGTHS if quick else LENGTHS))
     quality = Quality(
         tasks=tuple(task or (() if data else QUICK_TASKS if quick else TASKS)),
@@ -166,6 +173,25 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
         rows.append(row)
         _keep(row, rows_file, as_json=as_json)
     _write(rows, output, quiet=as_json)
+
+
+def _check(
+    suite: Suites, task: Tasks, method: Methods, store: Stores, keep: Keeps, select: Select, strategy: Strategies
+) -> None:
+    """Raise UsageError for names and shares that do not exist."""
+    from profiler.kv_eval.methods import NAMES
+    from profiler.kv_eval.needles import TASKS as KNOWN_TASKS
+    from runtime.kv.options import KvFilter
+
+    for names, known in ((suite, SUITES), (task, KNOWN_TASKS), (method, NAMES), (store, STORES)):
+        for name in names or ():
+            if name not in known:
+                raise UsageError(f"{name!r} is not known", f"choose one of {', '.join(known)}")
+    for share in keep or ():
+        KvFilter(keep=float(share))
+    KvFilter(select=select or DEFAULT_SELECT)
+    for name in strategy or ():
+        KvFilter(strategy=parse_strategy(name)[0])
 
 
 def _measure(path: Path, wanted: Wanted) -> Iterator[KvRow]:

@@ -40,48 +40,59 @@ def kv() -> None:
     """Find out which layers of a model can choose the positions that others attend to."""
 
 
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Keep = Annotated[str, typer.Option("--keep", metavar="F", help="Share of the prompt that is kept.")]
+Length = Annotated[
+    int, typer.Option("--length", metavar="N", min=64, help="Tokens of a sample prompt; every other one has half.")
+]
+Prompts = Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="Sample prompts.")]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="Cut sample prompts from this text; default: needles.")
+]
+Dense = Annotated[
+    float, typer.Option("--dense", metavar="F", min=0, max=1, help="Largest part of the layers that stays dense.")
+]
+Filters = Annotated[int, typer.Option("--filters", metavar="N", min=1, help="Most filter layers.")]
+Checks = Annotated[int, typer.Option("--checks", metavar="N", min=1, help="Choices that are measured per selector.")]
+MostKl = Annotated[
+    float,
+    typer.Option("--kl", metavar="NATS", min=0, help="Good enough: divergence per token from full attention."),
+]
+Select = Annotated[
+    list[str] | None,
+    typer.Option("--select", metavar="NAME", help="A selector to try; repeatable. [default: softmax and last]"),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("-m", "--memory", metavar="SIZE", help="Memory budget. [default: 60 % of what is free]"),
+]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads.")
+]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves into a PNG file.")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the result to this file only.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
 @app.command("analyze", epilog=EPILOG)
 def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")
-    ] = None,
-    keep: Annotated[str, typer.Option("--keep", metavar="F", help="Share of the prompt that is kept.")] = "0.1",
-    length: Annotated[
-        int, typer.Option("--length", metavar="N", min=64, help="Tokens of a sample prompt; every other one has half.")
-    ] = 1024,
-    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="Sample prompts.")] = 60,
-    text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="Cut sample prompts from this text; default: needles.")
-    ] = None,
-    dense: Annotated[
-        float, typer.Option("--dense", metavar="F", min=0, max=1, help="Largest part of the layers that stays dense.")
-    ] = 0.5,
-    filters: Annotated[int, typer.Option("--filters", metavar="N", min=1, help="Most filter layers.")] = 3,
-    checks: Annotated[
-        int, typer.Option("--checks", metavar="N", min=1, help="Choices that are measured per selector.")
-    ] = 20,
-    most_kl: Annotated[
-        float,
-        typer.Option("--kl", metavar="NATS", min=0, help="Good enough: divergence per token from full attention."),
-    ] = 0.01,
-    select: Annotated[
-        list[str] | None,
-        typer.Option("--select", metavar="NAME", help="A selector to try; repeatable. [default: softmax and last]"),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("-m", "--memory", metavar="SIZE", help="Memory budget. [default: 60 % of what is free]"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", metavar="N", min=1, max=MOST_THREADS, help="Computing threads.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves into a PNG file.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the result to this file only.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    model: Model = None,
+    keep: Keep = "0.1",
+    length: Length = 1024,
+    prompts: Prompts = 60,
+    text: TextFile = None,
+    dense: Dense = 0.5,
+    filters: Filters = 3,
+    checks: Checks = 20,
+    most_kl: MostKl = 0.01,
+    select: Select = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    plot: Plot = None,
+    output: Output = None,
+    as_json: Json = False,
 ) -> None:
     """Record attention scores, propose filter layers by similarity, measure them, and keep the best for `h2o run`."""
     from profiler.kv_eval.analyze import SELECTS, Search

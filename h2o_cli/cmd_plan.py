@@ -19,7 +19,6 @@ from runtime.plan_file import default_plan_path, read_plan, write_plan
 from runtime.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from h2o_cli.kv_config import KvConfig
     from planner.choose import Choice
     from planner.kv import KvUse
     from profiler.model_profile import ModelProfile
@@ -51,33 +50,42 @@ class PlanOptions:
     n_predict: int = N_PREDICT
 
 
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="A profiled model.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("-m", "--memory", metavar="SIZE", help="Memory of a process: 400 (MB), 1.5GB. [default: 60 %]"),
+]
+Profile = Annotated[
+    Path | None, typer.Option("-c", "--profile", metavar="PROFILE", help="A profile from `h2o profile`.")
+]
+PlanFile = Annotated[Path | None, typer.Option("-s", "--plan-file", metavar="PLANFILE", help="Write the plan there.")]
+ByHand = Annotated[str | None, typer.Option("--set", metavar="K,W", help="K layers resident, a window of W layers.")]
+Show = Annotated[bool, typer.Option("--show", help="Show the plan in the plan file, write nothing.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Show the plans that were compared.")]
+Live = Annotated[bool, typer.Option("--live", help="Try plans on the running process, keep the fastest.")]
+LayoutName = Annotated[str, typer.Option("--layout", help="auto, prefix, even or balanced.")]
+Ctx = Annotated[int | None, typer.Option("--ctx", metavar="N", help="Context in tokens.")]
+Predict = Annotated[
+    int, typer.Option("-n", "--predict", metavar="N", help="Most tokens of an answer; matters with --kv-filter.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+KvType = Annotated[str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")]
+
+
 def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="A profiled model.")] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("-m", "--memory", metavar="SIZE", help="Memory of a process: 400 (MB), 1.5GB. [default: 60 %]"),
-    ] = None,
-    profile: Annotated[
-        Path | None, typer.Option("-c", "--profile", metavar="PROFILE", help="A profile from `h2o profile`.")
-    ] = None,
-    plan_file: Annotated[
-        Path | None, typer.Option("-s", "--plan-file", metavar="PLANFILE", help="Write the plan there.")
-    ] = None,
-    by_hand: Annotated[
-        str | None, typer.Option("--set", metavar="K,W", help="K layers resident, a window of W layers.")
-    ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Show the plan in the plan file, write nothing.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Show the plans that were compared.")] = False,
-    live: Annotated[bool, typer.Option("--live", help="Try plans on the running process, keep the fastest.")] = False,
-    layout: Annotated[str, typer.Option("--layout", help="auto, prefix, even or balanced.")] = "auto",
-    ctx: Annotated[int | None, typer.Option("--ctx", metavar="N", help="Context in tokens.")] = None,
-    predict: Annotated[
-        int, typer.Option("-n", "--predict", metavar="N", help="Most tokens of an answer; matters with --kv-filter.")
-    ] = N_PREDICT,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    kv_type: Annotated[
-        str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")
-    ] = "f16",
+    model: Model = None,
+    memory: Memory = None,
+    profile: Profile = None,
+    plan_file: PlanFile = None,
+    by_hand: ByHand = None,
+    show: Show = False,
+    explain: Explain = False,
+    live: Live = False,
+    layout: LayoutName = "auto",
+    ctx: Ctx = None,
+    predict: Predict = N_PREDICT,
+    json: Json = False,
+    kv_type: KvType = "f16",
     kv_filter: flag.Switch = False,
     kv_layers: flag.Layers = None,
     kv_wait: flag.Wait = None,
@@ -113,7 +121,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         ctx=ctx,
         by_hand=_parse_set(by_hand) if by_hand else None,
         kv_type=kv_type,
-        kv=flag.choose_filter(flags, _read_config(kv_config)),
+        kv=flag.choose_filter(flags, flag.read_kv_config(kv_config)),
         n_predict=predict,
     )
     if show:
@@ -122,14 +130,6 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         _live(options, _load(profile, model), explain=explain, json=json)
     else:
         _make(options, _load(profile, model), explain=explain, json=json)
-
-
-def _read_config(path: str | None) -> KvConfig | None:
-    if path is None:
-        return None
-    from h2o_cli.kv_config import read_config
-
-    return read_config(path)
 
 
 def _make(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: bool) -> None:

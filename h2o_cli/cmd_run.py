@@ -26,7 +26,7 @@ from runtime.sizes import format_size
 from runtime.speculate import OFF
 
 if TYPE_CHECKING:
-    from h2o_cli.kv_config import KvConfig
+    pass
 
 PROMPT_MOST_BYTES = 16 * 2**20
 
@@ -153,7 +153,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     flags = kv.KvFlags.of(locals())
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
     text = _prompt_text(prompt, file, dash)
-    config = read_kv_config(kv_config)
+    config = kv.read_kv_config(kv_config)
     options = RunOptions(
         model=resolve_model(model or (config.model if config else None)),
         n_predict=n_predict,
@@ -181,15 +181,6 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
         raise typer.Exit(converse(options))
     raise typer.Exit(answer(options, text))
-
-
-def read_kv_config(path: str | None) -> KvConfig | None:
-    """The file that --kv-config names. Raises UsageError."""
-    if path is None:
-        return None
-    from h2o_cli.kv_config import read_config
-
-    return read_config(path)
 
 
 def _check(options: RunOptions) -> None:

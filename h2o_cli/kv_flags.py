@@ -155,3 +155,12 @@ def cut_middle(tokens: Sequence[int], most: int) -> list[int]:
         return list(tokens)
     head = most // 2
     return [*tokens[:head], *tokens[len(tokens) - (most - head) :]]
+
+
+def read_kv_config(path: str | None) -> KvConfig | None:
+    """The file that --kv-config names. Raises UsageError."""
+    if path is None:
+        return None
+    from h2o_cli.kv_config import read_config
+
+    return read_config(path)
