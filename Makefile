@@ -9,6 +9,10 @@ STAMP := $(VENV)/.installed
 MODEL ?= model_configs/bundled/h2o-stories-q8_0.gguf
 PROMPT ?= Once upon a time
 
+# llama.cpp is compiled without AMX: compiled with it by GCC 12, its own default load crashes (docs/benchmarks.md).
+CMAKE_ARGS ?= -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
+export CMAKE_ARGS
+
 # Flags of `h2o bench`, for example: make bench BENCH=--quick
 BENCH ?=
 

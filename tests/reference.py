@@ -54,6 +54,13 @@ def quiet():
         llama_cpp.llama_log_set(before, data)
 
 
+def system_info():
+    """What llama.cpp was compiled for, in its own words."""
+    import llama_cpp
+
+    return llama_cpp.llama_print_system_info().decode()
+
+
 @contextmanager
 def context(model, *, n_ctx, n_batch, n_ubatch, n_threads, kv_type="f16", flash_attn=None):
     """A llama_context with the library's defaults except for what is given."""
