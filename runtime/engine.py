@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from runtime.kv.filter import Filter
 
 _ROOM_PIECES = 2  # of the largest size: less room than that for weights, and shorter passes are better
-_MOST, _LEAST = Use(long=True, drafts=True), Use(long=False, drafts=False)
+_PROMPT, _DRAFTS, _TOKEN = Use(long=True, drafts=False), Use(long=False, drafts=True), Use(long=False, drafts=False)
+_EVERYTHING = Use(long=True, drafts=True)
 _DRAFTS_KEPT = 2  # passes without drafts after which weights take the place of their logits
 
 
@@ -81,9 +82,8 @@ class Engine:
             self._close_nodes()
             raise
         self.n_vocab = self._context.n_vocab
-        uses = [Use(long, drafts) for long in (True, False) for drafts in (True, False)]
-        self._ledgers = {use: self._fixed_ledger(use) for use in uses}
-        self._use = Use(long=True, drafts=False)
+        self._ledgers = {use: self._fixed_ledger(use) for use in (_PROMPT, _DRAFTS, _TOKEN, _EVERYTHING)}
+        self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
         self._n_undrafted = 0  # passes without drafts since the last one with some
         self._fits = False  # weights and what any pass needs, both at once
         try:
@@ -110,7 +110,7 @@ class Engine:
             except H2OError:
                 self._context.close()
                 raise
-            fixed = self._fixed_ledger(_MOST).fixed_bytes
+            fixed = max(self._fixed_ledger(use).fixed_bytes for use in (_PROMPT, _DRAFTS))
             room = usable_bytes(plan.budget_bytes) - fixed >= _ROOM_PIECES * smallest_window(self.file)
             if room or n_tokens <= FULL_TILES:
                 return
@@ -151,7 +151,7 @@ class Engine:
         A plan made for a budget is filled to the last byte of it; a plan without one keeps exactly its k layers.
         """
         if plan.budget_bytes:
-            self._ledgers[_MOST].weights_bytes(plan.budget_bytes, smallest_window(self.file))
+            self._largest_ledger.weights_bytes(plan.budget_bytes, smallest_window(self.file))
         self._lay_out(plan)
         self._asked_plan = plan
         self.plan_changes += 1
@@ -161,7 +161,7 @@ class Engine:
         fixed, total = self._ledgers[self._use], streamable_bytes(self.file)
         window, limit = window_bytes(self.file, plan), total
         usable = usable_bytes(plan.budget_bytes)
-        self._fits = not plan.budget_bytes or usable >= self._ledgers[_MOST].fixed_bytes + total
+        self._fits = not plan.budget_bytes or usable >= self._ledgers[_EVERYTHING].fixed_bytes + total
         if plan.budget_bytes:
             fixed = replace(fixed, margin_bytes=fixed.margin_bytes + plan.budget_bytes - usable)
             left = plan.budget_bytes - fixed.fixed_bytes
@@ -223,11 +223,15 @@ class Engine:
         self._n_undrafted = self._n_undrafted + 1 if n_logits == 1 else 0
         long = n_tokens > max(SHORT_PASS, self.settings.n_logits)
         drafts = n_logits > 1 or (self._use.drafts and not long and self._n_undrafted <= _DRAFTS_KEPT)
-        use, before = Use(long, drafts), self._use
-        if use != before and not (self._fits and self.streamed_bytes == 0):
+        use = Use(long, drafts)
+        if self._fits and self.streamed_bytes == 0:
+            self._touched = use.with_(self._touched)
+            return
+        if use.with_(self._touched) != use:
+            self._context.drop_scratch()
+        self._touched = use
+        if use != self._use:
             self._use = use
-            if not use.covers(before):
-                self._context.drop_scratch()
             if self._asked_plan.budget_bytes:
                 self._lay_out(self._asked_plan)
 
@@ -307,13 +311,17 @@ class Engine:
 
     @property
     def fixed_bytes(self) -> int:
-        """What this process needs besides streamable weights, at its most."""
-        return self._ledgers[_MOST].fixed_bytes
+        """What this process needs besides streamable weights, at its most: for a prompt or for drafts."""
+        return self._largest_ledger.fixed_bytes
+
+    @property
+    def _largest_ledger(self) -> Ledger:
+        return max(self._ledgers[_PROMPT], self._ledgers[_DRAFTS], key=lambda ledger: ledger.fixed_bytes)
 
     @property
     def prompt_bytes(self) -> int:
         """The part of the compute buffers that only a prompt needs; weights take its place afterwards."""
-        return self._ledgers[_MOST].compute_bytes - self._ledgers[_LEAST].compute_bytes
+        return self._ledgers[_PROMPT].compute_bytes - self._ledgers[_TOKEN].compute_bytes
 
     @property
     def bytes_read(self) -> int:

@@ -30,9 +30,9 @@ class Use(NamedTuple):
     long: bool
     drafts: bool
 
-    def covers(self, other: Use) -> bool:
-        """Whether nothing of the other use needs more memory than this one."""
-        return self.long >= other.long and self.drafts >= other.drafts
+    def with_(self, other: Use) -> Use:
+        """For both."""
+        return Use(self.long or other.long, self.drafts or other.drafts)
 
 
 @dataclass(frozen=True)

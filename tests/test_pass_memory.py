@@ -95,6 +95,12 @@ def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
         assert opened.plan_changes == 1
 
 
+def output_pages(opened, n_bytes):
+    """The whole pages of llama.cpp's output."""
+    logits = ctypes.addressof(abi.llama.llama_get_logits(opened.context).contents)
+    return [(page_up(logits), page_down(logits + n_bytes))]
+
+
 def test_weights_take_the_place_of_the_logits_of_drafts_that_are_not_made(bundled_model):
     with engine(bundled_model, n_ubatch=64, n_ctx=512, n_logits=16) as opened:
         budget = opened.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
@@ -106,13 +112,14 @@ def test_weights_take_the_place_of_the_logits_of_drafts_that_are_not_made(bundle
             return opened.ledger
 
         opened.forward(PROMPT[:60])
+        prompt = opened.ledger
         without = token()
         drafted = token(15)
         assert drafted.compute_bytes >= without.compute_bytes + rows
         assert drafted.resident_bytes < without.resident_bytes
         assert drafted.total_bytes <= budget
-        logits = ctypes.addressof(abi.llama.llama_get_logits(opened.context).contents)
-        output = [(page_up(logits), page_down(logits + rows))]
+        assert opened.fixed_bytes == max(prompt.fixed_bytes, drafted.fixed_bytes)  # never both at once
+        output = output_pages(opened, rows)
         assert bytes_in_memory(output) > rows * 3 // 4
         assert token().resident_bytes < without.resident_bytes  # more drafts may follow
         token(2)
@@ -137,3 +144,16 @@ def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
         opened.forward([5])
         assert touched_bytes(scratch) <= opened._pass_memory.compute(Use(long=False, drafts=False))
         assert opened.ledger.total_bytes <= smaller
+
+
+def test_logits_of_drafts_made_while_everything_fitted_are_gone_under_a_smaller_budget(bundled_model):
+    with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_ubatch=256, n_ctx=1024, n_logits=16) as opened:
+        rows = 15 * 4 * opened.n_vocab
+        opened.forward(PROMPT[:256])
+        opened.forward([5] * 16, 16)
+        opened.forward([5])
+        assert bytes_in_memory(output_pages(opened, rows)) > rows * 3 // 4
+        smaller = opened.fixed_bytes + streamable_bytes(opened.file) // 2
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=smaller))
+        opened.forward(PROMPT[:100])
+        assert bytes_in_memory(output_pages(opened, rows)) < rows // 4
