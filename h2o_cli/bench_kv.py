@@ -140,10 +140,9 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from profiler.kv_eval.rows import read_rows
 
     _check(suite, task, method, store, keep, select, strategy)
-    lengths = tuple(length or (QUICK_LENGTHS if quick else LENGTHS))
     quality = Quality(
         tasks=tuple(task or (() if data else QUICK_TASKS if quick else TASKS)),
-        lengths=lengths,
+        lengths=(lengths := tuple(length or (QUICK_LENGTHS if quick else LENGTHS))),
         trials=trials or (QUICK_TRIALS if quick else TRIALS),
         texts=0 if data and not task else 3 if quick else 6,
         examples=examples_of(data or [], examples),
@@ -167,9 +166,8 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
         strategies=tuple(strategy or (STRATEGIES[:1] if quick else STRATEGIES)),
     )
     rows_file = _open(output, add=add)
-    path = Path(model).expanduser() if model else BUNDLED_MODEL
     rows = read_rows(rows_file)
-    for row in _measure(path, wanted):
+    for row in _measure(Path(model).expanduser() if model else BUNDLED_MODEL, wanted):
         rows.append(row)
         _keep(row, rows_file, as_json=as_json)
     _write(rows, output, quiet=as_json)

@@ -84,7 +84,7 @@ class LayerStore:
             self._paused = True
             try:
                 same_ring = window_bytes == self.window_bytes
-                while any(c.load and not _has_place(c.load, wanted, same_ring) for c in self._flying):
+                while any(c.load and not c.load.has_place(wanted, same_ring) for c in self._flying):
                     self._arrived.wait(_POLL_S)
                 everything = everything or len(wanted) == len(self._pieces)
                 self._homes.expect((self._pieces[number] for number in sorted(wanted)), everything=everything)
@@ -117,7 +117,7 @@ class LayerStore:
         """Forget what was read, or is going to be, for a place that the new plan does not have."""
         for number, load in list(self._loads.items()):
             load.pass_number = self._pass
-            if not _has_place(load, wanted, same_ring):
+            if not load.has_place(wanted, same_ring):
                 del self._loads[number]
         left = set(map(id, self._loads.values()))
         self._queue = deque(chunk for chunk in self._queue if chunk.load is None or id(chunk.load) in left)
@@ -430,11 +430,6 @@ class LayerStore:
         return self._homes[tensor_name]
 
     @property
-    def resident_bytes(self) -> int:
-        """Bytes of resident pieces now."""
-        return sum(self._pieces[number].span_bytes for number in self._resident)
-
-    @property
     def window_bytes(self) -> int:
         """Bytes of the ring."""
         return self._ring.n_bytes if self._ring else 0
@@ -451,8 +446,3 @@ class LayerStore:
             self._ring.free()
         self._homes.free()
         self.files.close()
-
-
-def _has_place(load: Load, wanted: frozenset[int], same_ring: bool) -> bool:
-    """Whether a load's place is there under a plan that keeps `wanted` resident, and the same ring or another one."""
-    return same_ring if load.slot else load.piece.number in wanted

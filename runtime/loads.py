@@ -19,6 +19,10 @@ class Load:
     chunks_left: int = 0
     asked: bool = False
 
+    def has_place(self, wanted: frozenset[int], same_ring: bool) -> bool:
+        """Whether its place is there under a plan that keeps `wanted` resident, and the same ring or another one."""
+        return same_ring if self.slot else self.piece.number in wanted
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
