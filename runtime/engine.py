@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _ROOM_PIECES = 2  # of the largest size: less room than that for weights, and shorter passes are better
 _PROMPT, _DRAFTS, _TOKEN = Use(long=True, drafts=False), Use(long=False, drafts=True), Use(long=False, drafts=False)
 _EVERYTHING = Use(long=True, drafts=True)
-_DRAFTS_KEPT = 2  # passes without drafts after which weights take the place of their logits
 
 
 @dataclass
@@ -84,7 +83,6 @@ class Engine:
         self.n_vocab = self._context.n_vocab
         self._ledgers = {use: self._fixed_ledger(use) for use in (_PROMPT, _DRAFTS, _TOKEN, _EVERYTHING)}
         self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
-        self._n_undrafted = 0  # passes without drafts since the last one with some
         self._fits = False  # weights and what any pass needs, both at once
         try:
             self.apply(plan)
@@ -220,10 +218,7 @@ class Engine:
 
         Where there is room for everything, what was touched stays for the next time.
         """
-        self._n_undrafted = self._n_undrafted + 1 if n_logits == 1 else 0
-        long = n_tokens > max(SHORT_PASS, self.settings.n_logits)
-        drafts = n_logits > 1 or (self._use.drafts and not long and self._n_undrafted <= _DRAFTS_KEPT)
-        use = Use(long, drafts)
+        use = Use(long=n_tokens > max(SHORT_PASS, self.settings.n_logits), drafts=n_logits > 1)
         if self._fits and self.streamed_bytes == 0:
             self._touched = use.with_(self._touched)
             return

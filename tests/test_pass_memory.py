@@ -121,9 +121,6 @@ def test_weights_take_the_place_of_the_logits_of_drafts_that_are_not_made(bundle
         assert opened.fixed_bytes == max(prompt.fixed_bytes, drafted.fixed_bytes)  # never both at once
         output = output_pages(opened, rows)
         assert bytes_in_memory(output) > rows * 3 // 4
-        assert token().resident_bytes < without.resident_bytes  # more drafts may follow
-        token(2)
-        token(), token()
         back = token()
         assert back.fixed_bytes == without.fixed_bytes
         assert back.resident_bytes > drafted.resident_bytes
