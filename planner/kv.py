@@ -45,6 +45,7 @@ class _Rows:
 
     row_bytes: int
     n_cells: int
+    is_half: bool
 
 
 def padded(ctx_tokens: int) -> int:
@@ -76,7 +77,9 @@ def kv_needs(profile: ModelProfile, use: KvUse, ctx_tokens: int) -> KvNeeds:
 def _parts(kv: KvProfile, kv_type: str, n_cells: int) -> Mapping[int, Sequence[_Rows]]:
     """Keys and values of every layer: as many rows in layers with a sliding window, too."""
     return {
-        layer.layer: tuple(_Rows(_row_bytes(n, kv_type), n_cells) for n in (layer.key_bytes, layer.value_bytes))
+        layer.layer: tuple(
+            _Rows(_row_bytes(n, kv_type), n_cells, kv_type == "f16") for n in (layer.key_bytes, layer.value_bytes)
+        )
         for layer in kv.layers
     }
 

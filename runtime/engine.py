@@ -126,7 +126,7 @@ class Engine:
         from runtime.kv.filter import CacheSource, open_filter  # numpy, which a run without it does not need
 
         source = CacheSource(self._context.buffers.caches, self._model.pointer)
-        return open_filter(self.settings, self.file, source, lambda: self.nodes.stop)
+        return open_filter(self.settings, self.file, source, lambda: self.nodes.stop, self.nodes.skip)
 
     def _fixed_ledger(self, use: Use) -> Ledger:
         """The ledger without weights."""

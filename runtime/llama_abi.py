@@ -368,6 +368,7 @@ OP_MUL_MAT = op_code(b"MUL_MAT")
 OP_GET_ROWS = op_code(b"GET_ROWS")
 OP_SET_ROWS = op_code(b"SET_ROWS")
 OP_FLASH_ATTN_EXT = op_code(b"FLASH_ATTN_EXT")
+OP_SOFT_MAX = op_code(b"SOFT_MAX")
 VIEW_OPS = frozenset(op_code(name) for name in (b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE"))
 _self_check()
 

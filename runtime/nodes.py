@@ -128,7 +128,7 @@ class Nodes:
                 return self._before(address) if ask else self._after(address)
         except BaseException as error:  # noqa: BLE001 - ctypes would swallow it: kept, and raised after the pass
             self.stop = error
-        return self._skip(address) if ask else self._unskip(address)
+        return self.skip(address) if ask else self._unskip(address)
 
     def _before(self, address: int) -> bool:
         """A node is going to be computed: place its weights. True makes llama.cpp report when it is done."""
@@ -183,7 +183,7 @@ class Nodes:
                 f"{weight.pieces[0].tensor.name} is not used as a matrix here", "raise -m until the model fits"
             )
         self._tiled[node] = weight
-        self._skip(node)
+        self.skip(node)
         return True
 
     def _settle(self, weight: Weight) -> None:
@@ -207,6 +207,7 @@ class Nodes:
         self._asked_bytes = 0
         if self.kv:
             self.kv.after(address)
+            self._unskip(address)
         if self.trace:
             self.trace.after(self._store.wait_s)
         return True
@@ -217,7 +218,7 @@ class Nodes:
         if self.quiet:
             self._store.settle(self.quiet)
 
-    def _skip(self, address: int) -> bool:
+    def skip(self, address: int) -> bool:
         """Switch a node off until it is reported."""
         op = ctypes.c_int.from_address(address + abi.OP_OFFSET)
         self._skipped[address] = op.value

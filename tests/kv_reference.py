@@ -26,8 +26,9 @@ class Recorder:
         self.kv.before, self.kv.after = self.before, self.after
 
     def before(self, address):
-        found = self._before(address)
-        if ctypes.c_int.from_address(address + abi.OP_OFFSET).value != abi.OP_FLASH_ATTN_EXT:
+        op = ctypes.c_int.from_address(address + abi.OP_OFFSET).value
+        found = self._before(address)  # which may switch the node off
+        if op != abi.OP_FLASH_ATTN_EXT:
             return found
         node = abi.Tensor.from_address(address)
         own = self.kv._originals.get(address, (node.src[1],))[0]
@@ -35,6 +36,7 @@ class Recorder:
         return True
 
     def after(self, address):
+        self._after(address)  # which may compute the node
         layer = self._nodes.pop(address, None)
         if layer is not None:
             node = abi.Tensor.from_address(address)
@@ -46,7 +48,6 @@ class Recorder:
             d = node.ne[0]
             self.outputs[layer] = floats(node.data, (h, d), (node.nb[1], 4)).copy()
             self.scales[layer] = (ctypes.c_float * 3).from_buffer(node.op_params)[0]
-        return self._after(address)
 
     def cached(self, layer, n_rows, n_kv_heads):
         """Keys and values [n_rows, n_kv_heads, head_dim] of llama.cpp's own cache (f16)."""

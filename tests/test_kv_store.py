@@ -258,7 +258,7 @@ def test_rows_of_any_size_come_back_from_the_file(data):
     row_bytes = data.draw(st.sampled_from([64, 272, 1024, 1088, 5120]))
     n_cells = 256
     tensors = [abi.Tensor(type=1) for _ in range(2)]
-    parts = tuple(Rows2D(abi.ctypes.addressof(tensor), row_bytes, n_cells) for tensor in tensors)
+    parts = tuple(Rows2D(abi.ctypes.addressof(tensor), row_bytes, n_cells, is_half=True) for tensor in tensors)
     cache = Cache({3: CacheLayer(3, parts)}, (3,))
     rows = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 255, (2, n_cells, row_bytes), np.uint8)
     store = DiskStore(cache, [3], KvFilter(folder=os.environ.get("TMPDIR", "/tmp"), store="disk"))
@@ -293,8 +293,8 @@ def test_rows_of_any_size_come_from_the_cache(row_bytes, n_new, n_threads, data)
     tensors = [abi.Tensor() for _ in row_bytes]
     for tensor, rows in zip(tensors, filled, strict=True):
         tensor.data = rows.ctypes.data
-    parts = (Rows2D(ctypes.addressof(tensor), size, n_cells) for tensor, size in zip(tensors, row_bytes, strict=True))
-    both = tuple(parts)
+    addresses = map(ctypes.addressof, tensors)
+    both = tuple(Rows2D(a, size, n_cells, is_half=False) for a, size in zip(addresses, row_bytes, strict=True))
     layers = {n: CacheLayer(n, both) for n in (3, 5)}
     store = RamStore(Cache(layers, (3, 5)), (3, 5), KvFilter(keep=n_slots), n_threads)
     compact = {n: Compact(layer, n_cells) for n, layer in layers.items()}

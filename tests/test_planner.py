@@ -211,11 +211,12 @@ def test_footprint_of_windowed_layers_and_a_filter():
     filtered = measure_footprint(profile, 1000, 50, KvUse(filter=options))
     # default filter layer 0, wait layer 1: layers 2 and 3 are sparse
     assert filtered.kv_bytes == plain.kv_bytes - 2 * 1024 * 192
-    assert filtered.filter_bytes == 1024 * 2 * 4 + 2 * 1024 * 192 + 2 * 2**20  # scores, rows in memory, 2 buffers
+    dense = 2 * 1024 * 2 * 4 + 128 * 1024 + 4096  # scores, weights
+    assert filtered.filter_bytes == dense + 2 * 1024 * 192 + 2 * 2**20  # rows in memory, 2 buffers
     assert filtered.process_bytes == plain.process_bytes + 777
     assert sum(filtered.ledger(10**8, 10, 20).values()) == 10**8
     smaller = measure_footprint(profile, 1000, 50, KvUse(filter=replace(options, tail=1)))
-    assert smaller.filter_bytes == 1024 * 2 * 4 + 1024 * 192 + 2 * 2**20  # the slot of one layer's prompt is larger
+    assert smaller.filter_bytes == dense + 1024 * 192 + 2 * 2**20  # the slot of one layer's prompt is larger
     in_memory = measure_footprint(profile, 1000, 50, KvUse("q8_0", replace(options, store="ram", tail=1)))
     assert in_memory.kv_bytes == (34 + 68) * 4 * 1024
     # 25 rows of 34 and of 68 bytes are a page each, and a page is for rows on their way

@@ -12,17 +12,19 @@ from runtime.model_file import ModelFile
 
 _NAME = re.compile(r"^cache_([kv])_l(\d+)$")
 K, V = 0, 1
-_F32, _KV_TYPE = 0, "use --kv-type f16 or q8_0"
+_F32, _F16 = 0, 1
+_KV_TYPE = "use --kv-type f16 or q8_0"
 OFF = "run without --kv-filter"
 
 
 @dataclass(frozen=True)
 class Rows2D:
-    """One tensor of the cache: n_cells rows of row_bytes bytes. `root` is its ggml_tensor."""
+    """One tensor of the cache: n_cells rows of row_bytes bytes, f16 or not. `root` is its ggml_tensor."""
 
     root: int
     row_bytes: int
     n_cells: int
+    is_half: bool
 
     @property
     def n_bytes(self) -> int:
@@ -88,7 +90,7 @@ def _layers(group: Mapping[str, int], file: ModelFile) -> dict[int, CacheLayer]:
         if tensor.type == _F32:
             raise ModelError("keys and values of 32 bits are converted for every token: nothing is gained", _KV_TYPE)
         both = parts.setdefault(int(match[2]), [None, None])
-        both["kv".index(match[1])] = Rows2D(address, tensor.nb[1], tensor.ne[1])
+        both["kv".index(match[1])] = Rows2D(address, tensor.nb[1], tensor.ne[1], tensor.type == _F16)
     layers = {}
     for layer, (keys, values) in parts.items():
         if keys is None or values is None:

@@ -19,7 +19,7 @@ from runtime.own_graph import cut_off
 
 RowArray = npt.NDArray[Any]
 _HALF = 2  # bytes of a mask's elements
-PAD = 256  # llama.cpp rounds the rows of a node up to this; equal shapes give equal bits
+PAD = 256  # llama.cpp rounds the rows of a node up to this
 
 
 def rows_at(address: int, n_rows: int, row_bytes: int) -> RowArray:

@@ -15,9 +15,10 @@ from typing import Any
 
 from runtime import llama_abi as abi
 from runtime.errors import EngineError, H2OError
-from runtime.kv.cache import OFF, Cache, find_cache
+from runtime.kv.cache import OFF, Cache, V, find_cache
+from runtime.kv.dense import DenseAttention
 from runtime.kv.jobs import Stopped
-from runtime.kv.needs import filter_needs
+from runtime.kv.needs import filter_needs, turns
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.kv.roles import Roles, default_filters, layer_roles
 from runtime.kv.scores import Floats, Scorer, queries
@@ -55,23 +56,33 @@ class CacheSource:
     model: int
 
 
-def open_filter(settings: Settings, file: ModelFile, source: CacheSource, stopped: Stopped) -> Filter:
+def open_filter(
+    settings: Settings, file: ModelFile, source: CacheSource, stopped: Stopped, skip: Callable[[int], object]
+) -> Filter:
     """The filter settings.kv asks for. Raises H2OError where it cannot work on this model.
 
-    stopped: the reason why a wait shall end early, if there is one.
+    stopped: the reason why a wait shall end early, if there is one. skip: switches a node off until it was reported.
     """
     options = settings.kv or KvFilter()
     cache = find_cache(source.groups, file, source.model)
     filters = options.layers or default_filters(cache.filterable)
     roles = layer_roles(file.n_layers, filters, options.wait, cache.filterable)
     n_heads = int(abi.llama.llama_model_n_head(source.model))
-    return Filter(options, cache, roles, Scorer(settings.n_threads, n_heads), stopped)
+    return Filter(options, cache, roles, Scorer(settings.n_threads, n_heads), stopped, skip)
 
 
 class Filter:
     """Filters the passes of one context."""
 
-    def __init__(self, options: KvFilter, cache: Cache, roles: Roles, scorer: Scorer, stopped: Stopped) -> None:
+    def __init__(
+        self,
+        options: KvFilter,
+        cache: Cache,
+        roles: Roles,
+        scorer: Scorer,
+        stopped: Stopped,
+        skip: Callable[[int], object],
+    ) -> None:
         self.options, self.roles, self.cache = options, roles, cache
         self._scorer = scorer
         parts = {n: layer.parts for n, layer in cache.layers.items()}
@@ -94,6 +105,10 @@ class Filter:
         self._windowed = self._scored and options.select in WINDOWED
         self._queries: dict[int, Queries] = {n: deque(maxlen=options.window) for n in roles.filters}
         self._choosers: dict[int, Chooser] = {}
+        dense = [n for n in cache.filterable if n not in roles.sparse]
+        values = {n: cache.layers[n].parts[V] for n in dense if turns(options, cache.layers[n].parts[V])}
+        self._dense = DenseAttention(scorer.n_threads, values) if values else None
+        self._skip = skip
         self._pass = Pass()
         self._stored = 0
         self._asked: dict[int, int] = {}  # nodes to be reported -> layer
@@ -211,6 +226,8 @@ class Filter:
         self._stored = min(self._stored, n_past)
         if self._sparse:
             self._sparse.truncate(n_past)
+        if self._dense:
+            self._dense.truncate(n_past)
         for window in self._queries.values():
             while window and window[-1][0] >= n_past:
                 window.pop()
@@ -226,6 +243,8 @@ class Filter:
         """Free everything."""
         if self._sparse:
             self._sparse.close()
+        if self._dense:
+            self._dense.close()
         self._scorer.close()
 
     # --- nodes --------------------------------------------------------------------------------------------------
@@ -264,9 +283,21 @@ class Filter:
                 self._sparse.attend_selected(node, layer, self._pass.n_past)
             else:
                 report = self._sparse.attend_prompt(node) or bool(self._heavy)
+        if self._multiplies(layer, node):
+            report = True
+            self._skip(address)
+        elif self._dense:
+            self._dense.give_back(layer)
         if report:
             self._asked[address] = layer
         return report
+
+    def _multiplies(self, layer: int, node: abi.Tensor) -> bool:
+        """Whether a node's attention is computed here, by products."""
+        if not (self._dense and layer in self._dense and self._pass.decode) or self.kept_rows == self.stored:
+            return False
+        softcap, sinks = _parameters(node)[1], node.src[4]
+        return not softcap and not sinks
 
     def _layer_of(self, address: int, node: abi.Tensor) -> int:
         """The layer of a flash-attention node, whose sources are its own again."""
@@ -304,6 +335,10 @@ class Filter:
             return
         attention = self._attention(node)
         own = queries(query)[0]
+        if self._dense and self._multiplies(layer, node):
+            logits = self._scorer.logits(own, attention.keys, self._pass.n_past + 1)
+            self._dense.compute(layer, logits, attention.scale, node)
+            attention.known = (own, logits)
         if self._sparse and layer in self._choosers:
             rows = self._choosers[layer].rows(own, self._pass.n_past, attention)
             if self._windowed:

@@ -11,10 +11,11 @@ from typing import Protocol
 
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.kv.roles import Roles
-from runtime.sizes import page_up
+from runtime.sizes import PAGE, page_up
 
 BOUNCE_BYTES = 2**20  # of each thread of a disk store
-_F32_BYTES = 4
+_F32_BYTES, _HALF_BYTES = 4, 2
+SCORES_STEP = 64  # a product along so many positions has no rest in any of ggml's kernels
 _MOST_NEW = 3  # every slot is filled anew when more than one row in so many is new
 
 
@@ -28,6 +29,10 @@ class Part(Protocol):
     @property
     def n_cells(self) -> int:
         """Positions there is room for."""
+
+    @property
+    def is_half(self) -> bool:
+        """Whether they are 16-bit numbers."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,12 @@ def filter_needs(
 ) -> FilterNeeds:
     """What a filter with these roles needs. parts: keys and values of every layer; filterable: see Cache."""
     n_cells = max(part.n_cells for layer in filterable for part in parts[layer])
-    memory_bytes = page_up(n_cells * n_heads * _F32_BYTES)
+    scores_bytes = page_up(padded_scores(n_cells) * n_heads * _F32_BYTES)
+    memory_bytes = scores_bytes
+    dense = [parts[layer][1] for layer in filterable if layer not in roles.sparse]
+    turned = [values for values in dense if turns(options, values)]
+    if turned:
+        memory_bytes += scores_bytes + sum(_turned_bytes(part) for part in turned)
     if options.method == "omnikv" and options.select in WINDOWED:
         memory_bytes += n_cells * (options.window + 1) * len(roles.filters) * _F32_BYTES
     if options.method == "heavy":
@@ -59,6 +69,22 @@ def filter_needs(
     slot = sum(max(map(page_up, sizes)) for sizes in zip(*all_bytes, strict=True))  # of a prompt, one layer at a time
     bounces = (options.readers + 1) * BOUNCE_BYTES  # one more for the thread that writes
     return FilterNeeds(memory_bytes + max(buffers, slot) + bounces, sum(map(sum, all_bytes)))
+
+
+def turns(options: KvFilter, values: Part) -> bool:
+    """Whether dense layers attend by products: not where all rows are kept, which gives llama.cpp's own bits."""
+    return options.method == "omnikv" and not options.keeps_all and values.is_half
+
+
+def _turned_bytes(values: Part) -> int:
+    """Memory for values with positions innermost, beside the cache, which they leave page by page: a page for each."""
+    n_values = values.row_bytes // _HALF_BYTES
+    return page_up(n_values * min(PAGE, padded_scores(values.n_cells) * _HALF_BYTES)) + PAGE
+
+
+def padded_scores(n_rows: int) -> int:
+    """The scores of n_rows positions there is room for."""
+    return -(-n_rows // SCORES_STEP) * SCORES_STEP
 
 
 def most_tail(options: KvFilter, n_cells: int) -> int:

@@ -69,6 +69,11 @@ class KvFilter:
         if any(layer < 0 for layer in self.layers) or list(self.layers) != sorted(set(self.layers)):
             raise UsageError(f"--kv-layers {_joined(self.layers)} is not a rising list", "give layers such as 2,8,18")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether sparse layers attend to all rows of any prompt."""
+        return self.strategy == "brutal" or (isinstance(self.keep, float) and self.keep == 1.0)
+
     def n_rows(self, n_prompt: int) -> int:
         """Rows of a prompt of n_prompt that a sparse layer attends to: the budget, at least what is always kept."""
         if self.strategy == "brutal":

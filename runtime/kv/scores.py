@@ -17,6 +17,7 @@ import numpy.typing as npt
 from runtime import llama_abi as abi
 from runtime.errors import EngineError
 from runtime.kv.jobs import Jobs
+from runtime.kv.needs import padded_scores
 from runtime.kv.slots import Rows
 from runtime.memory import Region, view
 from runtime.own_graph import OwnGraph, cut_off, describe, operate
@@ -39,14 +40,15 @@ class Scorer:
         self._result = Region(0)
 
     def logits(self, query: Floats, keys: abi.Tensor, n_rows: int) -> Floats:
-        """q.k without scale [n_heads, n_rows], valid until the next call.
+        """q.k without scale [n_heads, n_rows], valid until the next call; there is room for padded_scores(n_rows).
 
         query [n_heads, head_dim], contiguous; keys: the flash-attention node's src[1] [head_dim, n_kv, n_kv_heads],
         query head h uses key head h // (n_heads / n_kv_heads).
         """
-        n_heads = len(query)
-        self._reserve(n_heads * n_rows * 4)
-        result = np.frombuffer(view(self._result.address, n_heads * n_rows * 4), np.float32).reshape(n_heads, n_rows)
+        n_heads, n_padded = len(query), padded_scores(n_rows)
+        self._reserve(n_heads * n_padded * 4)
+        every = np.frombuffer(view(self._result.address, n_heads * n_padded * 4), np.float32)
+        result = every.reshape(n_heads, n_padded)[:, :n_rows]
         if self._aside is None or result.size < _WORTH_A_SECOND_CORE:
             self._product.compute(query, keys, result, 0, n_rows)
             return result

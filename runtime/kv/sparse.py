@@ -163,8 +163,10 @@ class SparseRows:
         """Make the attention of position n_past see the chosen rows and the tail."""
         self._selections[self._segment_of[layer]].wait(layer)
         n_rows = self.kept + n_past - self.stored + 1
-        n_padded = min(-(-n_rows // PAD) * PAD, self._n_cells)
-        if n_rows > n_padded:
-            raise EngineError(f"{n_rows} rows do not fit a buffer of {n_padded}", OFF)
+        if n_rows > self._n_cells:
+            raise EngineError(f"{n_rows} rows do not fit a buffer of {self._n_cells}", OFF)
+        n_padded = n_rows
+        if self.kept == self.stored:  # with the shape of llama.cpp's own node, its own bits
+            n_padded = min(-(-n_rows // PAD) * PAD, self._n_cells)
         self._buffers.compact[layer].place(node, n_padded)
         self._mask.place(node, n_rows, n_padded)
