@@ -35,6 +35,12 @@ def user_folders(tmp_path, monkeypatch):
     monkeypatch.delenv("H2O_MODEL", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def no_prompt_is_short(monkeypatch):
+    """Dense layers of a filter attend by products behind the short prompts of tests, too."""
+    monkeypatch.setattr("runtime.kv.dense.LEAST_ROWS", 0)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Where the models of this test session are kept."""

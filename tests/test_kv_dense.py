@@ -73,10 +73,28 @@ def test_where_llama_cpp_attends_itself(tiny_model, options, kv_type):
         assert dense is None or all(turned._n_rows == 0 for turned in dense._turned.values())
 
 
-@pytest.mark.parametrize("arch", ["llama"])
-def test_a_budget_that_becomes_smaller_than_the_prompt(tiny_model, arch):
+def test_few_rows(tiny_model, monkeypatch):
+    """llama.cpp attends to few rows, and again after a cut."""
+    monkeypatch.setattr("runtime.kv.dense.LEAST_ROWS", 152)
+    with engine(tiny_model("llama"), RESIDENT, n_ubatch=64, kv=KvFilter(keep=30, layers=(0,), wait=1)) as opened:
+        recorder, turned = Recorder(opened), opened.kv._dense._turned
+        opened.forward(PROMPT[:150])
+        for n_rows in (0, 152, 153):
+            opened.forward([5])
+            assert [turned[layer]._n_rows for layer in (0, 1)] == [n_rows, n_rows]
+        for layer in (0, 1):
+            check(opened, recorder, layer, 1e-3)
+        opened.forward(PROMPT[:9])
+        opened.truncate(150)
+        opened.forward([7])
+        assert [turned[layer]._n_rows for layer in (0, 1)] == [0, 0]
+        for layer in (0, 1):
+            check(opened, recorder, layer, 2e-2)
+
+
+def test_a_budget_that_becomes_smaller_than_the_prompt(tiny_model):
     """llama.cpp attends while all rows are kept, products from then on, and llama.cpp again after a cut."""
-    with engine(tiny_model(arch), RESIDENT, n_ubatch=64, kv=KvFilter(keep=320)) as opened:
+    with engine(tiny_model("llama"), RESIDENT, n_ubatch=64, kv=KvFilter(keep=320)) as opened:
         recorder = Recorder(opened)
         layer = opened.kv.roles.filters[0]
         opened.forward(PROMPT)

@@ -24,6 +24,7 @@ from runtime.sizes import PAGE, page_down
 _HALF, _F16 = 2, 1  # bytes of a value, its type in ggml
 _BLOCK = 256  # rows turned at once: both sides of that fit a processor's cache
 _PAGE_CELLS = PAGE // _HALF
+LEAST_ROWS = 1024  # with fewer, llama.cpp's node is as fast: ending a part of the graph there takes longer
 
 
 class TurnedValues:
@@ -103,8 +104,9 @@ class DenseAttention:
         self._graph = OwnGraph(n_threads, [self._weights, self._output])
         self._region = Region(0)
 
-    def __contains__(self, layer: int) -> bool:
-        return layer in self._turned
+    def pays(self, layer: int, n_rows: int) -> bool:
+        """Whether a layer attends to so many rows here, and not in llama.cpp's node."""
+        return layer in self._turned and n_rows >= LEAST_ROWS
 
     def compute(self, layer: int, logits: Floats, scale: float, node: abi.Tensor) -> None:
         """The output of a layer's flash-attention node over one query, from its products with the keys.

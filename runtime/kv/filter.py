@@ -294,7 +294,9 @@ class Filter:
 
     def _multiplies(self, layer: int, node: abi.Tensor) -> bool:
         """Whether a node's attention is computed here, by products."""
-        if not (self._dense and layer in self._dense and self._pass.decode) or self.kept_rows == self.stored:
+        if not self._dense or not self._pass.decode or self.kept_rows == self.stored:
+            return False
+        if not self._dense.pays(layer, self._pass.n_past + 1):
             return False
         softcap, sinks = _parameters(node)[1], node.src[4]
         return not softcap and not sinks
