@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -24,9 +24,6 @@ from runtime.meter import Meter, Statistics
 from runtime.sampler import Sampling
 from runtime.sizes import format_size
 from runtime.speculate import OFF
-
-if TYPE_CHECKING:
-    pass
 
 PROMPT_MOST_BYTES = 16 * 2**20
 
@@ -150,37 +147,30 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     The text goes to standard output as it comes, everything else to standard error.
     """
-    flags = kv.KvFlags.of(locals())
+    given = locals()
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
     text = _prompt_text(prompt, file, dash)
     config = kv.read_kv_config(kv_config)
-    options = RunOptions(
+    options = RunOptions.of(
+        given,
         model=resolve_model(model or (config.model if config else None)),
-        n_predict=n_predict,
-        memory=memory,
-        plan_file=plan_file,
-        ctx=ctx,
-        threads=threads,
-        ubatch=ubatch,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
         stop=tuple(stop or ()),
         chat=chat or bool(config and config.chat),
-        json=json,
-        layout=layout,
-        kv_type=kv_type,
-        speculate=speculate,
-        draft=draft,
-        prefetch_input=prefetch_input,
-        repack=repack,
-        kv=kv.choose_filter(flags, config),
+        kv=kv.choose_filter(kv.KvFlags.of(given), config),
         max_context=config.max_context if config else 0,
     )
     _check(options)
+    raise typer.Exit(_reply(options, text))
+
+
+def _reply(options: RunOptions, text: str | None) -> int:
+    """Answer a prompt, or hold a conversation without one; the exit code."""
     if text is None:
         from h2o_cli.conversation import converse
 
-        raise typer.Exit(converse(options))
-    raise typer.Exit(answer(options, text))
+        return converse(options)
+    return answer(options, text)
 
 
 def _check(options: RunOptions) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, MOST_THREADS, UBATCH, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
@@ -71,6 +71,12 @@ class RunOptions:
     repack: str = "auto"
     kv: KvChoice | None = None
     max_context: int = 0
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], **made: Any) -> RunOptions:
+        """From the parameters of a command, and what was made of some of them."""
+        names = [field.name for field in fields(cls) if field.name not in made]
+        return cls(**{name: given[name] for name in names}, **made)
 
     def __post_init__(self) -> None:
         for flag, value in (("--ctx", self.ctx), ("--threads", self.threads), ("--ubatch", self.ubatch)):

@@ -105,6 +105,13 @@ class Region:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         _mmap(self.address, self.n_bytes, PROT_NONE, flags)
 
+    def grown(self, n_bytes: int) -> Region:
+        """This region where it has n_bytes; else another one, and this one is freed."""
+        if n_bytes <= self.n_bytes:
+            return self
+        self.free()
+        return Region(n_bytes)
+
     def free(self) -> None:
         """Unmap. The region must not be used afterwards."""
         if self.n_bytes:

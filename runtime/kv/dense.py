@@ -1,4 +1,4 @@
-"""Attention of one query to every row, as products of matrices: what filter layers do when a token is decoded.
+"""Attention of one query to every row, as products of matrices: what dense layers do when a token is decoded.
 
 Choosing rows takes the products of the query with all keys. A softmax over them and one more product, with the values,
 is the whole attention. llama.cpp's flash-attention kernel takes rows of a head one by one and adds up values in f16;
@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime import llama_abi as abi
 from runtime.kv.cache import OFF, Rows2D
-from runtime.kv.needs import SCORES_STEP
+from runtime.kv.needs import padded_scores
 from runtime.kv.scores import Floats
 from runtime.memory import Region, drop_pages, view
 from runtime.own_graph import OwnGraph, describe, operate
@@ -36,8 +36,9 @@ class TurnedValues:
 
     def __init__(self, values: Rows2D) -> None:
         self._rows = values
-        n_values, step = values.row_bytes // _HALF, SCORES_STEP if values.n_cells < _PAGE_CELLS else _PAGE_CELLS
-        n_cells = -(-values.n_cells // step) * step
+        n_values, n_cells = values.row_bytes // _HALF, padded_scores(values.n_cells)
+        if n_cells > _PAGE_CELLS:
+            n_cells = -(-n_cells // _PAGE_CELLS) * _PAGE_CELLS
         self._region = Region(n_values * n_cells * _HALF)
         self._region.use_huge_pages(0)
         self._turned = _halves(self._region.address, n_values, n_cells)
@@ -119,7 +120,7 @@ class DenseAttention:
         values = self._turned[layer]
         values.take_in(n_rows)
         head_dim, n_kv_heads = node.ne[0], abi.Tensor.from_address(node.src[2]).ne[2]
-        self._reserve(n_heads * n_padded * logits.itemsize)
+        self._region = self._region.grown(n_heads * n_padded * logits.itemsize)
         describe(self._logits, logits.ctypes.data, (n_padded, n_heads))
         describe(self._weights, self._region.address, (n_padded, n_heads))
         ctypes.memmove(self._weights.op_params, (ctypes.c_float * 2)(scale, 0.0), 8)
@@ -138,11 +139,6 @@ class DenseAttention:
         """The rows from n_rows on are going to be others."""
         for values in self._turned.values():
             values.truncate(n_rows)
-
-    def _reserve(self, n_bytes: int) -> None:
-        if n_bytes > self._region.n_bytes:
-            self._region.free()
-            self._region = Region(n_bytes)
 
     def close(self) -> None:
         """Free everything."""

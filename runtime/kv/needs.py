@@ -15,7 +15,7 @@ from runtime.sizes import PAGE, page_up
 
 BOUNCE_BYTES = 2**20  # of each thread of a disk store
 _F32_BYTES, _HALF_BYTES = 4, 2
-SCORES_STEP = 64  # a product along so many positions has no rest in any of ggml's kernels
+_SCORES_STEP = 64  # a product along so many positions has no rest in any of ggml's kernels
 _MOST_NEW = 3  # every slot is filled anew when more than one row in so many is new
 
 
@@ -84,7 +84,7 @@ def _turned_bytes(values: Part) -> int:
 
 def padded_scores(n_rows: int) -> int:
     """The scores of n_rows positions there is room for."""
-    return -(-n_rows // SCORES_STEP) * SCORES_STEP
+    return -(-n_rows // _SCORES_STEP) * _SCORES_STEP
 
 
 def most_tail(options: KvFilter, n_cells: int) -> int:

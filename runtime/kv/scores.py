@@ -46,7 +46,7 @@ class Scorer:
         query head h uses key head h // (n_heads / n_kv_heads).
         """
         n_heads, n_padded = len(query), padded_scores(n_rows)
-        self._reserve(n_heads * n_padded * 4)
+        self._result = self._result.grown(n_heads * n_padded * 4)
         every = np.frombuffer(view(self._result.address, n_heads * n_padded * 4), np.float32)
         result = every.reshape(n_heads, n_padded)[:, :n_rows]
         if self._aside is None or result.size < _WORTH_A_SECOND_CORE:
@@ -59,11 +59,6 @@ class Scorer:
         finally:
             job.wait(lambda: None)
         return result
-
-    def _reserve(self, n_bytes: int) -> None:
-        if n_bytes > self._result.n_bytes:
-            self._result.free()
-            self._result = Region(n_bytes)
 
     def close(self) -> None:
         """Free the backends."""
