@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -10,21 +9,22 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, MOST_THREADS, UBATCH, default_budget, default_threads
+from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_threads
+from h2o_cli.first_plan import FROM_FILE, Chosen, FirstPlan
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.engine import Engine
-from runtime.errors import BudgetError, H2OError, PlanError, ProfileError, UsageError
+from runtime.errors import BudgetError, H2OError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import Weights, head_start
 from runtime.hollow import HollowModel
 from runtime.ledger import POSITION_BYTES
 from runtime.model_file import ModelFile
-from runtime.plan import Layout, Plan
-from runtime.plan_file import default_plan_path, read_plan
+from runtime.plan import Layout
+from runtime.plan_file import default_plan_path
 from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
 from runtime.quantize import copy_bytes, low_bit_copy
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 CONTEXT_STEP = 256
 HARMLESS_BYTES = 64 * MB
 CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
-WINDOW_PIECES = 2
 UNLIMITED = 2**31 - 1
 SPECULATE = ("auto", "off")
 AUTO = "auto"
@@ -130,12 +129,11 @@ class OpenModel:
         with interrupts.held():
             self.file = ModelFile.open(options.model)
             self.profile = _profile(self.file, note)
-            self.plan_path = options.plan_file or default_plan_path()
-            must_fit = options.plan_file is not None
-            self.plan_in_file = _plan_in(self.plan_path, self.file, must_fit=must_fit, note=note)
+            path, is_named = options.plan_file or default_plan_path(), options.plan_file is not None
+            self.first_plan = FirstPlan.find(self.file, path, options.budget_bytes, note, is_named=is_named)
             settings = _settings(self.file, options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
             settings = replace(settings, draft_bytes=_expected_draft_bytes(self.file, options))
-            plan = _choose(self, options, settings).plan
+            plan = self.first_plan.choose(self.file, self.profile, settings, options.fixed_layout).plan
             plan = replace(plan, budget_bytes=max(0, plan.budget_bytes - settings.draft_bytes))
             self.weights = head_start(self.file, plan, settings)
             try:
@@ -197,15 +195,6 @@ class Session:
         self.cleanup.close()
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A plan, where it came from, and the budget of the process."""
-
-    plan: Plan
-    origin: str
-    budget_bytes: int
-
-
 def context_for(model: OpenModel, ctx: int | None, n_wanted: int, note: Callable[[str], None]) -> int:
     """The context in tokens: --ctx, else n_wanted rounded up, at most what the model was made for."""
     if ctx is None:
@@ -222,7 +211,7 @@ def open_session(
 ) -> Session:
     """Choose settings and plan, and open the engine. Raises H2OError."""
     start = time.perf_counter()
-    _check_context(n_ctx, options.budget_bytes or default_budget())
+    _check_context(n_ctx, model.first_plan.budget_bytes)
     settings = _settings(model.file, options, n_ctx, n_prompt, model.profile)
     if options.kv:
         settings = replace(settings, kv=options.kv.for_model(model.file.hash))
@@ -233,17 +222,14 @@ def open_session(
         if draft:
             opened.callback(draft.close)
             settings = replace(settings, draft_bytes=draft.n_bytes)
-        chosen = _choose(model, options, settings)
-        engine = _open_engine(model, chosen.plan, settings, note)
+        chosen, engine = _open_planned(model, options, settings, note)
         opened.callback(engine.close)
-        check_budget(engine, chosen.plan, chosen.budget_bytes)
         cleanup = opened.pop_all()
     sampler = Sampler(options.sampling, engine.n_vocab, model.tokenizer.suppressed)
-    generation = model.plan_in_file.generation if model.plan_in_file else 0
-    watcher = PlanWatcher(model.plan_path, model.file.hash, generation=generation)
+    watcher = PlanWatcher(model.first_plan.path, model.file.hash, generation=chosen.plan.generation)
     watcher.poll()  # what is in the file now has been looked at
     watcher.take_problem()
-    stats = StatsWriter(stats_path(model.plan_path), model.file.hash, note)
+    stats = StatsWriter(stats_path(model.first_plan.path), model.file.hash, note)
     speculation = _speculation(model, engine, draft)
     for close in (sampler.close, watcher.close, stats.close, *([speculation.close] if speculation else [])):
         cleanup.callback(close)
@@ -252,7 +238,7 @@ def open_session(
         engine=engine,
         sequence=TokenSequence(engine, note, speculation),
         sampler=sampler,
-        follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats),
+        follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats, cap_bytes=options.budget_bytes),
         disk_bytes_per_s=model.profile.disk.bytes_per_s.mean if model.profile else 0.0,
         plan_origin=chosen.origin,
         load_s=model.load_s + time.perf_counter() - start,
@@ -274,14 +260,43 @@ def _check_context(n_ctx: int, budget_bytes: int) -> None:
         )
 
 
-def _open_engine(model: OpenModel, plan: Plan, settings: Settings, note: Callable[[str], None]) -> Engine:
+def _open_planned(
+    model: OpenModel, options: RunOptions, settings: Settings, note: Callable[[str], None]
+) -> tuple[Chosen, Engine]:
+    """The first plan and the engine that follows it. A plan in the default file that does not fit is left out."""
+    first, layout = model.first_plan, options.fixed_layout
+    chosen = first.choose(model.file, model.profile, settings, layout)
+    try:
+        return chosen, _open_engine(model, chosen, settings, note)
+    except BudgetError as error:
+        if chosen.origin != FROM_FILE:
+            raise
+        message = f"the plan in {first.path} cannot be followed: {error.message}"
+        if first.is_named:
+            raise BudgetError(message, error.next_step, error.floor_bytes) from None
+        note(message)
+    chosen = first.without_file().choose(model.file, model.profile, settings, layout)
+    return chosen, _open_engine(model, chosen, settings, note)
+
+
+def _open_engine(model: OpenModel, chosen: Chosen, settings: Settings, note: Callable[[str], None]) -> Engine:
     """The engine; a budget too small for the logits of several positions leaves look-up out."""
     try:
-        return Engine(model.file, model.hollow, plan, settings, note, model.take_weights())
+        return _checked(Engine(model.file, model.hollow, chosen.plan, settings, note, model.take_weights()), chosen)
     except BudgetError:
         if settings.n_logits == 1 or settings.draft_bytes:
             raise
-    return Engine(model.file, model.hollow, plan, replace(settings, n_logits=1), note)
+    return _checked(Engine(model.file, model.hollow, chosen.plan, replace(settings, n_logits=1), note), chosen)
+
+
+def _checked(engine: Engine, chosen: Chosen) -> Engine:
+    """The engine, closed where a plan without a budget of its own does not fit the process's."""
+    try:
+        check_budget(engine, chosen.plan, chosen.budget_bytes)
+    except BudgetError:
+        engine.close()
+        raise
+    return engine
 
 
 # --- speculation ----------------------------------------------------------------------------------------------------
@@ -346,7 +361,7 @@ def _n_positions(file: ModelFile) -> int:
     return next((t.n_rows for t in file.tensors if t.name == "position_embd.weight"), UNLIMITED)
 
 
-# --- settings and plan ----------------------------------------------------------------------------------------------
+# --- profile and settings -------------------------------------------------------------------------------------------
 
 
 def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | None:
@@ -380,68 +395,3 @@ def _settings(
         return settings
     disk = profile.disk
     return replace(settings, io_mode=disk.mode, request_bytes=disk.request_bytes, depth=max(1, disk.depth))
-
-
-def _plan_in(path: Path, file: ModelFile, *, must_fit: bool, note: Callable[[str], None]) -> Plan | None:
-    """The plan for this model in a plan file; must_fit: the user named the file, so an unusable one is an error."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        if must_fit:
-            note(f"there is no plan file {path} yet; plans written there later will be followed")
-        return None
-    except OSError:
-        pass
-    try:
-        plan = read_plan(path)
-        if plan.model_hash not in (0, file.hash):
-            if must_fit:
-                raise PlanError(f"the plan in {path} is for another model", "make one with `h2o plan -m SIZE -s FILE`")
-            return None
-        plan.check_layers(file.n_layers)
-    except PlanError as error:
-        if must_fit:
-            raise
-        note(f"the plan file was not used: {error}")
-        return None
-    return plan
-
-
-def _choose(model: OpenModel, options: RunOptions, settings: Settings) -> Chosen:
-    """The plan in the file if it agrees with -m, else the planner's for the profile, else the default one."""
-    file, in_file, profile, layout = model.file, model.plan_in_file, model.profile, options.fixed_layout
-    if in_file and options.budget_bytes in (0, in_file.budget_bytes or options.budget_bytes):
-        budget = in_file.budget_bytes or options.budget_bytes or default_budget()
-        return Chosen(replace(in_file, layout=in_file.layout if layout is None else layout), "plan file", budget)
-    budget = options.budget_bytes or default_budget()
-    planned = _planned(profile, budget - settings.draft_bytes, settings, layout) if profile else None
-    if planned:
-        return Chosen(replace(planned, budget_bytes=budget), "profile", budget)
-    largest = max((piece.span_bytes for piece in file.pieces), default=0)
-    plan = Plan(
-        k=0,
-        w=1,
-        layout=Layout.BALANCED if layout is None else layout,
-        window_bytes=min(WINDOW_PIECES * largest, budget // 4),
-        budget_bytes=budget,
-        model_hash=file.hash,
-    )
-    return Chosen(plan, "default", budget)
-
-
-def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layout: Layout | None) -> Plan | None:
-    """The planner's choice; None where the profile's figures say that the budget is too small (the engine decides)."""
-    from planner.choose import choose_exactly
-    from planner.kv import KvUse
-
-    try:
-        return choose_exactly(
-            profile,
-            budget_bytes,
-            ctx_tokens=settings.n_ctx,
-            ubatch_tokens=min(LEAST_UBATCH, settings.n_ubatch),
-            layout=layout,
-            kv=KvUse(settings.kv_type, settings.kv),
-        )
-    except (BudgetError, ProfileError):
-        return None

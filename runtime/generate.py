@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from runtime.engine import Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
+from runtime.memory import memory_bytes
 from runtime.plan import Plan
 from runtime.plan_stats import StatsWriter
 from runtime.plan_watcher import PlanWatcher
@@ -286,9 +287,12 @@ class PlanFollower:
         budget_bytes: int,
         note: Callable[[str], None],
         stats: StatsWriter | None = None,
+        cap_bytes: int = 0,
     ) -> None:
+        """budget_bytes: of the plan in force. cap_bytes: the most that any plan gets (0: no cap)."""
         self.engine = engine
         self.budget_bytes = budget_bytes
+        self._cap_bytes = cap_bytes
         self._stats = stats
         self._generation, self._refused = engine.plan.generation, 0
         self._watcher = watcher
@@ -309,10 +313,12 @@ class PlanFollower:
             self._tell(problem)
         if plan is None:
             return
-        if replace(plan, generation=0) == self._asked:
-            self._generation = plan.generation
-            return
         try:
+            plan.check(self.engine.file.n_layers, memory_bytes())
+            plan = plan.capped(self._cap_bytes, self._tell)
+            if replace(plan, generation=0) == self._asked:
+                self._generation = plan.generation
+                return
             check_budget(self.engine, plan, self.budget_bytes)
             self.engine.apply(plan)
         except (BudgetError, PlanError) as error:

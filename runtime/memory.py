@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from runtime.errors import EngineError
@@ -238,14 +238,28 @@ def _usage_of(folder: Path) -> int:
 
 def available_bytes() -> int:
     """Memory this process may still take: the machine's, or what its cgroups leave when that is less."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
+    own = resident_bytes()
+    left = (max(0, limit - _usage_of(folder)) + own for folder, limit in _limits())
+    return min([_meminfo_bytes("MemAvailable"), *left])
+
+
+def memory_bytes() -> int:
+    """The most this process could ever take: the machine's memory, or the limit of its cgroups when that is less."""
+    return min([_meminfo_bytes("MemTotal"), *(limit for _, limit in _limits())])
+
+
+def _limits() -> Iterator[tuple[Path, int]]:
+    """This process's memory cgroups that have a limit."""
     folder = cgroup_folder()
     while folder is not None and "cgroup" in folder.parts:
         limit = _limit_of(folder)
         if limit is not None:
-            available = min(available, max(0, limit - _usage_of(folder)) + resident_bytes())
+            yield folder, limit
         folder = folder.parent
-    return available
+
+
+def _meminfo_bytes(key: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0

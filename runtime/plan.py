@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from runtime.errors import PlanError, UsageError
+from runtime.sizes import format_size
+
+NEXT_STEP = "make one with `h2o plan -m SIZE`"
 
 
 class Layout(IntEnum):
@@ -55,7 +59,18 @@ class Plan:
         if min(self.pinned_bytes, self.window_bytes, self.budget_bytes, self.model_hash, self.generation) < 0:
             raise PlanError("a plan has no negative sizes", "make a new plan with `h2o plan -m SIZE`")
 
-    def check_layers(self, n_layers: int) -> None:
-        """Raise PlanError unless a model of n_layers layers can follow this plan."""
+    def check(self, n_layers: int, memory_bytes: int) -> None:
+        """Raise PlanError unless a model of n_layers layers on a machine with so much memory can follow this plan."""
         if self.k > n_layers or self.w > max(n_layers, 1):
-            raise PlanError(f"k={self.k}, w={self.w} is no plan for {n_layers} layers", "make one with `h2o plan`")
+            raise PlanError(f"k={self.k}, w={self.w} is no plan for {n_layers} layers", NEXT_STEP)
+        if self.budget_bytes > memory_bytes:
+            budget, most = format_size(self.budget_bytes), format_size(memory_bytes)
+            raise PlanError(f"a budget of {budget} is more than the {most} of this machine", NEXT_STEP)
+
+    def capped(self, cap_bytes: int, note: Callable[[str], None]) -> Plan:
+        """This plan with a budget of at most cap_bytes (0: any), which is said where it was made for more."""
+        if not 0 < cap_bytes < self.budget_bytes:
+            return self
+        asked, most = format_size(self.budget_bytes), format_size(cap_bytes)
+        note(f"the plan is for {asked}: it is followed inside the {most} of -m")
+        return replace(self, budget_bytes=cap_bytes)

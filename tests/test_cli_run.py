@@ -192,6 +192,53 @@ def test_plan_file_decides_when_it_is_for_this_model(tiny_model, run_json, plan_
     assert run_json(*flags, "-m", "600")[0]["plan_origin"] == "default"
 
 
+def test_m_is_a_cap_for_plans(tiny_model, run_json, plan_file):
+    """In a named file a plan for less is followed and one for more is cut; the default file's is not for this run."""
+    flags = (tiny_model("qwen2"), "-p", PROMPT, "-n", 3, "--temp", 0, "-m", "600")
+    for budget, granted, said in ((700, 600, True), (500, 500, False)):
+        write_plan(plan_file, Plan(0, 1, budget_bytes=budget * 10**6))
+        found, err = run_json(*flags, "-s", plan_file)
+        assert (found["budget_bytes"], found["plan_origin"]) == (granted * 10**6, "plan file")
+        assert ("followed inside the 600.0 MB of -m" in err) is said
+        found, err = run_json(*flags)
+        assert (found["budget_bytes"], found["plan_origin"], err) == (600 * 10**6, "default", "")
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"), [(Plan(9, 9), "is no plan for 4 layers"), (Plan(0, 1, budget_bytes=2**62), "is more than the")]
+)
+def test_absurd_plan_files(tiny_model, run, run_json, plan_file, plan, said):
+    write_plan(plan_file, plan)
+    flags = (tiny_model("qwen2"), "-p", PROMPT, "-n", 3)
+    found, err = run_json(*flags)
+    assert found["plan_origin"] == "default"
+    assert f"the plan in {plan_file}: " in err and said in err
+    code, out, err = run(*flags, "-s", plan_file)
+    assert (code, out) == (1, "")
+    assert said in err
+
+
+def test_a_forgotten_plan_is_named_and_left_out(tiny_model, run, run_json, plan_file):
+    """`h2o plan -m 10` of last week; also one by hand that does not fit what -m says now."""
+    flags = (tiny_model("qwen2"), "-p", PROMPT, "-n", 3)
+    write_plan(plan_file, Plan(0, 1, budget_bytes=10 * 10**6))
+    found, err = run_json(*flags)
+    assert (found["plan_origin"], len(found["tokens"])) == ("default", 3)
+    assert found["budget_bytes"] > 100 * 10**6
+    assert f"the plan in {plan_file} cannot be followed: 10.0 MB is too small" in err
+    code, out, err = run(*flags, "-s", plan_file)
+    assert (code, out) == (1, "")
+    assert f"the plan in {plan_file} cannot be followed: 10.0 MB is too small" in err
+    assert "the smallest budget that works" in err
+
+
+def test_the_budget_is_decided_once(tiny_model, run_json, monkeypatch):
+    answers = iter(range(500, 600))
+    monkeypatch.setattr("h2o_cli.first_plan.default_budget", lambda: next(answers) * 10**6)
+    assert run_json(tiny_model("qwen2"), "-p", PROMPT, "-n", 3)[0]["budget_bytes"] == 500 * 10**6
+    assert next(answers) == 501
+
+
 def test_plan_for_another_model_is_left_alone(tiny_model, run_json, run, plan_file):
     flags = (tiny_model("qwen2"), "-p", PROMPT, "-n", 3)
     write_plan(plan_file, Plan(1, 1, model_hash=12345))

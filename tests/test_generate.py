@@ -21,6 +21,7 @@ from runtime.meter import Meter
 from runtime.plan import Layout, Plan
 from runtime.plan_file import write_plan, write_source_plan
 from runtime.plan_watcher import PlanWatcher
+from runtime.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
 from runtime.tokenizer import Tokenizer
 
@@ -233,6 +234,40 @@ def test_plan_outside_the_budget_is_refused_once(rig, tmp_path):
     assert rig.engine.plan_changes == 0
     assert len(rig.engine.notes) == 3
     assert all("was not taken" in text for text in rig.engine.notes)
+
+
+def test_a_plan_never_lifts_the_cap(rig, tmp_path):
+    path, floor = tmp_path / "plan.bin", rig.engine.fixed_bytes + streamable_bytes(rig.engine.file) // 2
+    watcher = PlanWatcher(path, rig.engine.file.hash)
+    follow = PlanFollower(rig.engine, watcher, floor, rig.engine.notes.append, cap_bytes=floor)
+    budgets = []
+    for budget in (2 * floor, floor - 2 * 10**6, 3 * floor, floor):
+        write_plan(path, Plan(0, 1, budget_bytes=budget))
+        watcher._next_look_s = 0
+        follow()
+        budgets.append(follow.budget_bytes)
+        assert rig.engine.ledger.total_bytes <= budgets[-1]
+    assert budgets == [floor, floor - 2 * 10**6, floor, floor]
+    assert [f"inside the {floor / 1e6:.1f} MB of -m" in text for text in rig.engine.notes] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (Plan(2**31 - 1, 2**31 - 1), "k=2147483647, w=2147483647 is no plan for 4 layers"),
+        (Plan(0, 5), "w=5 is no plan for 4 layers"),
+        (Plan(0, 1, budget_bytes=2**62), "is more than the"),
+    ],
+)
+def test_absurd_plans_are_refused(rig, tmp_path, plan, said):
+    path = tmp_path / "plan.bin"
+    follow = PlanFollower(rig.engine, PlanWatcher(path, 0), 0, rig.engine.notes.append)
+    before = rig.engine.plan
+    write_plan(path, plan)
+    follow()
+    assert (rig.engine.plan, follow.budget_bytes) == (before, 0)
+    assert len(rig.engine.notes) == 1
+    assert said in rig.engine.notes[0]
 
 
 def test_damaged_plan_file_is_told_once(rig, tmp_path):

@@ -1,0 +1,138 @@
+"""The plan a run begins with and the budget of its process: decided once, from -m, the plan file and the profile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from h2o_cli.defaults import LEAST_UBATCH, default_budget
+from runtime.errors import BudgetError, PlanError, ProfileError
+from runtime.memory import memory_bytes
+from runtime.model_file import ModelFile
+from runtime.plan import Layout, Plan
+from runtime.plan_file import read_plan
+from runtime.settings import Settings
+
+if TYPE_CHECKING:
+    from profiler.model_profile import ModelProfile
+
+WINDOW_PIECES = 2
+FROM_FILE, FROM_PROFILE, DEFAULT = "plan file", "profile", "default"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan, where it came from, and the budget of the process."""
+
+    plan: Plan
+    origin: str
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class FirstPlan:
+    """What a run's first plan is chosen from.
+
+    in_file: the plan in the plan file at `path`, where it counts; is_named: the user named that file. cap_bytes: -m,
+    which no plan exceeds (0: not given). budget_bytes: of the process, whatever the plan.
+    """
+
+    path: Path
+    is_named: bool
+    in_file: Plan | None
+    cap_bytes: int
+    budget_bytes: int
+
+    @classmethod
+    def find(
+        cls, file: ModelFile, path: Path, cap_bytes: int, note: Callable[[str], None], *, is_named: bool
+    ) -> FirstPlan:
+        """Look into the plan file. Raises PlanError where the user named it and it cannot be used.
+
+        With -m a plan in the default file counts when it was made for the same budget or for none. One in a file that
+        the user named counts always, at most for the budget of -m.
+        """
+        plan = _plan_in(path, file, must_fit=is_named, note=note)
+        if plan and cap_bytes and plan.budget_bytes not in (0, cap_bytes):
+            plan = plan.capped(cap_bytes, note) if is_named else None
+        budget = (plan.budget_bytes if plan else 0) or cap_bytes or default_budget()
+        return cls(path, is_named, plan, cap_bytes, budget)
+
+    def without_file(self) -> FirstPlan:
+        """The same without the plan in the file, whose budget is none of this run's, either."""
+        return replace(self, in_file=None, budget_bytes=self.cap_bytes or default_budget())
+
+    def choose(
+        self, file: ModelFile, profile: ModelProfile | None, settings: Settings, layout: Layout | None
+    ) -> Chosen:
+        """The plan in the file, else the planner's for the profile, else the default one. layout None: the best."""
+        budget = self.budget_bytes
+        if self.in_file:
+            plan = replace(self.in_file, layout=self.in_file.layout if layout is None else layout)
+            return Chosen(plan, FROM_FILE, budget)
+        planned = _planned(profile, budget - settings.draft_bytes, settings, layout) if profile else None
+        if planned:
+            return Chosen(replace(planned, budget_bytes=budget), FROM_PROFILE, budget)
+        largest = max((piece.span_bytes for piece in file.pieces), default=0)
+        plan = Plan(
+            k=0,
+            w=1,
+            layout=Layout.BALANCED if layout is None else layout,
+            window_bytes=min(WINDOW_PIECES * largest, budget // 4),
+            budget_bytes=budget,
+            model_hash=file.hash,
+        )
+        return Chosen(plan, DEFAULT, budget)
+
+
+def _plan_in(path: Path, file: ModelFile, *, must_fit: bool, note: Callable[[str], None]) -> Plan | None:
+    """The plan for this model in a plan file; must_fit: the user named the file, so an unusable one is an error."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        if must_fit:
+            note(f"there is no plan file {path} yet; plans written there later will be followed")
+        return None
+    except OSError:
+        pass
+    try:
+        plan = read_plan(path)
+        if plan.model_hash not in (0, file.hash):
+            if must_fit:
+                raise PlanError(f"the plan in {path} is for another model", "make one with `h2o plan -m SIZE -s FILE`")
+            return None
+        _check(plan, path, file)
+    except PlanError as error:
+        if must_fit:
+            raise
+        note(f"the plan file was not used: {error}")
+        return None
+    return plan
+
+
+def _check(plan: Plan, path: Path, file: ModelFile) -> None:
+    try:
+        plan.check(file.n_layers, memory_bytes())
+    except PlanError as error:
+        raise PlanError(f"the plan in {path}: {error.message}", error.next_step) from None
+
+
+def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layout: Layout | None) -> Plan | None:
+    """The planner's choice; None where the profile's figures say that the budget is too small (the engine decides)."""
+    from planner.choose import choose_exactly
+    from planner.kv import KvUse
+
+    try:
+        return choose_exactly(
+            profile,
+            budget_bytes,
+            ctx_tokens=settings.n_ctx,
+            ubatch_tokens=min(LEAST_UBATCH, settings.n_ubatch),
+            layout=layout,
+            kv=KvUse(settings.kv_type, settings.kv),
+        )
+    except (BudgetError, ProfileError):
+        return None
