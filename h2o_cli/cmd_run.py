@@ -5,27 +5,26 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from h2o_cli import kv_flags as kv
+from h2o_cli.closing import closing_line, figures
 from h2o_cli.defaults import N_PREDICT
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
-from h2o_cli.output import Progress, emit, note, print_json, styled, tell, versions
+from h2o_cli.output import Progress, emit, note, print_json, styled, tell
 from runtime.errors import DiskError, EngineError, PromptError, UsageError
 from runtime.generate import Request, Step, check_prompt, generate
-from runtime.memory import peak_bytes
-from runtime.meter import Meter, Statistics
+from runtime.meter import Meter
 from runtime.sampler import Sampling
-from runtime.sizes import format_size
-from runtime.speculate import OFF
 
 PROMPT_MOST_BYTES = 16 * 2**20
+SHORT_PROMPT = 64  # tokens: up to here a prompt takes one pass, and no progress is shown
 
 EPILOG = """Examples:
 
@@ -248,7 +247,7 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
     with interrupts.ending(session.engine.cancel):
         steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
         try:
-            for step in first_with_progress(session, steps, len(request.prompt)):
+            for step in first_with_progress(session, steps, request.prompt):
                 meter.see(step)
                 parts.append(step.text)
                 tokens += [step.token] if step.token is not None else []
@@ -270,18 +269,16 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
     return 128 + signal_number if signal_number else 0
 
 
-def first_with_progress(session: Session, steps: Iterator[Step], n_prompt: int) -> Iterator[Step]:
-    """The steps; while the first one is on its way, progress is shown: passes done, or bytes where there is one."""
+def first_with_progress(session: Session, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:
+    """The steps; while the first one is on its way, progress is shown: tokens x layers computed of a long prompt."""
     engine = session.engine
-    passes = len(engine.pass_sizes(n_prompt))
-    start_passes, start_bytes = engine.counters.passes, engine.bytes_read
-    expected = max(1, passes * engine.streamed_bytes + engine.ledger.resident_bytes)
+    n_new = len(prompt) - session.sequence.known(prompt)
+    start = engine.computed_tokens
 
     def share() -> float:
-        by_pass = (engine.counters.passes - start_passes) / passes
-        return max(by_pass, min(0.99, (engine.bytes_read - start_bytes) / expected))
+        return (engine.computed_tokens - start) / n_new
 
-    with Progress(f"reading the prompt ({n_prompt} {'token' if n_prompt == 1 else 'tokens'})", share):
+    with Progress(f"reading the prompt ({n_new} tokens)", share, enabled=n_new > SHORT_PROMPT):
         first = next(steps, None)
     if first is not None:
         yield first
@@ -292,67 +289,3 @@ def process_age_s() -> float:
     """Seconds since the kernel started this process, in steps of a clock tick (0.01 s); see proc(5), starttime."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def figures(session: Session, statistics: Statistics, meter_start_s: float) -> dict[str, Any]:
-    """The figures of `h2o run --json`. meter_start_s: the age of the process when the answer began."""
-    plan = session.engine.plan
-    return {
-        "ttft_s": statistics.ttft_s,
-        "ttft_process_s": None if statistics.ttft_s is None else meter_start_s + statistics.ttft_s,
-        "prefill_tokens_per_s": statistics.prefill_tokens_per_s,
-        "decode_ms_per_token": statistics.decode_ms_per_token,
-        "tokens_per_s": statistics.tokens_per_s,
-        "bytes_read_per_token": statistics.bytes_read_per_token,
-        "disk_wait_ms_per_token": statistics.disk_wait_ms_per_token,
-        "peak_memory_bytes": peak_bytes(),
-        "budget_bytes": session.budget_bytes,
-        "limit_ms_per_token": statistics.limit_ms_per_token,
-        "yield": statistics.yield_,
-        "plan": {"k": plan.k, "w": plan.w, "layout": plan.layout.label, "generation": plan.generation},
-        "plan_changes": session.engine.plan_changes,
-        "model": str(session.model.file.path),
-        "threads": session.engine.settings.n_threads,
-        "versions": versions(),
-        "load_s": session.load_s,
-        "seed": session.sampler.seed,
-        "speculation": speculation(session, statistics),
-        "tokens_per_pass": statistics.tokens_per_pass,
-        "drafted": statistics.drafted,
-        "accepted": statistics.accepted,
-        "ledger": session.engine.ledger.as_dict(),
-        "plan_origin": session.plan_origin,
-        "kv": session.engine.kv.figures() if session.engine.kv else None,
-    }
-
-
-def speculation(session: Session, statistics: Statistics) -> str:
-    """Who drafted the tokens of an answer; "off" when nothing was drafted."""
-    used = session.sequence.speculation if statistics.drafted else None
-    return used.drafter.name if used else OFF
-
-
-def closing_line(session: Session, statistics: Statistics) -> str:
-    """The figures of an answer, for people."""
-    plan = session.engine.plan
-    parts = [f"{statistics.n_tokens} tokens"]
-    if statistics.ttft_s is not None:
-        parts.append(f"first after {statistics.ttft_s:.2f} s")
-    if statistics.decode_ms_per_token and statistics.tokens_per_s and statistics.yield_ is not None:
-        parts += [
-            f"then {statistics.tokens_per_s:.1f} tokens/s ({statistics.decode_ms_per_token:.1f} ms each)",
-            f"{format_size(statistics.bytes_read_per_token or 0)} read per token",
-            f"{statistics.disk_wait_ms_per_token or 0:.1f} ms of it waiting for the disk",
-            f"{statistics.yield_:.0%} of the limit{' of one token per pass' if statistics.accepted else ''}",
-        ]
-    if statistics.drafted and statistics.tokens_per_pass:
-        name = speculation(session, statistics)
-        parts.append(
-            f"{statistics.tokens_per_pass:.2f} tokens per pass ({statistics.accepted} of {statistics.drafted}"
-            f" drafted tokens accepted, {name})"
-        )
-    if session.engine.kv:
-        parts.append(session.engine.kv.summary)
-    parts.append(f"peak memory {format_size(peak_bytes())} of {format_size(session.budget_bytes)}")
-    parts.append(f"plan k={plan.k} w={plan.w} {plan.layout.label}")
-    return f"h2o: {', '.join(parts)}"

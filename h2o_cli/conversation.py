@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from h2o_cli.cmd_run import closing_line, first_with_progress
+from h2o_cli.closing import closing_line
+from h2o_cli.cmd_run import first_with_progress
 from h2o_cli.defaults import CONVERSATION_CONTEXT
 from h2o_cli.interrupts import interrupts
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
@@ -154,7 +155,7 @@ class Conversation:
         parts, tokens, finish = [], [], ""
         with interrupts.ending(session.engine.cancel, patient=True):
             steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
-            for step in first_with_progress(session, steps, len(request.prompt)):
+            for step in first_with_progress(session, steps, request.prompt):
                 meter.see(step)
                 parts.append(step.text)
                 tokens += [step.token] if step.token is not None else []

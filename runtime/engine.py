@@ -84,6 +84,7 @@ class Engine:
         self._ledgers = {use: self._fixed_ledger(use) for use in (_PROMPT, _DRAFTS, _TOKEN, _EVERYTHING)}
         self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
         self._fits = False  # weights and what any pass needs, both at once
+        self._n_computing = 0  # tokens of the pass that runs
         try:
             self.apply(plan)
             if settings.prefetch_input:
@@ -236,12 +237,14 @@ class Engine:
         status = -1
         try:
             self.nodes.begin_pass(tokens)
+            self._n_computing = len(tokens)
             self._context.call_back(wanted=len(tokens) > 1 or self.nodes.are_watched)
             status = self._context.decode(tokens, self.n_past, n_logits)
         except Cancelled:
             self.forget_cancel()
             raise
         finally:
+            self._n_computing = 0
             self.nodes.end_pass(complete=status == 0)
         self._raise_stop()
         if self._store.bytes_read != self.counters.bytes_read:
@@ -319,9 +322,9 @@ class Engine:
         return self._ledgers[_PROMPT].compute_bytes - self._ledgers[_TOKEN].compute_bytes
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes read from disk until now, also in the middle of a pass."""
-        return self._store.bytes_read
+    def computed_tokens(self) -> float:
+        """Tokens computed until now; those of the pass that runs count by the layers it has come to."""
+        return self.counters.tokens + self._n_computing * self._store.layers_used / self.file.n_layers
 
     @property
     def context(self) -> int:

@@ -66,10 +66,14 @@ class TokenSequence:
         """Make `tokens` the whole sequence: what it has in common with the old one is kept, the rest is computed."""
         if not tokens:
             raise PromptError("the prompt is empty", "give some text with -p")
-        kept = min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
+        kept = self.known(tokens)
         if kept < len(self.tokens):
             kept = self._shorten(kept)
         self._compute(tokens[kept:])
+
+    def known(self, tokens: Sequence[int]) -> int:
+        """How many of the first of these tokens need not be computed again; the last one always is."""
+        return min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Compute more tokens in one pass; the logits of all of them are there afterwards."""

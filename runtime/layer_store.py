@@ -180,10 +180,7 @@ class LayerStore:
         self.wait_s += time.perf_counter() - start
 
     def _load_now(self, piece: Piece) -> None:
-        """The stream has not come to a piece yet, or is past it (a wrong guess): go on from there.
-
-        When the ring is full of pieces that are used later, those are dropped.
-        """
+        """The stream is not at this piece (a wrong guess): go on from there, and drop what fills the ring for later."""
         self._load_pass, self._load_place = self._pass, self._place - 1
         if self._start(piece):
             return
@@ -428,6 +425,11 @@ class LayerStore:
     def home(self, tensor_name: str) -> Home:
         """The place of a tensor's resident pieces."""
         return self._homes[tensor_name]
+
+    @property
+    def layers_used(self) -> int:
+        """The layers the computation has come to in this pass, as far as it asks for weights (for any thread)."""
+        return self._pieces[self._order[min(self._place, len(self._order)) - 1]].layer if self._place else 0
 
     @property
     def window_bytes(self) -> int:

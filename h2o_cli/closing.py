@@ -1,0 +1,141 @@
+"""What a run says when an answer is there: figures for programs, and two lines for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from h2o_cli.opening import Session
+from h2o_cli.output import versions
+from runtime.memory import peak_bytes
+from runtime.meter import Statistics
+from runtime.plan import Layout
+from runtime.sizes import MB, format_size
+from runtime.speculate import OFF
+
+WIDTH, LINES = 80, 2
+_INDENT = "  "
+
+
+def figures(session: Session, statistics: Statistics, meter_start_s: float) -> dict[str, Any]:
+    """The figures of `h2o run --json`. meter_start_s: the age of the process when the answer began."""
+    plan = session.engine.plan
+    return {
+        "ttft_s": statistics.ttft_s,
+        "ttft_process_s": None if statistics.ttft_s is None else meter_start_s + statistics.ttft_s,
+        "prefill_tokens_per_s": statistics.prefill_tokens_per_s,
+        "decode_ms_per_token": statistics.decode_ms_per_token,
+        "predicted_ms_per_token": predicted_ms(session),
+        "tokens_per_s": statistics.tokens_per_s,
+        "bytes_read_per_token": statistics.bytes_read_per_token,
+        "disk_wait_ms_per_token": statistics.disk_wait_ms_per_token,
+        "peak_memory_bytes": peak_bytes(),
+        "budget_bytes": session.budget_bytes,
+        "limit_ms_per_token": statistics.limit_ms_per_token,
+        "yield": statistics.yield_,
+        "plan": {"k": plan.k, "w": plan.w, "layout": plan.layout.label, "generation": plan.generation},
+        "plan_changes": session.engine.plan_changes,
+        "model": str(session.model.file.path),
+        "threads": session.engine.settings.n_threads,
+        "versions": versions(),
+        "load_s": session.load_s,
+        "seed": session.sampler.seed,
+        "speculation": speculation(session, statistics),
+        "tokens_per_pass": statistics.tokens_per_pass,
+        "drafted": statistics.drafted,
+        "accepted": statistics.accepted,
+        "ledger": session.engine.ledger.as_dict(),
+        "plan_origin": session.plan_origin,
+        "kv": session.engine.kv.figures() if session.engine.kv else None,
+    }
+
+
+def speculation(session: Session, statistics: Statistics) -> str:
+    """Who drafted the tokens of an answer; "off" when nothing was drafted."""
+    used = session.sequence.speculation if statistics.drafted else None
+    return used.drafter.name if used else OFF
+
+
+def predicted_ms(session: Session) -> float | None:
+    """What the profile says of a token in memory as it is shared out now; None without a profile."""
+    profile, engine = session.model.profile, session.engine
+    if profile is None:
+        return None
+    from planner.arms import Arm
+    from planner.simulator import token_s
+
+    plan, ledger = engine.plan, engine.ledger
+    return 1000 * token_s(profile, Arm(plan.k, plan.w, plan.layout, ledger.resident_bytes, ledger.window_bytes))
+
+
+def closing_line(session: Session, statistics: Statistics) -> str:
+    """The figures of an answer, for people: at most two lines of 80 columns."""
+    parts = [(0, f"{statistics.n_tokens} token{'' if statistics.n_tokens == 1 else 's'}")]
+    if statistics.ttft_s is not None:
+        parts.append((0, f"first {_digits(statistics.ttft_s, 2)} s"))
+    if statistics.decode_ms_per_token and statistics.tokens_per_s:
+        parts += _speed(session, statistics, statistics.decode_ms_per_token)
+    if session.engine.kv:
+        parts.append((3, session.engine.kv.summary))
+    parts.append((0, f"peak {_whole(peak_bytes())} of {_whole(session.budget_bytes)} MB"))
+    parts.append((2, _kept(session)))
+    return f"h2o: {fit(parts, WIDTH - len('h2o: '))}"
+
+
+def _speed(session: Session, statistics: Statistics, measured_ms: float) -> list[tuple[int, str]]:
+    """How fast the tokens came, beside what could be expected."""
+    predicted = None if statistics.accepted else predicted_ms(session)
+    beside = f" (predicted {_digits(predicted)})" if predicted else ""
+    parts = [
+        (0, f"then {_digits(measured_ms)} ms each{beside}"),
+        (1, f"{_digits(statistics.tokens_per_s or 0)} tokens/s"),
+    ]
+    if statistics.bytes_read_per_token:
+        parts.append((1, f"{format_size(statistics.bytes_read_per_token)} read each"))
+    if statistics.disk_wait_ms_per_token and statistics.disk_wait_ms_per_token >= 0.05:
+        parts.append((4, f"{_digits(statistics.disk_wait_ms_per_token)} ms waited"))
+    if statistics.drafted and statistics.tokens_per_pass:
+        parts.append((0, f"{statistics.tokens_per_pass:.2f} tokens per pass ({speculation(session, statistics)})"))
+    elif statistics.bytes_read_per_token and statistics.yield_ is not None:
+        parts.append((2, f"{statistics.yield_:.0%} of the limit"))
+    return parts
+
+
+def _kept(session: Session) -> str:
+    """The plan; where nothing is streamed, no plan matters."""
+    plan = session.engine.plan
+    if not session.engine.streamed_bytes:
+        return "all in memory"
+    layout = "" if plan.layout == Layout.BALANCED else f" {plan.layout.label}"
+    return f"k={plan.k} w={plan.w}{layout}"
+
+
+def fit(parts: list[tuple[int, str]], first_width: int) -> str:
+    """The parts in order, wrapped; while two lines do not hold them, the part with the highest number is left out."""
+    while True:
+        lines = _wrap([text for _, text in parts], first_width)
+        rank = max(rank for rank, _ in parts)
+        if len(lines) <= LINES or rank == 0:
+            return "\n".join(lines)
+        parts.remove(next(part for part in reversed(parts) if part[0] == rank))
+
+
+def _wrap(texts: list[str], first_width: int) -> list[str]:
+    lines = [""]
+    for i, text in enumerate(texts):
+        end = "," if i < len(texts) - 1 else ""
+        width = first_width if len(lines) == 1 else WIDTH
+        longer = f"{lines[-1]} {text}" if lines[-1].strip() else lines[-1] + text
+        if len(longer) + len(end) > width and lines[-1].strip():
+            lines.append(_INDENT + text + end)
+        else:
+            lines[-1] = longer + end
+    return lines
+
+
+def _digits(value: float, most: int = 1) -> str:
+    """A number with three figures, at most `most` of them behind the point."""
+    return f"{value:.{min(most, 0 if value >= 100 else 1 if value >= 10 else 2)}f}"
+
+
+def _whole(n_bytes: int) -> str:
+    return f"{n_bytes / MB:.0f}"
