@@ -10,9 +10,10 @@ from runtime.memory import peak_bytes
 from runtime.meter import Statistics
 from runtime.plan import Layout
 from runtime.sizes import MB, format_size
-from runtime.speculate import OFF
+from runtime.speculate import DRAFT, OFF
 
 WIDTH, LINES = 80, 2
+DRAFT_LOSS = 0.02  # of an answer's time that a draft model may cost before that is said
 _INDENT = "  "
 
 
@@ -43,6 +44,7 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "tokens_per_pass": statistics.tokens_per_pass,
         "drafted": statistics.drafted,
         "accepted": statistics.accepted,
+        "draft_saved_s": draft_saved_s(session),
         "ledger": session.engine.ledger.as_dict(),
         "plan_origin": session.plan_origin,
         "kv": session.engine.kv.figures() if session.engine.kv else None,
@@ -53,6 +55,12 @@ def speculation(session: Session, statistics: Statistics) -> str:
     """Who drafted the tokens of an answer; "off" when nothing was drafted."""
     used = session.sequence.speculation if statistics.drafted else None
     return used.drafter.name if used else OFF
+
+
+def draft_saved_s(session: Session) -> float | None:
+    """Seconds that a draft model has saved (negative: lost), beside one token per pass; None without one."""
+    used = session.sequence.speculation
+    return used.saved_s if used and used.drafter.name == DRAFT else None
 
 
 def predicted_ms(session: Session) -> float | None:
@@ -93,8 +101,11 @@ def _speed(session: Session, statistics: Statistics, measured_ms: float) -> list
         parts.append((1, f"{format_size(statistics.bytes_read_per_token)} read each"))
     if statistics.disk_wait_ms_per_token and statistics.disk_wait_ms_per_token >= 0.05:
         parts.append((4, f"{_digits(statistics.disk_wait_ms_per_token)} ms waited"))
-    if statistics.drafted and statistics.tokens_per_pass:
+    saved_s = draft_saved_s(session)
+    if statistics.tokens_per_pass and (statistics.drafted or saved_s is not None):
         parts.append((0, f"{statistics.tokens_per_pass:.2f} tokens per pass ({speculation(session, statistics)})"))
+        if saved_s is not None and -saved_s * 1000 > DRAFT_LOSS * measured_ms * statistics.n_tokens:
+            parts.append((0, f"{_digits(-saved_s)} s lost by --draft"))
     elif statistics.bytes_read_per_token and statistics.yield_ is not None:
         parts.append((2, f"{statistics.yield_:.0%} of the limit"))
     return parts

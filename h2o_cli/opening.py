@@ -15,7 +15,7 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
-from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
+from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
@@ -23,11 +23,12 @@ from runtime.head_start import Weights, head_start
 from runtime.hollow import HollowModel
 from runtime.ledger import POSITION_BYTES
 from runtime.model_file import ModelFile
+from runtime.pass_memory import rows_for
 from runtime.plan import Layout
 from runtime.plan_file import default_plan_path
 from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
-from runtime.quantize import copy_bytes, low_bit_copy
+from runtime.quantize import copy_bytes, copy_pays, low_bit_copy
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, SHORT_PASS, Settings
 from runtime.sizes import MB, format_size, parse_size
@@ -280,17 +281,20 @@ def _open_planned(
 
 
 def _open_engine(model: OpenModel, chosen: Chosen, settings: Settings, note: Callable[[str], None]) -> Engine:
-    """The engine; a budget too small for the logits of several positions leaves look-up out."""
-    try:
-        return _checked(Engine(model.file, model.hollow, chosen.plan, settings, note, model.take_weights()), chosen)
-    except BudgetError:
-        if settings.n_logits == 1 or settings.draft_bytes:
-            raise
-    return _checked(Engine(model.file, model.hollow, chosen.plan, replace(settings, n_logits=1), note), chosen)
+    """The engine; a budget too small for the logits of long drafts has short ones, and then no look-up."""
+    most = settings.n_logits
+    least, *more = sorted({most, rows_for(2, most), most if settings.draft_bytes else 1})
+    for n_logits in reversed(more):
+        try:
+            return _engine(model, chosen, replace(settings, n_logits=n_logits), note)
+        except BudgetError:
+            continue
+    return _engine(model, chosen, replace(settings, n_logits=least), note)
 
 
-def _checked(engine: Engine, chosen: Chosen) -> Engine:
+def _engine(model: OpenModel, chosen: Chosen, settings: Settings, note: Callable[[str], None]) -> Engine:
     """The engine, closed where a plan without a budget of its own does not fit the process's."""
+    engine = Engine(model.file, model.hollow, chosen.plan, settings, note, model.take_weights())
     try:
         check_budget(engine, chosen.plan, chosen.budget_bytes)
     except BudgetError:
@@ -308,13 +312,14 @@ def _speculation(model: OpenModel, engine: Engine, draft: DraftModel | None) -> 
     if most < 1 or not can_take_back(model.hollow):
         return None
     if draft:
-        return Speculation(ModelDrafter(draft, draft.file.n_bytes / model.file.n_bytes, engine.n_vocab), most)
+        cost = draft.file.n_bytes / model.file.n_bytes
+        return Speculation(ModelDrafter(draft, cost, engine.n_vocab, Lodging.find(engine, draft)), most)
     return Speculation(LookupDrafter(engine.settings.n_ctx), most)
 
 
 def _expected_draft_bytes(file: ModelFile, options: RunOptions) -> int:
     """About what a draft model will take, before it is opened."""
-    if options.draft is None:
+    if options.draft is None or (options.draft == AUTO and not copy_pays(file)):
         return 0
     n_bytes = copy_bytes(file) if options.draft == AUTO else ModelFile.open(options.draft).n_bytes
     return n_bytes + GUESSED_DRAFT_BYTES
@@ -329,6 +334,9 @@ def _draft_file(model: OpenModel, options: RunOptions, note: Callable[[str], Non
         return None
     if options.draft != AUTO:
         return ModelFile.open(options.draft)
+    if not copy_pays(model.file):
+        note(f"no draft model: {model.file.path.name} has few bits per weight already, a 4-bit copy is no faster")
+        return None
     import platformdirs
 
     def progress(share: Callable[[], float]) -> Progress:

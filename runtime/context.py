@@ -46,6 +46,7 @@ class Context:
         self._scheduler = abi.llama_context_get_sched(self.pointer)
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
         self._n_outputs = self._most_outputs = 1
+        self._odds: Any = None
 
     def call_back(self, *, wanted: bool) -> None:
         """Whether llama.cpp calls back in the next pass (a graph that is built anew does once more)."""
@@ -77,6 +78,11 @@ class Context:
                 raise EngineError("this model's state cannot be shortened", "start a new conversation")
             abi.llama.llama_memory_clear(self._memory, True)
 
+    def forget(self) -> None:
+        """Forget everything, and give back all memory that was touched for it."""
+        abi.llama.llama_memory_clear(self._memory, True)
+        self.drop_scratch()
+
     def has_numbers(self) -> bool:
         """Whether the last logits are numbers (a damaged model computes NaN): the sum of their squares is one then."""
         row, total = abi.llama.llama_get_logits_ith(self.pointer, -1), ctypes.c_float()
@@ -86,6 +92,13 @@ class Context:
     def is_number(self, token: int, i: int) -> bool:
         """Whether the logit of one token in the last pass's i-th output is a number."""
         return not math.isnan(abi.llama.llama_get_logits_ith(self.pointer, i)[token])
+
+    def odds(self, token: int, i: int) -> float:
+        """The probability (at temperature 1) of one token in the last pass's i-th output (negative: from the end)."""
+        self._odds = self._odds or (ctypes.c_float * self.n_vocab)()
+        row = abi.llama.llama_get_logits_ith(self.pointer, i)
+        total = abi.ggml_vec_soft_max_f32(self.n_vocab, self._odds, row, row[token])
+        return 1 / total if total > 0 else 0.0
 
     def logits(self, i: int) -> npt.NDArray[np.float32]:
         """Logits [n_vocab] of the last pass's i-th output (negative: from the end)."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
 from runtime.engine import Engine
-from runtime.errors import H2OError, ModelError
+from runtime.errors import BudgetError, H2OError, ModelError
 from runtime.head_start import Weights
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
@@ -43,6 +43,7 @@ class LookupDrafter:
     relative_cost = 0.0
     reading_s = 0.0
     is_ready = True
+    lodging = None
 
     def __init__(self, n_ctx: int, longest: int = LONGEST, shortest: int = SHORTEST) -> None:
         self._lengths = range(shortest, longest + 1)
@@ -107,15 +108,13 @@ class LookupDrafter:
 
 
 class _LateStore(LayerStore):
-    """A store that reads nothing before start()."""
+    """A store that follows no plan, and holds nothing, before start() and after stop()."""
 
-    _plan: tuple[frozenset[int], int] | None = None
-    _started = False
+    is_started = False
 
     def apply(self, wanted: frozenset[int], window_bytes: int, *, everything: bool = False) -> None:
-        """Keep the plan for later, or adopt it."""
-        self._plan = (wanted, window_bytes)
-        if self._started:
+        """Adopt a plan, once it is started."""
+        if self.is_started:
             super().apply(wanted, window_bytes, everything=everything)
 
     @property
@@ -123,11 +122,10 @@ class _LateStore(LayerStore):
         """Whether every piece is resident."""
         return len(self._resident) == len(self._pieces)
 
-    def start(self) -> None:
-        """Begin to read."""
-        if not self._started and self._plan:
-            self._started = True
-            super().apply(*self._plan)
+    def stop(self) -> None:
+        """Free all weights."""
+        super().apply(frozenset(), 0)
+        self.is_started = False
 
 
 class DraftModel:
@@ -138,12 +136,12 @@ class DraftModel:
         self.file = file
         self.hollow = HollowModel(file)
         settings = replace(settings, n_logits=1, n_ubatch=min(FULL_TILES, settings.n_ubatch))
-        whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
+        self._whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
         try:
             files = WeightFiles(file.paths, settings.io_mode)
             self._store = _LateStore(file, files, depth=settings.depth)
             weights = Weights(self._store, SmallTensors(file, files))
-            self.engine = Engine(file, self.hollow, whole, settings, note, weights)
+            self.engine = Engine(file, self.hollow, self._whole, settings, note, weights)
         except H2OError:
             self.hollow.free()
             raise
@@ -159,14 +157,72 @@ class DraftModel:
         """Whether all weights are there."""
         return self._store.is_complete
 
+    @property
+    def is_started(self) -> bool:
+        """Whether the weights are there, or are being read."""
+        return self._store.is_started
+
     def start(self) -> None:
         """Begin to read the weights."""
-        self._store.start()
+        if not self._store.is_started:
+            self._store.is_started = True
+            self.engine.apply(self._whole)
+
+    def stop(self) -> None:
+        """Give back the memory of weights, keys and values."""
+        self.engine.forget()
+        self._store.stop()
 
     def close(self) -> None:
         """Free it."""
         self.engine.close()
         self.hollow.free()
+
+
+class Lodging:
+    """A draft model's place in memory, taken from the weights of the model that verifies, its host."""
+
+    def __init__(self, host: Engine, model: DraftModel) -> None:
+        """The draft model is not there at first."""
+        self._host, self._model = host, model
+        self._away_bytes = 4 * host.n_vocab  # Engine.odds
+        host.guest = model.engine
+        host.make_room(self._away_bytes)
+
+    @classmethod
+    def find(cls, host: Engine, model: DraftModel) -> Lodging | None:
+        """None where the budget has room for everything."""
+        return cls(host, model) if host.displaced_bytes(model.n_bytes) else None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the draft model has it."""
+        return self._model.is_started
+
+    @property
+    def n_bytes(self) -> int:
+        """What the draft model has to read when it comes."""
+        return self._model.engine.ledger.resident_bytes
+
+    @property
+    def pass_bytes(self) -> int:
+        """What a pass of the host reads while the draft model is there."""
+        displaced = 0 if self.is_taken else self._host.displaced_bytes(self._model.n_bytes)
+        return self._host.streamed_bytes + displaced
+
+    def take(self) -> bool:
+        """The draft model comes; False where the budget has become too small for it."""
+        try:
+            self._host.make_room(self._model.n_bytes)
+        except BudgetError:
+            return False
+        self._model.start()
+        return True
+
+    def leave(self) -> None:
+        """The draft model goes, weights take its place."""
+        self._model.stop()
+        self._host.make_room(self._away_bytes)
 
 
 class ModelDrafter:
@@ -175,9 +231,13 @@ class ModelDrafter:
     name = "draft"
     grade = 0
 
-    def __init__(self, model: DraftModel, relative_cost: float, n_vocab: int) -> None:
-        """n_vocab: of the model that verifies; the vocabularies agree as far as both go."""
+    def __init__(self, model: DraftModel, relative_cost: float, n_vocab: int, lodging: Lodging | None = None) -> None:
+        """n_vocab: of the model that verifies; the vocabularies agree as far as both go.
+
+        lodging: where its memory is the weights' while it does not pay; without one it is there from the first answer.
+        """
         self._model, self._engine = model, model.engine
+        self.lodging = lodging
         self.relative_cost = relative_cost
         self._n_vocab = min(n_vocab, model.engine.n_vocab)
         self._sampler = Sampler(Sampling(temp=0), model.engine.n_vocab)
@@ -187,14 +247,15 @@ class ModelDrafter:
         self.reading_s = 0.0
 
     def begin(self) -> None:
-        """Compare with the next text from its beginning; read the weights if that was not done yet."""
+        """Compare with the next text from its beginning; read the weights, unless their place has a price."""
         self._agreed = 0
-        self._model.start()
+        if not self.lodging:
+            self._model.start()
 
     @property
     def is_ready(self) -> bool:
-        """Whether proposals can be made without waiting for the disk."""
-        return self._model.is_ready
+        """Whether to ask it: its weights are there, or whoever asks decides on them."""
+        return self.lodging is not None or self._model.is_ready
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
         """The n likeliest tokens, each after the ones before; fewer where the vocabularies differ."""
@@ -217,7 +278,9 @@ class ModelDrafter:
 
     def _new(self, tokens: Sequence[int]) -> Sequence[int]:
         """What the draft model has to compute of the text, its last token always. Forgets what is not the text."""
-        agreed, limit = self._agreed, min(len(self._tokens), len(tokens) - 1)
+        del self._tokens[self._engine.n_past :]
+        agreed = min(self._agreed, len(self._tokens))
+        limit = min(len(self._tokens), len(tokens) - 1)
         while agreed < limit and self._tokens[agreed] == tokens[agreed]:
             agreed += 1
         agreed = self._agreed = min(agreed, limit)

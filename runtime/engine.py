@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from runtime import llama_abi as abi
 from runtime.context import Context
 from runtime.embedding import RowTable
-from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
+from runtime.errors import BudgetError, Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.head_start import Weights, open_weights
 from runtime.hollow import HollowModel
 from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, usable_bytes
 from runtime.memory import resident_bytes_outside
 from runtime.model_file import ModelFile
 from runtime.nodes import Nodes
-from runtime.pass_memory import PassMemory, Use, pass_sizes
+from runtime.pass_memory import PassMemory, Use, pass_sizes, rows_for
 from runtime.plan import Plan
 from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS, Settings
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from runtime.kv.filter import Filter
 
 _ROOM_PIECES = 2  # of the largest size: less room than that for weights, and shorter passes are better
-_PROMPT, _DRAFTS, _TOKEN = Use(long=True, drafts=False), Use(long=False, drafts=True), Use(long=False, drafts=False)
-_EVERYTHING = Use(long=True, drafts=True)
+_PROMPT, _TOKEN = Use(long=True), Use(long=False)
 
 
 @dataclass
@@ -65,6 +64,7 @@ class Engine:
         self.file, self.settings, self.plan = file, settings, plan
         self.n_past = 0
         self.plan_changes = 0
+        self.guest: Engine | None = None  # a draft model's, which is cancelled with this one
         self.counters = Counters()
         self._note = note
         self._model = model
@@ -81,7 +81,10 @@ class Engine:
             self._close_nodes()
             raise
         self.n_vocab = self._context.n_vocab
-        self._ledgers = {use: self._fixed_ledger(use) for use in (_PROMPT, _DRAFTS, _TOKEN, _EVERYTHING)}
+        few, most = (rows_for(n, settings.n_logits) for n in (2, settings.n_logits))
+        self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
+        uses = (_PROMPT, _TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
+        self._ledgers = {use: self._fixed_ledger(use) for use in uses}
         self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
         self._fits = False  # weights and what any pass needs, both at once
         self._n_computing = 0  # tokens of the pass that runs
@@ -109,7 +112,8 @@ class Engine:
             except H2OError:
                 self._context.close()
                 raise
-            fixed = max(self._fixed_ledger(use).fixed_bytes for use in (_PROMPT, _DRAFTS))
+            drafts = Use(long=False, rows=self.settings.n_logits)
+            fixed = max(self._fixed_ledger(use).fixed_bytes for use in (_PROMPT, drafts))
             room = usable_bytes(plan.budget_bytes) - fixed >= _ROOM_PIECES * smallest_window(self.file)
             if room or n_tokens <= FULL_TILES:
                 return
@@ -160,7 +164,7 @@ class Engine:
         fixed, total = self._ledgers[self._use], streamable_bytes(self.file)
         window, limit = window_bytes(self.file, plan), total
         usable = usable_bytes(plan.budget_bytes)
-        self._fits = not plan.budget_bytes or usable >= self._ledgers[_EVERYTHING].fixed_bytes + total
+        self._fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
         if plan.budget_bytes:
             fixed = replace(fixed, margin_bytes=fixed.margin_bytes + plan.budget_bytes - usable)
             left = plan.budget_bytes - fixed.fixed_bytes
@@ -186,6 +190,29 @@ class Engine:
         self.streamed_bytes = streamed
         for table in self._tables:
             table.resize(self._pass_memory.embedding(table.tensor, long=self._use.long))
+
+    def make_room(self, draft_bytes: int) -> None:
+        """Between two passes: a draft model takes so many bytes from now on, weights have the rest.
+
+        Raises BudgetError, and leaves everything as it is, where the budget is too small for that.
+        """
+        before = self._ledgers
+        self._ledgers = {use: replace(ledger, draft_bytes=draft_bytes) for use, ledger in before.items()}
+        try:
+            if self._asked_plan.budget_bytes:
+                self._largest_ledger.weights_bytes(self._asked_plan.budget_bytes, smallest_window(self.file))
+        except BudgetError:
+            self._ledgers = before
+            raise
+        self._lay_out(self._asked_plan)
+
+    def displaced_bytes(self, draft_bytes: int) -> int:
+        """Bytes of weights that have to be streamed where a draft model takes so many bytes."""
+        budget, ledger = self._asked_plan.budget_bytes, self._ledgers[_TOKEN]
+        if not budget:
+            return 0
+        need = ledger.fixed_bytes - ledger.draft_bytes + streamable_bytes(self.file)
+        return max(0, draft_bytes - max(0, usable_bytes(budget) - need))
 
     # --- computing ----------------------------------------------------------------------------------------------
 
@@ -219,7 +246,10 @@ class Engine:
 
         Where there is room for everything, what was touched stays for the next time.
         """
-        use = Use(long=n_tokens > max(SHORT_PASS, self.settings.n_logits), drafts=n_logits > 1)
+        rows = rows_for(n_logits, self.settings.n_logits)
+        use = Use(long=n_tokens > max(SHORT_PASS, rows), rows=rows)
+        if use.long:
+            use = _PROMPT if rows == 1 else self._everything
         if self._fits and self.streamed_bytes == 0:
             self._touched = use.with_(self._touched)
             return
@@ -283,10 +313,14 @@ class Engine:
     def cancel(self, signal_number: int = 2) -> None:
         """End the pass that is running (from a signal handler or another thread); forward() raises Cancelled."""
         self.nodes.stop = self._store.interrupt = Cancelled(signal_number)
+        if self.guest:
+            self.guest.cancel(signal_number)
 
     def forget_cancel(self) -> None:
         """Drop a cancel() that came when no pass was running, so that the next one runs."""
         self.nodes.stop = self._store.interrupt = None
+        if self.guest:
+            self.guest.forget_cancel()
 
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
@@ -294,6 +328,16 @@ class Engine:
         self.n_past = n_past
         if self.kv:
             self.kv.truncate(n_past)
+
+    def forget(self) -> None:
+        """Forget all positions and repacked weights, and give back the memory that keys, values and passes took."""
+        self.nodes.forget(frozenset())
+        self._context.forget()
+        self.n_past = 0
+
+    def odds(self, token: int, i: int = -1) -> float:
+        """The probability (at temperature 1) of a token in the last forward's i-th output (negative: from the end)."""
+        return self._context.odds(token, i)
 
     def has_numbers(self) -> bool:
         """Whether the last logits are numbers (a damaged model computes NaN)."""
@@ -314,7 +358,7 @@ class Engine:
 
     @property
     def _largest_ledger(self) -> Ledger:
-        return max(self._ledgers[_PROMPT], self._ledgers[_DRAFTS], key=lambda ledger: ledger.fixed_bytes)
+        return max(self._ledgers[_PROMPT], self._ledgers[self._drafts], key=lambda ledger: ledger.fixed_bytes)
 
     @property
     def prompt_bytes(self) -> int:

@@ -149,6 +149,7 @@ def generate(
             between_tokens()
             answer.compute_next()
     except Cancelled:
+        sequence.engine.forget_cancel()
         yield Step(None, answer.text.finish(), CANCELLED)
 
 
@@ -190,9 +191,9 @@ class _Answer:
             self._sequence.extend(self._tokens[-1:])
             return
         self._draft = speculation.draft(self._tokens, min(self._n_left, self._n_ctx - len(self._tokens) + 1) - 1)
-        seconds, wait_s = counters.seconds, counters.wait_s
+        before = replace(counters)
         self._sequence.extend([self._tokens[-1], *self._draft])
-        speculation.saw_pass(counters.seconds - seconds, counters.wait_s - wait_s)
+        speculation.saw_pass(before, counters)
 
     def steps(self) -> Iterator[Step]:
         """The tokens of the last pass."""
@@ -220,6 +221,8 @@ class _Answer:
         token = self._sampler.sample(self._sequence.engine, place)
         if not self._sequence.engine.is_number(token, place):
             raise no_numbers()
+        if self._speculation and self._speculation.wants_odds:
+            self._speculation.saw_odds(self._sequence.engine.odds(token, place))
         return token
 
     def _step(self, token: int, i: int, right: bool) -> Step:

@@ -272,6 +272,9 @@ ggml_vec_dot_f32 = bind(
     ctypes.c_size_t,
     ctypes.c_int,
 )
+ggml_vec_soft_max_f32 = bind(
+    ggml_cpu, "ggml_vec_soft_max_f32", ctypes.c_double, ctypes.c_int, POINTER, POINTER, ctypes.c_float
+)
 _type_traits_cpu = bind(ggml_cpu, "ggml_get_type_traits_cpu", POINTER, ctypes.c_int)
 
 ggml_backend_sched_get_n_backends = bind(ggml_base, "ggml_backend_sched_get_n_backends", ctypes.c_int, POINTER)

@@ -24,15 +24,21 @@ _SPREAD = 1.25  # a short pass touches pages here and there: at most this times 
 class Use(NamedTuple):
     """What memory is laid out for.
 
-    long: passes of a prompt; else of at most SHORT_PASS tokens. drafts: logits of the drafted tokens; else one row.
+    long: passes of a prompt; else of at most SHORT_PASS tokens, or of a token and its drafts. rows: of logits.
     """
 
     long: bool
-    drafts: bool
+    rows: int = 1
 
     def with_(self, other: Use) -> Use:
         """For both."""
-        return Use(self.long or other.long, self.drafts or other.drafts)
+        return Use(self.long or other.long, max(self.rows, other.rows))
+
+
+def rows_for(n_logits: int, most: int) -> int:
+    """Rows of logits that memory is laid out for: one, half of the most, or the most. A change is paid with reads."""
+    half = -(-most // 2)
+    return 1 if n_logits <= 1 else half if n_logits <= half else most
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,12 @@ class PassMemory:
     def compute(self, use: Use) -> int:
         """Compute and output buffers."""
         buffers, n_tokens = self.context.buffers, self.context.n_tokens
-        logits = 4 * self.context.n_vocab * (self.settings.n_logits if use.drafts else 1)
+        logits, n_short = 4 * self.context.n_vocab * use.rows, max(SHORT_PASS, use.rows)
         buffer = buffers.n_bytes - buffers.kv_bytes
         if not use.long:
-            share = _SPREAD * min(1.0, SHORT_PASS / n_tokens)
+            share = _SPREAD * min(1.0, n_short / n_tokens)
             buffer = min(buffer, logits + int(share * max(0, buffer - logits)) + MB // 4)
-        return buffer + logits + self._work_bytes(n_tokens if use.long else min(n_tokens, SHORT_PASS))
+        return buffer + logits + self._work_bytes(n_tokens if use.long else min(n_tokens, n_short))
 
     @property
     def scratch_bytes(self) -> int:

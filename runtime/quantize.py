@@ -93,11 +93,6 @@ def low_bit_copy(file: ModelFile, folder: Path, note: Callable[[str], None], pro
     if _usable(target):
         return target
     n_bytes = copy_bytes(file)
-    if n_bytes > _WORTH * file.n_bytes:
-        raise UsageError(
-            f"{file.path.name} has few bits per weight already: a copy with 4 bits would be no faster",
-            "give a smaller model with the same vocabulary: --draft FILE",
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f".{target.name}.lock", note):
@@ -132,6 +127,11 @@ def copy_bytes(file: ModelFile) -> int:
             count *= n
         values += count
     return int(_COPY_BYTES_PER_VALUE * values) + sum(file.data_offsets)
+
+
+def copy_pays(file: ModelFile) -> bool:
+    """Whether a low-bit copy would be much smaller than its original."""
+    return copy_bytes(file) <= _WORTH * file.n_bytes
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:

@@ -71,10 +71,10 @@ def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch):
         scratch = [region for region in buffers.regions if region not in buffers._cleared]
         prompt = PROMPT[: opened.pass_sizes(300)[0]]
         opened.forward(prompt)
-        assert touched_bytes(scratch) <= memory.compute(Use(long=True, drafts=True))
+        assert touched_bytes(scratch) <= memory.compute(Use(long=True, rows=4))
         for n in (1, 4, SHORT_PASS, 2):
             opened.forward([5] * n, min(n, 4))
-            assert touched_bytes(scratch) <= memory.compute(Use(long=False, drafts=True)), n
+            assert touched_bytes(scratch) <= memory.compute(Use(long=False, rows=4)), n
 
 
 def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
@@ -134,12 +134,12 @@ def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
         opened.forward(PROMPT[:256])
         used = touched_bytes(scratch)
         opened.forward([5])
-        assert touched_bytes(scratch) >= used > opened._pass_memory.compute(Use(long=False, drafts=False))
+        assert touched_bytes(scratch) >= used > opened._pass_memory.compute(Use(long=False))
         assert opened.ledger.total_bytes <= 1000 * MB
         smaller = opened.fixed_bytes + streamable_bytes(opened.file) // 2
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=smaller))
         opened.forward([5])
-        assert touched_bytes(scratch) <= opened._pass_memory.compute(Use(long=False, drafts=False))
+        assert touched_bytes(scratch) <= opened._pass_memory.compute(Use(long=False))
         assert opened.ledger.total_bytes <= smaller
 
 

@@ -14,7 +14,9 @@ from engines import engine
 from h2o_cli import main as cli
 from runtime import quantize
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
-from runtime.errors import BudgetError, H2OError, ModelError, UsageError
+from runtime.engine import Counters
+from runtime.errors import BudgetError, H2OError, ModelError
+from runtime.gauge import Gauge, Mean, PassTime
 from runtime.generate import CANCELLED, EOS, LENGTH, STOP, Request, TokenSequence, generate
 from runtime.hollow import HollowModel
 from runtime.meter import Meter
@@ -22,7 +24,7 @@ from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import Settings
-from runtime.speculate import MOST_DRAFTED, Gauge, Mean, PassTime, Speculation
+from runtime.speculate import MOST_DRAFTED, Speculation
 from runtime.tokenizer import Tokenizer
 
 RECALL = (
@@ -90,7 +92,7 @@ def rig(bundled_model):
 class Known:
     """A drafter that knows the answer, and gives a wrong token with a probability."""
 
-    name, relative_cost, reading_s, grade, is_ready = "known", 0.0, 0.0, 0, True
+    name, lodging, relative_cost, reading_s, grade, is_ready = "known", None, 0.0, 0.0, 0, True
 
     def __init__(self, text, wrong=0.0, n_vocab=0, seed=1):
         self._text, self._wrong, self._n_vocab = list(text), wrong, n_vocab
@@ -171,7 +173,7 @@ class Machine:
         self._right, self._then, self._drafting_s = right, right if then is None else then, drafting_s
         self._rng = random.Random(seed)
         self.name, self.grade, self.reading_s, self.is_ready = "simulated", 2, 0.0, True
-        self.relative_cost = 0.1 if drafting_s else 0.0
+        self.relative_cost, self.lodging = 0.1 if drafting_s else 0.0, None
 
     def begin(self):
         pass
@@ -197,7 +199,7 @@ class Machine:
             noise = self._rng.uniform(0.95, 1.05)
             seconds, compute_s = self.pass_s(len(draft)) * noise, self._compute_s * (1 + self._growth * len(draft))
             self.now += seconds
-            speculation.saw_pass(seconds, max(0.0, seconds - compute_s))
+            speculation.saw_pass(Counters(), Counters(1, 1, seconds, 0, max(0.0, seconds - compute_s)))
             if draft:
                 tokens, left = [1] * self.n_right(len(draft)) + [2], 0
             else:  # the proposals of a machine are all the same: what is right of one that was not used comes singly
@@ -261,7 +263,7 @@ def test_a_prompt_that_waited_for_the_disk_is_proof_enough():
     waited, computed = Gauge(), Gauge()
     waited.see_prompt(100, seconds=2.0, compute_s=0.2, disk_s=1.8)
     computed.see_prompt(100, seconds=2.0, compute_s=1.9, disk_s=1.8)
-    assert waited.best(3, MOST_DRAFTED) == MOST_DRAFTED
+    assert waited.best(3, MOST_DRAFTED) >= 15
     assert computed.best(3, MOST_DRAFTED) == 0
 
 
@@ -516,8 +518,7 @@ def test_copy_is_made_once_by_one_of_several(bundled_model, tmp_path, monkeypatc
 
 def test_copies_that_cannot_be_made(bundled_model, bundled_variant, tmp_path, monkeypatch):
     file = ModelFile.open(bundled_model)
-    with pytest.raises(UsageError, match="few bits"):
-        quantize.low_bit_copy(ModelFile.open(bundled_variant("q4_0")), tmp_path, print, NoProgress)
+    assert not quantize.copy_pays(ModelFile.open(bundled_variant("q4_0")))
     with pytest.raises(H2OError, match="no copy of"):
         quantize.low_bit_copy(replace(file, paths=(tmp_path / "gone.gguf",)), tmp_path, print, NoProgress)
     (tmp_path / "a file").write_text("")
@@ -549,7 +550,7 @@ def run(capsys, bundled_model, tmp_path, monkeypatch):
 def test_figures_of_a_run(run):
     code, out, err = run("-p", AGAIN, "-n", 16)
     assert code == 0
-    assert len(err.splitlines()) == 1
+    assert err.count("h2o: ") == 1
     found = json.loads(run("-p", AGAIN, "-n", 16, "--json")[1])
     off = json.loads(run("-p", AGAIN, "-n", 16, "--json", "--speculate", "off")[1])
     assert found["tokens"] == off["tokens"]
@@ -568,7 +569,7 @@ def test_draft_model_inside_the_budget(run, bundled_variant):
     code, out, err = run(*draft, "-m", floor, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["ledger"]["draft_bytes"] > 2_000_000
+    assert found["ledger"]["draft_bytes"] > 0
     assert found["peak_memory_bytes"] < 10**9
     assert sum(found["ledger"].values()) <= floor * 10**6
     plain = json.loads(run("-p", STORIES[0], "-n", 30, "--speculate", "off", "--json")[1])

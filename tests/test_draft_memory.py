@@ -1,0 +1,293 @@
+"""A draft model takes memory from the weights only while it pays."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+from engines import engine
+from test_layer_store import bytes_in_memory
+from test_speculate import STORIES, Always, Known, Rig
+
+from h2o_cli import main as cli
+from h2o_cli.closing import closing_line
+from runtime.drafters import DraftModel, Lodging, ModelDrafter
+from runtime.engine import Counters
+from runtime.errors import BudgetError
+from runtime.meter import Statistics
+from runtime.model_file import ModelFile
+from runtime.pass_memory import rows_for
+from runtime.plan import Plan
+from runtime.settings import Settings
+from runtime.sizes import MB
+from runtime.speculate import MOST_DRAFTED, Speculation
+
+# --- when it comes and goes, on a simulated machine -----------------------------------------------------------------
+
+
+class Disk:
+    """A model of which `away` bytes are streamed, or `here` while a copy of it drafts; 40 bytes per second.
+
+    right: how often the copy is right. The odds of the tokens say as much.
+    """
+
+    name, grade, reading_s, is_ready, relative_cost, n_bytes = "draft", 0, 0.0, True, 0.3, 82
+
+    def __init__(self, right, away=114, here=231, seed=1):
+        self.right, self.away, self.here, self.now = right, away, here, 0.0
+        self.lodging, self.is_taken, self.visits = self, False, 0
+        self.counters = Counters()
+        self._rng = random.Random(seed)
+
+    def begin(self):
+        pass
+
+    @property
+    def pass_bytes(self):
+        return self.here
+
+    def take(self):
+        self.is_taken, self.visits = True, self.visits + 1
+        self.now += self.n_bytes / 40
+        self.reading_s += self.n_bytes / 40
+        return True
+
+    def leave(self):
+        self.is_taken = False
+        self._displaced = True
+
+    def propose(self, _tokens, n):
+        self.now += 0.02 * n
+        return [1] * n
+
+    def answer(self, speculation, n_tokens):
+        """(Tokens per pass, seconds) of an answer."""
+        start, n, n_passes, displaced = self.now, 1, 0, 0
+        speculation.begin()
+        speculation.saw_prompt(Counters(), Counters(1, 30, 7.0, 280, 6.0), self.away)
+        self._see_odds(speculation)
+        while n < n_tokens:
+            was_here = self.is_taken
+            draft = speculation.draft([0], n_tokens - n - 1)
+            displaced = self.here - self.away if was_here and not self.is_taken else displaced
+            n_bytes = self.here if self.is_taken else self.away + displaced
+            displaced, before = 0, self.counters
+            seconds = n_bytes / 40 * self._rng.uniform(0.98, 1.02)
+            self.counters = Counters(n_passes, n, before.seconds + seconds, before.bytes_read + n_bytes, before.wait_s)
+            self.counters.wait_s += seconds - 0.1 - 0.01 * len(draft)
+            self.now += seconds
+            speculation.saw_pass(before, self.counters)
+            n_right = 0
+            while n_right < len(draft) and self._rng.random() < self.right:
+                n_right += 1
+            for _ in range(n_right + 1):
+                self._see_odds(speculation)
+            speculation.verified(len(draft), [1] * n_right + [2])
+            n, n_passes = n + n_right + 1, n_passes + 1
+        return (n - 1) / n_passes, self.now - start
+
+    def _see_odds(self, speculation):
+        if speculation.wants_odds:
+            speculation.saw_odds(min(1.0, max(0.0, self._rng.gauss(self.right**2, 0.2))))
+
+    def plain_s(self, n_tokens):
+        return (n_tokens - 1) * self.away / 40
+
+
+def speculation_on(disk):
+    return Speculation(disk, MOST_DRAFTED, clock=lambda: disk.now)
+
+
+def speeds(right, n_tokens):
+    """Of answers of n_tokens against those without drafts, the slowest first."""
+    disks = [Disk(right, seed=seed) for seed in range(20)]
+    return sorted(disk.plain_s(n_tokens) / disk.answer(speculation_on(disk), n_tokens)[1] for disk in disks)
+
+
+def test_text_that_is_hard_to_guess_is_hardly_slower():
+    assert min(speeds(0.1, 64) + speeds(0.37, 64)) >= 0.97
+    for right in (0.5, 0.6, 0.7):
+        found = speeds(right, 64)
+        assert sum(found) / len(found) >= 0.97
+        assert found[0] >= 0.85
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_that_is_easy_to_guess_takes_a_third_of_the_time(seed):
+    disk = Disk(0.9, seed=seed)
+    speculation = speculation_on(disk)
+    per_pass, seconds = disk.answer(speculation, 128)
+    assert per_pass >= 4.5
+    assert seconds < 0.5 * disk.plain_s(128)
+    assert speculation.saved_s == pytest.approx(disk.plain_s(128) - seconds, rel=0.1)
+    assert disk.answer(speculation, 128)[0] >= 4.5
+
+
+def test_it_goes_when_the_text_changes_and_comes_back():
+    disk = Disk(0.9)
+    speculation = speculation_on(disk)
+    disk.answer(speculation, 100)
+    assert disk.is_taken
+    disk.right = 0.2
+    disk.answer(speculation, 100)
+    assert not disk.is_taken
+    disk.right = 0.9
+    disk.answer(speculation, 400)
+    assert disk.is_taken
+    assert disk.visits == 2
+
+
+def test_a_copy_that_belies_the_odds_costs_little_time():
+    disk = Disk(0.9)
+    disk._see_odds = lambda speculation: speculation.wants_odds and speculation.saw_odds(0.8)
+    disk.right = 0.1
+    assert disk.answer(speculation_on(disk), 800)[1] < 1.05 * disk.plain_s(800)
+
+
+def test_it_does_not_come_for_a_few_tokens():
+    disk = Disk(0.9)
+    disk.answer(speculation_on(disk), 6)
+    assert disk.visits == 0
+
+
+def test_where_it_takes_no_place_it_is_there_from_the_first_token():
+    disk = Disk(0.9)
+    disk.lodging = None
+    assert not speculation_on(disk).wants_odds
+
+
+# --- its memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(bundled_model, bundled_variant):
+    """A rig whose budget holds half of the weights beside a draft model, the draft model, and its lodging."""
+    with engine(bundled_model, n_ctx=256, n_ubatch=64, n_logits=9) as opened:
+        model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256, n_ubatch=64), print)
+        budget = opened.fixed_bytes + model.n_bytes + 4 * MB
+        opened.apply(Plan(0, 1, window_bytes=MB, budget_bytes=budget))
+        try:
+            yield Rig(opened), model, Lodging.find(opened, model)
+        finally:
+            model.close()
+
+
+def weights_in_memory(model):
+    return bytes_in_memory([(start, end) for start, end in model._store.ranges if end > start])
+
+
+def test_its_memory_is_the_weights_until_it_comes_and_after_it_went(pair):
+    rig, model, lodging = pair
+    opened = rig.engine
+    streamed, budget = opened.streamed_bytes, opened.plan.budget_bytes
+    assert opened.ledger.draft_bytes == 4 * opened.n_vocab
+    assert weights_in_memory(model) == 0
+    assert lodging.pass_bytes > streamed + MB
+    plain = rig.answer(STORIES[0], 30)
+    drafter = ModelDrafter(model, 0.5, opened.n_vocab, lodging)
+    for _ in range(2):
+        assert lodging.take()
+        assert opened.ledger.draft_bytes == model.n_bytes
+        assert opened.ledger.total_bytes <= budget
+        assert opened.streamed_bytes == pytest.approx(lodging.pass_bytes)
+        assert rig.answer(STORIES[0], 30, Speculation(NoPrice(drafter), 8, Always())) == plain
+        assert rig.figures.tokens_per_pass > 2
+        assert weights_in_memory(model) > 0.9 * lodging.n_bytes
+        lodging.leave()
+        assert weights_in_memory(model) == 0
+        assert opened.ledger.total_bytes <= budget
+        assert opened.streamed_bytes == streamed
+        assert rig.answer(STORIES[0], 30) == plain
+    drafter.close()
+
+
+class NoPrice:
+    """A drafter that stays where it is."""
+
+    lodging, name, grade = None, "draft", 0
+
+    def __init__(self, drafter):
+        self._drafter = drafter
+
+    def __getattr__(self, name):
+        return getattr(self._drafter, name)
+
+
+def test_it_does_not_come_where_the_budget_became_too_small(pair):
+    rig, model, lodging = pair
+    rig.engine.apply(Plan(0, 1, window_bytes=MB, budget_bytes=rig.engine.fixed_bytes + 2 * MB))
+    assert not lodging.take()
+    assert not lodging.is_taken
+    with pytest.raises(BudgetError):
+        rig.engine.make_room(model.n_bytes)
+    rig.answer(STORIES[0], 4)
+
+
+def test_without_pressure_it_has_no_lodging(bundled_model, bundled_variant):
+    with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_logits=9) as opened:
+        model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256), print)
+        assert Lodging.find(opened, model) is None
+        model.close()
+
+
+def test_an_answer_is_cancelled_while_the_draft_model_is_read(pair):
+    rig, model, lodging = pair
+    lodging.take()
+    rig.engine.cancel()
+    drafter = NoPrice(ModelDrafter(model, 0.5, rig.engine.n_vocab, lodging))
+    _, _, finish = rig.answer(STORIES[0], 10, Speculation(drafter, 8, Always()))
+    assert finish == "cancelled"
+    assert rig.answer(STORIES[0], 10, Speculation(drafter, 8, Always())) == rig.answer(STORIES[0], 10)
+
+
+def test_odds_are_the_probabilities_of_the_softmax(bundled_model):
+    with engine(bundled_model, n_ctx=64) as opened:
+        opened.forward([1, 5, 9])
+        assert sum(opened.odds(token) for token in range(opened.n_vocab)) == pytest.approx(1, abs=1e-3)
+        best = max(range(opened.n_vocab), key=lambda token: opened.logits()[token])
+        assert opened.odds(best) == max(opened.odds(token) for token in range(opened.n_vocab))
+
+
+# --- long drafts ----------------------------------------------------------------------------------------------------
+
+
+def test_drafts_of_32_tokens_give_the_same_answer(bundled_model):
+    with engine(bundled_model, Plan(2, 1), n_logits=MOST_DRAFTED + 1) as opened:
+        rig = Rig(opened)
+        plain = rig.answer(STORIES[1], 70)
+        known = rig.tokenizer.encode(STORIES[1]) + plain[0]
+        assert rig.answer(STORIES[1], 70, Speculation(Known(known), MOST_DRAFTED, Always())) == plain
+        assert rig.figures.tokens_per_pass > 20
+
+
+def test_memory_for_logits_is_laid_out_in_two_steps():
+    assert [rows_for(n, 33) for n in (1, 2, 17, 18, 33)] == [1, 17, 17, 33, 33]
+    assert [rows_for(n, 2) for n in (1, 2)] == [1, 2]
+
+
+# --- what a run says ------------------------------------------------------------------------------------------------
+
+
+def test_auto_on_a_model_of_four_bits_goes_on_without_drafts(capsys, bundled_variant):
+    flags = ["-p", "a", "-n", "3", "-t", "1", "--ctx", "64", "--json"]
+    assert cli.run_command(["run", str(bundled_variant("q4_0")), "--draft", "auto", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["tokens"]) == 3
+    assert (len(err.splitlines()), err.count("few bits per weight")) == (1, 1)
+
+
+def said(opened, saved_s, statistics):
+    speculation = SimpleNamespace(saved_s=saved_s, drafter=SimpleNamespace(name="draft"))
+    sequence, model = SimpleNamespace(speculation=speculation), SimpleNamespace(profile=None)
+    session = SimpleNamespace(engine=opened, budget_bytes=10**8, sequence=sequence, model=model)
+    return closing_line(session, statistics)
+
+
+def test_a_run_with_a_draft_model_says_what_it_gave(bundled_model):
+    with engine(bundled_model, n_ctx=64) as opened:
+        statistics = Statistics(101, 1.0, 1.0, 100.0, 10.0, 1.0, 1.0, 90.0, 1.5, 40, 20)
+        assert "1.50 tokens per pass (draft)" in said(opened, 3.0, statistics)
+        assert "1.0 s lost by --draft" in said(opened, -1.0, statistics)
+        assert "lost" not in said(opened, -0.1, statistics)
+        unused = Statistics(101, 1.0, 1.0, 100.0, 10.0, 1.0, 1.0, 90.0, 1.0)
+        assert "1.00 tokens per pass (off)" in said(opened, 0.0, unused)
