@@ -29,7 +29,7 @@ class SessionAnswer:
         """Begin anew; nothing is computed yet."""
         session = self._session
         session.sequence.shorten(0)
-        self._meter = Meter(session.engine, session.disk_bytes_per_s)
+        self._meter = Meter(session.engine, session.machine)
         request = Request(tuple(self.prompt))
         self._steps: Iterator[Step] = generate(
             session.sequence, session.model.tokenizer, session.sampler, request, session.follower

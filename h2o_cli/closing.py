@@ -28,6 +28,8 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "predicted_ms_per_token": predicted_ms(session),
         "tokens_per_s": statistics.tokens_per_s,
         "bytes_read_per_token": statistics.bytes_read_per_token,
+        "bytes_asked_per_token": statistics.bytes_asked_per_token,
+        "streamed_bytes": session.engine.streamed_bytes,
         "disk_wait_ms_per_token": statistics.disk_wait_ms_per_token,
         "peak_memory_bytes": peak_bytes(),
         "budget_bytes": session.budget_bytes,
@@ -97,8 +99,8 @@ def _speed(session: Session, statistics: Statistics, measured_ms: float) -> list
         (0, f"then {_digits(measured_ms)} ms each{beside}"),
         (1, f"{_digits(statistics.tokens_per_s or 0)} tokens/s"),
     ]
-    if statistics.bytes_read_per_token:
-        parts.append((1, f"{format_size(statistics.bytes_read_per_token)} read each"))
+    if statistics.bytes_asked_per_token:
+        parts.append((1, f"{format_size(statistics.bytes_read_per_token or 0)} read each"))
     if statistics.disk_wait_ms_per_token and statistics.disk_wait_ms_per_token >= 0.05:
         parts.append((4, f"{_digits(statistics.disk_wait_ms_per_token)} ms waited"))
     saved_s = draft_saved_s(session)
@@ -106,7 +108,7 @@ def _speed(session: Session, statistics: Statistics, measured_ms: float) -> list
         parts.append((0, f"{statistics.tokens_per_pass:.2f} tokens per pass ({speculation(session, statistics)})"))
         if saved_s is not None and -saved_s * 1000 > DRAFT_LOSS * measured_ms * statistics.n_tokens:
             parts.append((0, f"{_digits(-saved_s)} s lost by --draft"))
-    elif statistics.bytes_read_per_token and statistics.yield_ is not None:
+    elif statistics.bytes_asked_per_token and statistics.yield_ is not None:
         parts.append((2, f"{statistics.yield_:.0%} of the limit"))
     return parts
 

@@ -169,7 +169,7 @@ def _load(path: Path | None, model: str | None) -> ModelProfile:
         from runtime.model_file import ModelFile
 
         file = ModelFile.open(resolve_model(model))
-        path = need_profile(file.hash, str(file.path))
+        return load_profile(need_profile(file.hash, str(file.path))).checked(file.paths)
     return load_profile(path)
 
 

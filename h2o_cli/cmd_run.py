@@ -242,7 +242,7 @@ def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[list[int]
 
 
 def _answer(session: Session, options: RunOptions, request: Request) -> int:
-    meter, meter_start_s = Meter(session.engine, session.disk_bytes_per_s), process_age_s()
+    meter, meter_start_s = Meter(session.engine, session.machine), process_age_s()
     parts, tokens, finish = [], [], ""
     with interrupts.ending(session.engine.cancel):
         steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)

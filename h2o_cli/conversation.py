@@ -151,7 +151,7 @@ class Conversation:
 
     def _generate(self, request: Request) -> tuple[str, list[int]]:
         session = self._session
-        meter = Meter(session.engine, session.disk_bytes_per_s)
+        meter = Meter(session.engine, session.machine)
         parts, tokens, finish = [], [], ""
         with interrupts.ending(session.engine.cancel, patient=True):
             steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)

@@ -30,7 +30,7 @@ from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
 from runtime.quantize import copy_bytes, copy_pays, low_bit_copy
 from runtime.sampler import Sampler, Sampling
-from runtime.settings import KV_TYPES, SHORT_PASS, Settings
+from runtime.settings import KV_TYPES, SHORT_PASS, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size
 from runtime.speculate import Speculation, most_drafted
 from runtime.tokenizer import Tokenizer
@@ -181,7 +181,7 @@ class Session:
     sequence: TokenSequence
     sampler: Sampler
     follower: PlanFollower
-    disk_bytes_per_s: float
+    machine: Machine
     plan_origin: str
     load_s: float
     cleanup: ExitStack
@@ -240,7 +240,7 @@ def open_session(
         sequence=TokenSequence(engine, note, speculation),
         sampler=sampler,
         follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats, cap_bytes=options.budget_bytes),
-        disk_bytes_per_s=model.profile.disk.bytes_per_s.mean if model.profile else 0.0,
+        machine=model.profile.machine if model.profile else Machine(),
         plan_origin=chosen.origin,
         load_s=model.load_s + time.perf_counter() - start,
         cleanup=cleanup,
@@ -380,7 +380,7 @@ def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | Non
     from profiler.model_profile import load_profile
 
     try:
-        return load_profile(path)
+        return load_profile(path).checked(file.paths)
     except ProfileError as error:
         note(f"the profile {path.name} was not used: {error}")
         return None
@@ -401,5 +401,4 @@ def _settings(
     )
     if profile is None:
         return settings
-    disk = profile.disk
-    return replace(settings, io_mode=disk.mode, request_bytes=disk.request_bytes, depth=max(1, disk.depth))
+    return replace(settings, request_bytes=profile.disk.request_bytes, depth=max(1, profile.disk.depth))

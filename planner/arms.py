@@ -79,7 +79,7 @@ def h2o_arms(profile: ModelProfile, available_bytes: int, layouts: tuple[Layout,
     """Every arm that fits in available_bytes: one per layout and w, with all that the window leaves pinned.
 
     window_bytes + pinned_bytes = available_bytes, at most. w counts in the largest layer (balanced: what is streamed
-    of it). When not even one layer fits, w is 1 and the window is what there is.
+    of it; one arm more has the narrowest window). When not even one layer fits, w is 1 and the window is what there is.
     """
     n_layers = len(profile.layers)
     total = streamable_bytes(profile)
@@ -89,41 +89,55 @@ def h2o_arms(profile: ModelProfile, available_bytes: int, layouts: tuple[Layout,
     windows = range(1, min(n_layers, available_bytes // largest) + 1)
     arms: list[Arm] = []
     for layout in layouts:
-        if not windows:
+        if layout == Layout.BALANCED:
+            arms += _balanced_arms(profile, available_bytes, windows)
+        elif not windows:
             arms.append(Arm(0, 1, layout, 0, available_bytes))
-        elif layout == Layout.BALANCED:
-            arms += [_balanced_arm(profile, available_bytes, w) for w in windows]
         else:
             arms += _whole_layer_arms(profile, available_bytes, layout, windows)
     return arms
 
 
-def _balanced_arm(profile: ModelProfile, available_bytes: int, w: int) -> Arm:
-    """The balanced arm with a window of w streamed layers; k is how many mean layers the pinned bytes are worth.
+def narrowest_window(profile: ModelProfile, available_bytes: int) -> int:
+    """Bytes of the smallest window worth having: two of the largest pieces, so that one is read while another is
+    computed; less where they would take more than half of what there is."""
+    least = profile.memory.min_window_bytes
+    return min(available_bytes, max(least, min(2 * least, available_bytes // 2)))
 
-    With a share f of every byte pinned, f * total + w * (1 - f) * largest = available; solved for f * total.
+
+def _balanced_arms(profile: ModelProfile, available_bytes: int, windows: range) -> list[Arm]:
+    """The balanced arms: the one with the narrowest window, and one for each w.
+
+    With a share f of every byte pinned, f * total + w * (1 - f) * largest = available; solved for f * total. k is how
+    many mean layers the pinned bytes are worth.
     """
     sizes = [layer.bytes for layer in profile.layers]
     total = streamable_bytes(profile)
-    window_full = w * max(sizes)
-    pinned = (available_bytes - window_full) * total // (total - window_full)
-    window = max(available_bytes - pinned, min(available_bytes, profile.memory.min_window_bytes))
-    pinned = available_bytes - window
-    return Arm(min(len(sizes), pinned * len(sizes) // sum(sizes)), w, Layout.BALANCED, pinned, window)
+    narrowest = narrowest_window(profile, available_bytes)
+    w_of = {narrowest: 1}
+    for w in windows:
+        window_full = w * max(sizes)
+        pinned = (available_bytes - window_full) * total // (total - window_full)
+        w_of[max(narrowest, available_bytes - pinned)] = w
+    return [
+        Arm(min(len(sizes), pinned * len(sizes) // sum(sizes)), w, Layout.BALANCED, pinned, window)
+        for window, w in w_of.items()
+        for pinned in (available_bytes - window,)
+    ]
 
 
 def _whole_layer_arms(profile: ModelProfile, available_bytes: int, layout: Layout, windows: range) -> list[Arm]:
     """Arms with whole layers resident, for each w the largest k that fits.
 
-    Where every layer fits, one more arm streams only from the head, through the smallest window.
+    Where every layer fits, one more arm streams only from the head, through the narrowest window.
     """
     sizes = [layer.bytes for layer in profile.layers]
     n_layers = len(sizes)
-    smallest = min(available_bytes, profile.memory.min_window_bytes)
+    narrowest = narrowest_window(profile, available_bytes)
     bytes_of_k = [sum(sizes[i] for i in whole_layers(layout, k, n_layers)) for k in range(n_layers + 1)]
-    needs = [(w, max(w * max(sizes), smallest)) for w in windows]
-    if bytes_of_k[n_layers] + smallest <= available_bytes:
-        needs.append((1, smallest))
+    needs = [(w, max(w * max(sizes), narrowest)) for w in windows]
+    if bytes_of_k[n_layers] + narrowest <= available_bytes:
+        needs.append((1, narrowest))
     arms = []
     for w, window in needs:
         pinned = available_bytes - window

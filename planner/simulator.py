@@ -16,6 +16,7 @@ from profiler.model_profile import HeadProfile, LayerProfile, ModelProfile, Spre
 from profiler.source_format import SourceProfile
 
 INVALID_REWARD = -1e6
+HANDOVER_S = 0.0005  # from the end of a computation to the first byte read into the room it leaves
 SEGMENTS = 4  # a layer's bytes arrive and are freed in this many parts, or more when the window is small
 MAX_SEGMENTS = 256
 MAX_TOKENS = 64
@@ -140,8 +141,8 @@ class Lanes:
                 while n_read - n_freed > self.window_bytes:
                     n_freed += ring[i_freed]
                     i_freed += 1
-                if i_freed and ends[i_freed - 1] > read_end:
-                    read_end = ends[i_freed - 1]
+                if i_freed and ends[i_freed - 1] + HANDOVER_S > read_end:
+                    read_end = ends[i_freed - 1] + HANDOVER_S
                 read_end += read_s
                 compute_end = max(compute_end, read_end)
             compute_end += compute_s

@@ -1,4 +1,4 @@
-"""Keeping computing threads and cores awake before something is timed.
+"""Keeping computing threads and cores awake before something is timed, or busy while it is.
 
 After a wait for the disk the threads sleep and the cores are in a state of low power, or a virtual machine's host has
 given them to others. What is computed then is several times slower for about a millisecond, which is no property of a
@@ -8,6 +8,7 @@ layer.
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 
 from runtime import llama_abi as abi
@@ -38,9 +39,42 @@ class Waker:
         """Compute for AWAKE_S."""
         end_s = time.perf_counter() + AWAKE_S
         while time.perf_counter() < end_s:
-            self._product.compute(self._memory.address, 0, _N_ROWS)
+            self.compute()
+
+    def compute(self) -> None:
+        """One product."""
+        self._product.compute(self._memory.address, 0, _N_ROWS)
 
     def close(self) -> None:
         """Free everything."""
         self._product.close()
         self._memory.free()
+
+
+class Computing:
+    """While entered, llama.cpp computes with n_threads."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_done, self._seen = 0, (0, 0.0)
+        self._waker = Waker(n_threads)
+        self._going = True
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def speed(self) -> float:
+        """Products per second since the last question."""
+        (n_before, since_s), self._seen = self._seen, (self._n_done, time.perf_counter())
+        return (self._seen[0] - n_before) / (self._seen[1] - since_s)
+
+    def _work(self) -> None:
+        while self._going:
+            self._waker.compute()
+            self._n_done += 1
+
+    def __enter__(self) -> Computing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._going = False
+        self._thread.join()
+        self._waker.close()

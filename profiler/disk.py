@@ -14,26 +14,27 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from profiler.model_profile import DiskPoint, Spread
+from profiler.awake import Computing
+from profiler.model_profile import DiskPoint, Mode, Spread
 from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError
 from runtime.memory import Region
 from runtime.model_file import ModelFile
+from runtime.settings import Settings
 from runtime.sizes import MIB, PAGE, page_down, page_up
 
-REQUESTS = (MIB, 4 * MIB, MIB // 4)
-DEPTHS = (4, 2, 8, 1)
 LEAST_BUFFER_BYTES, BUFFER_BYTES = MIB, 16 * MIB  # the most that is in flight at once
-LIMIT_S = 10.0  # for the whole search
 SAMPLE_S = 0.25
 RAMP_S = 0.1  # at the start of a sample; bytes that arrive in it do not count
-SAME = 0.03  # relative difference within which the smaller request and depth win
-FINALISTS = 3
+TURNS = 5  # samples of each way that is compared
+RIVALS = 2  # ways that are compared with the usual one
+BETTER = 1.05  # times the usual way's rate, at least, for another way to be chosen
+AS_FAST = 0.97  # computing beside a way's reads, against the same beside the usual way's
 ENOUGH_BYTES, MOST_CYCLES = 32 * MIB, 32  # a smaller model is read several times over in one sample
 COLD = 0.01  # cached share of a file up to which it counts as cold
 
@@ -66,16 +67,18 @@ class Arrival(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A way to read."""
+    """A way to read: bytes of a request, and how many are in flight."""
 
-    mode: Literal["direct", "buffered"]
     request_bytes: int
     depth: int
 
 
-def way_of(point: DiskPoint) -> Way:
-    """The way a point of a profile was measured with."""
-    return Way(point.mode, point.request_bytes, point.depth)
+USUAL = Way(Settings.request_bytes, Settings.depth)  # of a run without a profile
+OTHERS = tuple(
+    Way(request_bytes, depth)
+    for request_bytes, depths in ((2 * MIB, (8, 2, 1)), (4 * MIB, (4, 2, 1)), (MIB, (4, 8)), (MIB // 4, (4, 8)))
+    for depth in depths
+)
 
 
 # --- the page cache -------------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def group_seconds(
 
     go_on is asked before every request; when it says no, the rest is not read and the result is of no use.
     """
-    if way.mode == BUFFERED:
+    if files.mode == BUFFERED:
         is_cold(model)
     n_groups, n_cycles = len(model.groups), cycles(model)
     chunks = (
@@ -264,128 +267,135 @@ def row_seconds(model: ModelFile, files: WeightFiles, n_rows: int) -> list[float
 
 @dataclass(frozen=True)
 class DiskSearch:
-    """The best way to read, everything that was tried, and what the user should know about it."""
+    """The way to read, how the file system reads then, every way tried, and what the user should know about it."""
 
     best: Way
+    mode: Mode
     points: tuple[DiskPoint, ...]
     notes: tuple[str, ...]
 
-
-@dataclass
-class _Search:
-    """One search: samples of every way, taken in turns from all over the model."""
-
-    model: ModelFile
-    buffer: Region
-    progress: Callable[[float], None]
-    sample_s: float = SAMPLE_S
-    limit_s: float = LIMIT_S
-    rates: dict[Way, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    next_piece: int = 0
-
-    def __post_init__(self) -> None:
-        self.start_s = time.perf_counter()
-        self.n_pieces = sum(1 for _ in self.model.pieces)
-
     @property
-    def spent(self) -> float:
-        """Share of the time limit that has passed."""
-        return min(1.0, (time.perf_counter() - self.start_s) / self.limit_s)
+    def bytes_per_s(self) -> float:
+        """The rate of the best way."""
+        return next(p.bytes_per_s.mean for p in self.points if (p.request_bytes, p.depth) == self.best)
 
-    def sample(self, files: WeightFiles, way: Way, counts: bool = True) -> float:
+
+class _Search:
+    """One search: samples of every way, from all over the model."""
+
+    def __init__(
+        self, model: ModelFile, files: WeightFiles, buffer: Region, progress: Callable[[float], None] = lambda _: None
+    ) -> None:
+        self.model, self.files, self.buffer = model, files, buffer
+        self.rates: dict[Way, list[float]] = {}
+        self._progress = progress
+        self._most_bytes = max(piece.span_bytes for piece in model.pieces)
+        self._n_pieces = sum(1 for _ in model.pieces)
+        self._next_piece = self._n_samples = 0
+
+    def in_flight(self, way: Way) -> int:
+        """Bytes in flight: no request is larger than a piece."""
+        return min(way.request_bytes, self._most_bytes) * way.depth
+
+    def fitted(self, way: Way) -> Way:
+        """The way, with requests that fit the buffer."""
+        return way._replace(request_bytes=min(way.request_bytes, page_down(self.buffer.n_bytes // way.depth)))
+
+    def sample(self, way: Way) -> float:
         """The rate of one way, in bytes per second."""
-        chunks = list(weight_chunks(self.model, way.request_bytes, self.next_piece)) * cycles(self.model)
+        if self.files.mode == BUFFERED:
+            is_cold(self.model)
+        chunks = list(weight_chunks(self.model, self.fitted(way).request_bytes, self._next_piece)) * cycles(self.model)
         start_s = time.perf_counter()
-        arrivals = ChunkReader(files, self.buffer).read(chunks, way.depth, self.sample_s + RAMP_S)
-        rate = rate_of(arrivals, start_s)
-        self.next_piece = (self.next_piece + self._pieces_begun(arrivals)) % self.n_pieces
-        if counts:
-            self.rates.setdefault(way, []).append(rate)
-        self.progress(self.spent)
-        return rate
+        arrivals = ChunkReader(self.files, self.buffer).read(chunks, way.depth, SAMPLE_S + RAMP_S)
+        self._next_piece = (self._next_piece + self._pieces_begun(arrivals)) % self._n_pieces
+        self._n_samples += 1
+        self._progress(min(1.0, self._n_samples / (len(OTHERS) + (1 + RIVALS) * TURNS)))
+        return rate_of(arrivals, start_s)
 
     def _pieces_begun(self, arrivals: list[Arrival]) -> int:
-        """How many pieces a sample that began at next_piece has touched."""
+        """How many pieces a sample that began at _next_piece has touched."""
         left = sum(a.n_bytes for a in arrivals)
         pieces = tuple(self.model.pieces)
-        for n, piece in enumerate((*pieces[self.next_piece :], *pieces[: self.next_piece])):
+        for n, piece in enumerate((*pieces[self._next_piece :], *pieces[: self._next_piece])):
             if left <= 0:
                 return n
             left -= piece.span_bytes
         return 0
 
-    def scan(self, files: WeightFiles, mode: Literal["direct", "buffered"], share: float) -> None:
-        """One sample of every way that fits the buffer and the disk's speed, while the share of time lasts."""
-        rate = self.sample(files, Way(mode, MIB // 4, 2), counts=False)
-        for request_bytes, depth in itertools.product(REQUESTS, DEPTHS):
-            in_flight = request_bytes * depth
-            fits = in_flight <= self.buffer.n_bytes and in_flight <= rate * self.sample_s
-            if (fits and self.spent < share) or not self.rates:
-                rate = max(rate, self.sample(files, self._fitted(Way(mode, request_bytes, depth))))
+    def turns(self, ways: Sequence[Way]) -> dict[Way, list[float]]:
+        """TURNS samples of each way, in turns, so that a disk that gets slower gets slower for all of them."""
+        rates: dict[Way, list[float]] = {way: [] for way in ways}
+        for turn in range(TURNS):
+            for way in ways[:: -1 if turn % 2 else 1]:
+                rates[way].append(self.sample(way))
+        return rates
 
-    def _fitted(self, way: Way) -> Way:
-        """The way, with requests that fit the buffer."""
-        return way._replace(request_bytes=min(way.request_bytes, page_down(self.buffer.n_bytes // way.depth)))
+    def rivals(self, usual_rate: float) -> list[Way]:
+        """The ways that looked better than the usual one in a sample each; none on a disk too slow for samples."""
+        seen = {(self.in_flight(USUAL), USUAL.depth)}
+        for way in OTHERS:
+            in_flight = self.in_flight(way)
+            fits = in_flight <= self.buffer.n_bytes and in_flight <= usual_rate * SAMPLE_S / 4
+            if fits and (in_flight, way.depth) not in seen:
+                seen.add((in_flight, way.depth))
+                self.rates[way] = [self.sample(way)]
+        better = [way for way, rates in self.rates.items() if rates[0] > usual_rate]
+        return sorted(better, key=lambda way: -self.rates[way][0])[:RIVALS]
 
-    def finalists(self, mode: str) -> list[Way]:
-        """The fastest ways of a mode after one sample each."""
-        ways = [way for way in self.rates if way.mode == mode]
-        return sorted(ways, key=lambda way: -self.rates[way][0])[:FINALISTS]
+    def best(self, n_threads: int) -> Way:
+        """The usual way, unless another one is better beyond the noise, also while llama.cpp computes."""
+        usual_rate = self.sample(USUAL)
+        ways = [USUAL, *self.rivals(usual_rate)]
+        self.rates |= self.turns(ways)
+        found = max(ways, key=lambda way: statistics.median(self.rates[way]))
+        if found == USUAL or not is_better(self.rates[found], self.rates[USUAL]):
+            return USUAL
+        return found if self._holds_while_computing(found, n_threads) else USUAL
 
-    def best(self) -> Way:
-        """The fastest way by the median; within SAME of it the least in flight, direct before buffered."""
-        most = max(len(rates) for rates in self.rates.values())
-        medians = {way: statistics.median(r) for way, r in self.rates.items() if len(r) == most}
-        fastest = max(medians.values())
-        near = [way for way, median in medians.items() if median >= (1 - SAME) * fastest]
-        return min(near, key=lambda way: (way.request_bytes * way.depth, way.mode != DIRECT, way.request_bytes))
+    def _holds_while_computing(self, way: Way, n_threads: int) -> bool:
+        """Whether a way is better too, and leaves as much to the computation, while that takes all threads."""
+        rates: dict[Way, list[float]] = {USUAL: [], way: []}
+        speeds: dict[Way, list[float]] = {USUAL: [], way: []}
+        with Computing(n_threads) as computing:
+            for turn in range(TURNS):
+                for each in (USUAL, way) if turn % 2 else (way, USUAL):
+                    computing.speed()
+                    rates[each].append(self.sample(each))
+                    speeds[each].append(computing.speed())
+        as_fast = statistics.median(speeds[way]) >= AS_FAST * statistics.median(speeds[USUAL])
+        return as_fast and is_better(rates[way], rates[USUAL])
+
+
+def is_better(rates: Sequence[float], usual: Sequence[float]) -> bool:
+    """Whether rates are higher than the usual way's beyond the noise: their medians, and all but one on each side."""
+    faster = statistics.median(rates) > BETTER * statistics.median(usual)
+    return faster and sorted(rates)[min(1, len(rates) - 1)] > sorted(usual)[max(0, len(usual) - 2)]
 
 
 def search(
     model: ModelFile,
-    repeats: int = 3,
     *,
+    n_threads: int,
     buffer_bytes: int = BUFFER_BYTES,
-    limit_s: float = LIMIT_S,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> DiskSearch:
-    """Find the best way to read the model: `repeats` samples of the fastest few of all ways. Raises DiskError."""
+    """How to read the model: directly wherever the file system can, in the usual way unless another one is better.
+
+    n_threads: of the computation the better way has to stand beside. Raises DiskError.
+    """
+    files, notes = WeightFiles(model.paths), list[str]()
     buffer = _buffer(max(buffer_bytes, LEAST_BUFFER_BYTES))
-    run = _Search(model, buffer, progress, limit_s=limit_s)
-    direct, buffered = WeightFiles(model.paths, DIRECT), WeightFiles(model.paths, BUFFERED)
     try:
-        if direct.mode == DIRECT:
-            run.scan(direct, "direct", 0.4)
-        else:
-            run.notes.append("this file system has no direct reads: measured through the page cache")
-        _scan_buffered(run, buffered)
-        finalists = [*run.finalists("direct"), *run.finalists("buffered")[:1]]
-        for _ in range(repeats - 1):
-            for way in finalists:
-                if way.mode == DIRECT or is_cold(model) or direct.mode != DIRECT:
-                    run.sample(direct if way.mode == DIRECT else buffered, way)
+        if files.mode == BUFFERED:
+            notes.append("this file system has no direct reads: measured through the page cache")
+            if not is_cold(model):
+                notes.append("the file stays in memory (another program or the file system holds it): not a disk speed")
+        run = _Search(model, files, buffer, progress)
+        best = run.best(n_threads)
     finally:
-        direct.close()
-        buffered.close()
+        files.close()
         buffer.free()
-    points = tuple(DiskPoint(way.mode, way.request_bytes, way.depth, Spread.of(r)) for way, r in run.rates.items())
-    return DiskSearch(run.best(), points, tuple(run.notes))
-
-
-def _scan_buffered(run: _Search, files: WeightFiles) -> None:
-    """Sample buffered reads where the file can be made cold: as many ways as direct reads were good at."""
-    cold = is_cold(run.model)
-    best_direct = run.finalists("direct")
-    if not best_direct:
-        if not cold:
-            run.notes.append("the file stays in memory (another program or the file system holds it): not a disk speed")
-        run.scan(files, "buffered", 0.6)
-        return
-    if not cold:
-        run.notes.append("buffered reads were not measured: the file cannot be dropped from the page cache")
-        return
-    ways = {Way("buffered", way.request_bytes, way.depth) for way in best_direct} | {Way("buffered", MIB, 1)}
-    for way in sorted(ways, reverse=True):
-        if run.spent < 0.6 and is_cold(run.model):
-            run.sample(files, run._fitted(way))
+    mode: Mode = "direct" if files.mode == DIRECT else "buffered"
+    points = tuple(DiskPoint(mode, *way, Spread.of(rates)) for way, rates in run.rates.items())
+    return DiskSearch(best, mode, points, tuple(notes))

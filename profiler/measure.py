@@ -54,6 +54,7 @@ _N_ROWS = 16
 _UNSTEADY = 0.2
 _DISTURBED = 1.1  # a time through the model that is longer than this times the fastest one was disturbed
 _GUESSED_BYTES_PER_S = 1e9
+_SEARCH_S = 10.0  # what a search for the best way to read takes, about
 _PACKAGES = {"h2o": "h2o-llm", "llama_cpp_python": "llama-cpp-python"}
 
 
@@ -141,7 +142,7 @@ class Measurement:
         try:
             self._expect(file, _GUESSED_BYTES_PER_S)
             needs, window_bytes = self._memory(file, hollow)
-            disk_times = self._disk(file, window_bytes)
+            disk_times = self._disk(file, window_bytes + needs.memory.compute_bytes)  # no engine is open meanwhile
             compute = self._compute(file, hollow, disk_times.profile, window_bytes)
             release = [slot_release(group, self.repeats) for group in file.groups]
             self._resident_release(file)
@@ -169,17 +170,17 @@ class Measurement:
         window_bytes = max(least, min(_largest_layer(file), budget - floor_bytes + least))
         return needs, window_bytes
 
-    def _disk(self, file: ModelFile, window_bytes: int) -> DiskTimes:
-        begin_s, all_s = self._done_s, disk.LIMIT_S
+    def _disk(self, file: ModelFile, free_bytes: int) -> DiskTimes:
+        begin_s = self._done_s
         found = disk.search(
             file,
-            self.repeats,
-            buffer_bytes=min(disk.BUFFER_BYTES, max(window_bytes // 2, disk.LEAST_BUFFER_BYTES)),
-            progress=lambda spent: self._advance(begin_s + spent * all_s),
+            n_threads=self._n_threads,
+            buffer_bytes=min(disk.BUFFER_BYTES, free_bytes),
+            progress=lambda share: self._advance(begin_s + share * _SEARCH_S),
         )
         self.notes += found.notes
-        self._expect(file, next(p.bytes_per_s.mean for p in found.points if disk.way_of(p) == found.best))
-        files = WeightFiles(file.paths, found.best.mode)
+        self._expect(file, found.bytes_per_s)
+        files = WeightFiles(file.paths)
         try:
             rows = self._streams(file, files, found.best)
             row_s = Spread.of(disk.row_seconds(file, files, _N_ROWS))
@@ -188,7 +189,7 @@ class Measurement:
         rate = Spread.of([streamable_bytes(file) / sum(row) for row in rows])
         if rate.sd > _UNSTEADY * rate.mean:
             self.notes.append(f"the disk's speed varied by {rate.sd / rate.mean:.0%}: was it busy with something else?")
-        profile = DiskProfile(rate, found.best.mode, found.best.request_bytes, found.best.depth, found.points)
+        profile = DiskProfile(rate, found.mode, *found.best, found.points)
         return DiskTimes(profile, columns(rows), row_s)
 
     def _streams(self, file: ModelFile, files: WeightFiles, way: disk.Way) -> list[list[float]]:
@@ -205,9 +206,7 @@ class Measurement:
         return seconds
 
     def _compute(self, file: ModelFile, hollow: HollowModel, found: DiskProfile, window_bytes: int) -> ComputeTimes:
-        settings = replace(
-            self._settings, io_mode=found.mode, request_bytes=found.request_bytes, depth=max(1, found.depth)
-        )
+        settings = replace(self._settings, request_bytes=found.request_bytes, depth=max(1, found.depth))
         engine = Engine(file, hollow, Plan(0, 1, window_bytes=window_bytes), settings)
         self._engine = engine
         try:
@@ -232,7 +231,7 @@ class Measurement:
         """Estimate all work in seconds, now that the disk's rate is known."""
         self._stream_s = streamable_bytes(file) / bytes_per_s
         self._pass_s = self._stream_s + streamable_bytes(file) / 2e9
-        self._total_s = disk.LIMIT_S + self.repeats * self._stream_s + 2 * (self.repeats + 1) * self._pass_s
+        self._total_s = _SEARCH_S + self.repeats * self._stream_s + 2 * (self.repeats + 1) * self._pass_s
 
     def _advance(self, done_s: float) -> None:
         self._done_s = done_s
@@ -268,7 +267,7 @@ def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings, sur
     per_token = max(0, -(-(large.kv_bytes - small.kv_bytes) // settings.n_ctx))
     kv_bytes = min(small.kv_bytes, per_token * settings.n_ctx)
     in_layers = sum(_small_bytes(layer) for layer in file.layers)
-    others = short.embedding_bytes + small.sampler_bytes + small.kv_bytes - kv_bytes
+    others = short.embedding_bytes + small.sampler_bytes + small.cache_bytes + small.kv_bytes - kv_bytes
     rows_bytes = small.embedding_bytes - short.embedding_bytes  # of the input embedding, for a prompt
     memory = MemoryProfile(
         process_bytes=max(0, small.process_bytes - surplus_bytes - in_layers) + others,

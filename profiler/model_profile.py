@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import stat
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from runtime.aligned_io import BUFFERED, has_direct_reads
 from runtime.errors import ProfileError
+from runtime.settings import Machine
 
 SCHEMA = 2
 _MOST_BYTES = 64 * 2**20
@@ -26,6 +27,7 @@ PROFILE_AGAIN = "measure again with `h2o profile MODEL`"
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Quantity = Annotated[float, msgspec.Meta(ge=0)]
+Mode = Literal["direct", "buffered"]
 Hash = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -48,8 +50,9 @@ class Spread(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """The spread of repeated measurements (at least one)."""
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        return cls(statistics.fmean(values), sd, len(values), min(values), max(values))
+        n, mean = len(values), math.fsum(values) / len(values)
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else 0.0
+        return cls(mean, sd, n, min(values), max(values))
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -77,7 +80,7 @@ class DeviceInfo(msgspec.Struct, frozen=True):
 class DiskPoint(msgspec.Struct, frozen=True):
     """Read rate at one request size and queue depth."""
 
-    mode: Literal["direct", "buffered"]
+    mode: Mode
     request_bytes: Count
     depth: Count
     bytes_per_s: Spread
@@ -87,7 +90,7 @@ class DiskProfile(msgspec.Struct, frozen=True):
     """The fastest way to read weights, and every way that was tried."""
 
     bytes_per_s: Spread
-    mode: Literal["direct", "buffered"]
+    mode: Mode
     request_bytes: Count
     depth: Count
     points: tuple[DiskPoint, ...]
@@ -185,6 +188,20 @@ class ModelProfile(msgspec.Struct, frozen=True):
             raise ValueError(f"the model has {self.model.n_layers} layers but {len(self.layers)} were measured")
         if self.disk.bytes_per_s.mean <= 0:
             raise ValueError("the disk's bytes_per_s is 0")
+
+    @property
+    def machine(self) -> Machine:
+        """What a run compares itself with."""
+        units: list[LayerProfile | HeadProfile] = [*self.layers, self.head]
+        compute_s = sum(unit.decode_compute_s.mean for unit in units) + self.overhead_s.mean
+        return Machine(self.disk.bytes_per_s.mean, compute_s)
+
+    def checked(self, paths: Sequence[Path]) -> ModelProfile:
+        """This profile. Raises ProfileError where it was measured with buffered reads and these files of the model have
+        direct ones, which a run uses."""
+        if self.disk.mode == BUFFERED and has_direct_reads(paths):
+            raise ProfileError("it was measured with buffered reads, a run reads directly", PROFILE_AGAIN)
+        return self
 
     def check_model(self, model_hash: int) -> None:
         """Raise ProfileError unless this profile is of the model with that hash (0 on either side: unknown, passes)."""

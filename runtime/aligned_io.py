@@ -1,24 +1,40 @@
-"""Reads of weights: direct I/O into page-aligned memory, or buffered reads whose page cache is given back at once."""
+"""Reads of weights: direct I/O into page-aligned memory, or buffered reads whose page cache is given back at once.
+
+Direct wherever it works: buffered reads copy every byte on the cores that compute, and their pages take memory.
+"""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import DiskError
 from runtime.memory import view
-from runtime.sizes import page_down
+from runtime.sizes import MIB, PAGE, page_down
 
 DIRECT, BUFFERED = "direct", "buffered"
+CACHED_BYTES = MIB // 2  # page cache that one reader may fill before it gives it back
+
+
+def has_direct_reads(paths: Sequence[Path]) -> bool:
+    """Whether weights in these files are read directly. Raises DiskError."""
+    files = WeightFiles(paths)
+    files.close()
+    return files.mode == DIRECT
 
 
 class WeightFiles:
-    """The open files of one model. Offsets, addresses and lengths of reads are multiples of the page size."""
+    """The open files of one model. Offsets, addresses and lengths of reads are multiples of the page size.
+
+    mode: how they are read, which the file system decides.
+    """
 
     def __init__(self, paths: Sequence[Path], mode: str = DIRECT, sizes: Sequence[int] = ()) -> None:
-        """Open paths. sizes: what they had when they were indexed; another size is a DiskError."""
+        """Open paths. mode BUFFERED: do not even try direct reads. sizes: what the files had when they were indexed;
+        another size is a DiskError."""
         self.paths = tuple(paths)
         self.mode = mode
         self._fds: list[int] = []
@@ -33,27 +49,39 @@ class WeightFiles:
     def _open(self, path: Path) -> None:
         flags = os.O_RDONLY | os.O_CLOEXEC
         try:
-            if self.mode == DIRECT:
-                try:
-                    fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    self.mode = BUFFERED  # e.g. tmpfs: the file system has no direct I/O
-                    fd = os.open(path, flags)
-            else:
-                fd = os.open(path, flags)
+            fd = os.open(path, flags)
+            self._fds.append(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: only what is asked for comes
+            direct = _open_direct(path, flags, fd) if self.mode == DIRECT else None
         except OSError as error:
             raise DiskError(f"{path}: {error.strerror}", "check the file and its permissions") from None
-        self._fds.append(fd)
+        if direct is None:
+            self.mode = BUFFERED
+        else:
+            os.close(fd)
+            self._fds[-1] = fd = direct
         self._sizes.append(os.fstat(fd).st_size)
         self._times.append(os.fstat(fd).st_mtime_ns)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Most bytes of page cache that one reader causes at a time."""
+        return CACHED_BYTES if self.mode == BUFFERED else 0
 
     def read(self, file: int, offset: int, address: int, n_bytes: int) -> None:
         """Fill n_bytes at address from the file; what lies behind the end of the file stays as it is.
 
         Raises DiskError when the disk fails or the file became shorter.
         """
+        if self.mode == DIRECT:
+            self._read(file, offset, address, n_bytes)
+            return
+        for start in range(0, n_bytes, CACHED_BYTES):
+            part_bytes = min(CACHED_BYTES, n_bytes - start)
+            self._read(file, offset + start, address + start, part_bytes)
+            os.posix_fadvise(self._fds[file], offset + start, part_bytes, os.POSIX_FADV_DONTNEED)
+
+    def _read(self, file: int, offset: int, address: int, n_bytes: int) -> None:
         wanted = min(n_bytes, self._sizes[file] - offset)
         got = 0
         try:
@@ -70,8 +98,6 @@ class WeightFiles:
             raise DiskError(
                 f"reading {self.paths[file]} failed: {error.strerror}", "check the disk, then run again"
             ) from None
-        if self.mode == BUFFERED:
-            os.posix_fadvise(self._fds[file], offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Raise DiskError when a file was written to since it was opened: what was read may be part of two models."""
@@ -84,3 +110,34 @@ class WeightFiles:
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
+
+
+def _open_direct(path: Path, flags: int, buffered: int) -> int | None:
+    """A descriptor for direct reads, or None where the file system has none or they bring other bytes than a buffered
+    read of the same page. Raises OSError."""
+    try:
+        fd = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None  # e.g. some file systems in memory
+    try:
+        if _reads_agree(fd, buffered):
+            return fd
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            return fd  # a failing disk: reading says so
+    os.close(fd)
+    return None
+
+
+def _reads_agree(direct: int, buffered: int) -> bool:
+    """Whether both descriptors of a file give the same page from its middle. Raises OSError."""
+    offset = page_down(os.fstat(buffered).st_size // 2)
+    pages = [mmap.mmap(-1, PAGE) for _ in range(2)]
+    n_read = [os.preadv(fd, [page], offset) for fd, page in zip((direct, buffered), pages, strict=True)]
+    os.posix_fadvise(buffered, offset, PAGE, os.POSIX_FADV_DONTNEED)
+    same = n_read[0] == n_read[1] and pages[0][:] == pages[1][:]
+    for page in pages:
+        page.close()
+    return same

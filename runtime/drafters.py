@@ -138,7 +138,7 @@ class DraftModel:
         settings = replace(settings, n_logits=1, n_ubatch=min(FULL_TILES, settings.n_ubatch))
         self._whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
         try:
-            files = WeightFiles(file.paths, settings.io_mode)
+            files = WeightFiles(file.paths)
             self._store = _LateStore(file, files, depth=settings.depth)
             weights = Weights(self._store, SmallTensors(file, files))
             self.engine = Engine(file, self.hollow, self._whole, settings, note, weights)

@@ -39,13 +39,14 @@ _PROMPT, _TOKEN = Use(long=True), Use(long=False)
 
 @dataclass
 class Counters:
-    """What the engine did since it was opened. Times in seconds."""
+    """What the engine did since it was opened. Times in seconds; busy_s: in which anything was being read."""
 
     passes: int = 0
     tokens: int = 0
     seconds: float = 0.0
     bytes_read: int = 0
     wait_s: float = 0.0
+    busy_s: float = 0.0
 
 
 class Engine:
@@ -144,6 +145,7 @@ class Engine:
             sampler_bytes=self._context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
             draft_bytes=self.settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
+            cache_bytes=self.settings.depth * self._store.files.cached_bytes,
         )
 
     # --- plans --------------------------------------------------------------------------------------------------
@@ -307,6 +309,7 @@ class Engine:
         counters.tokens += n_tokens
         counters.seconds += seconds
         counters.bytes_read, counters.wait_s = self._store.bytes_read, self._store.wait_s
+        counters.busy_s = self._store.busy_s
 
     # --- around a pass ------------------------------------------------------------------------------------------
 

@@ -33,13 +33,19 @@ class Weights:
 
 def open_weights(file: ModelFile, settings: Settings) -> Weights:
     """The small tensors, and a store that reads nothing yet. Raises DiskError."""
-    files = WeightFiles(file.paths, settings.io_mode, file.file_sizes)
+    files = WeightFiles(file.paths, sizes=file.file_sizes)
     try:
         small = SmallTensors(file, files)  # many short reads, each of which would wait for the long ones of the stream
     except BaseException:
         files.close()
         raise
     return Weights(LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth), small)
+
+
+def guessed_room(file: ModelFile, budget_bytes: int) -> int:
+    """About what a budget leaves for weights, on the careful side; below 0 where that is not known to be anything."""
+    guess = _GUESSED_PROCESS_BYTES + _GUESSED_HEADER_COPIES * sum(file.data_offsets) + MARGIN_BYTES
+    return usable_bytes(budget_bytes) - guess
 
 
 def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
@@ -49,9 +55,8 @@ def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
     budget; the engine then extends that to the exact figure.
     """
     weights = open_weights(file, settings)
-    guess = _GUESSED_PROCESS_BYTES + _GUESSED_HEADER_COPIES * sum(file.data_offsets) + MARGIN_BYTES
     window = page_down(window_bytes(file, plan))
-    limit = usable_bytes(plan.budget_bytes) - guess - window
+    limit = guessed_room(file, plan.budget_bytes) - window
     total = streamable_bytes(file)
     if 0 < limit < total:
         resident = resident_pieces(file, replace(plan, pinned_bytes=limit), limit)

@@ -60,8 +60,7 @@ class LayerStore:
         self._closing = False
         self._error: BaseException | None = None
         self.interrupt: BaseException | None = None  # set it from anywhere: who waits for a read raises it
-        self.bytes_read = 0
-        self.wait_s = 0.0
+        self.bytes_read, self.wait_s, self.busy_s, self._busy_since = 0, 0.0, 0.0, 0.0
         self._lock = threading.Lock()
         self._readable = threading.Condition(self._lock)  # for readers: there may be something to read
         self._arrived = threading.Condition(self._lock)  # for the computation: something arrived
@@ -258,8 +257,7 @@ class LayerStore:
     def _drop(self, load: Load) -> None:
         """Take a load out of the stream. Its slot comes back at once, or when the reads under way have ended."""
         del self._loads[load.piece.number]
-        n_queued = sum(chunk.load is load for chunk in self._queue)
-        if n_queued:
+        if n_queued := sum(chunk.load is load for chunk in self._queue):
             self._queue = deque(chunk for chunk in self._queue if chunk.load is not load)
             load.chunks_left -= n_queued
         if load.chunks_left == 0:
@@ -286,9 +284,10 @@ class LayerStore:
     def _reader(self) -> None:
         while True:
             with self._lock:
-                chunk = self._next_chunk()
-                if chunk is None:
+                if (chunk := self._next_chunk()) is None:
                     return
+                if not self._flying:
+                    self._busy_since = time.perf_counter()
                 self._flying.append(chunk)
             error: BaseException | None = None
             try:
@@ -297,6 +296,8 @@ class LayerStore:
                 error = caught
             with self._lock:
                 self._flying.remove(chunk)
+                now, since = time.perf_counter(), self._busy_since
+                self.busy_s, self._busy_since = self.busy_s + now - since, now
                 self._finish(chunk, error)
                 self._arrived.notify_all()
 
@@ -315,8 +316,7 @@ class LayerStore:
         self.bytes_read += chunk.n_bytes
         if chunk.batch:
             chunk.batch[0] -= 1
-        load = chunk.load
-        if load:
+        if load := chunk.load:
             load.chunks_left -= 1
             if load.chunks_left == 0:
                 self._loaded(load)

@@ -19,7 +19,8 @@ class Ledger:
     """Bytes by part.
 
     process: measured after everything but weights was loaded, vocabulary included. draft: a draft model's weights, keys
-    and values, and buffers. filter: what filtering keys and values takes beside the cache.
+    and values, and buffers. filter: what filtering keys and values takes beside the cache. cache: file pages of reads
+    under way, where the file system has no direct ones.
     """
 
     process_bytes: int
@@ -29,6 +30,7 @@ class Ledger:
     sampler_bytes: int
     draft_bytes: int = 0
     filter_bytes: int = 0
+    cache_bytes: int = 0
     window_bytes: int = 0
     resident_bytes: int = 0
     margin_bytes: int = MARGIN_BYTES
@@ -44,6 +46,7 @@ class Ledger:
             + self.sampler_bytes
             + self.draft_bytes
             + self.filter_bytes
+            + self.cache_bytes
             + self.margin_bytes
         )
 
@@ -54,7 +57,11 @@ class Ledger:
 
     def as_dict(self) -> dict[str, int]:
         """Part -> bytes, for people and for --json."""
-        optional = {"draft_bytes": self.draft_bytes, "filter_bytes": self.filter_bytes}
+        optional = {
+            "draft_bytes": self.draft_bytes,
+            "filter_bytes": self.filter_bytes,
+            "cache_bytes": self.cache_bytes,
+        }
         return {
             "process_bytes": self.process_bytes,
             "kv_bytes": self.kv_bytes,

@@ -168,6 +168,15 @@ def peak_bytes() -> int:
     return group if group is not None else _status_bytes("VmHWM") + _status_bytes("VmPTE")
 
 
+def device_bytes_read() -> int | None:
+    """Bytes that disks have delivered for this process; None where the kernel does not count them."""
+    try:
+        found = Path("/proc/self/io").read_text()
+    except OSError:
+        return None
+    return int(found.partition("\nread_bytes:")[2].split()[0])
+
+
 def _own_cgroup_peak() -> int | None:
     folder = cgroup_folder()
     if folder is None:

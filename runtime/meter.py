@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from runtime.engine import Counters, Engine
 from runtime.generate import CANCELLED, Step
+from runtime.memory import device_bytes_read
+from runtime.settings import Machine
 
 _RATE_STEPS = 4  # the best observed read rate is taken over this many tokens
 
@@ -17,8 +19,9 @@ class Statistics:
     """How fast an answer was. None: too few tokens to say.
 
     limit_ms_per_token is the least a token can take with one token per pass, when reading and computing overlap fully:
-    the larger of streamed bytes per pass / disk bytes per second, and the computing time of a pass (its time minus
-    waiting for the disk; passes without a draft count where there were any). Speculation can be faster than that.
+    the larger of streamed bytes per pass / disk bytes per second, and the time the resident model computes (None where
+    that is not known and may be the larger one). Speculation can be faster than that. bytes_read_per_token is what the
+    disk delivered, bytes_asked_per_token what the stream asked for.
     prefill_tokens_per_s is that of the prompt's passes, waits for the disk included.
     """
 
@@ -28,6 +31,7 @@ class Statistics:
     decode_ms_per_token: float | None = None
     tokens_per_s: float | None = None
     bytes_read_per_token: float | None = None
+    bytes_asked_per_token: float | None = None
     disk_wait_ms_per_token: float | None = None
     limit_ms_per_token: float | None = None
     tokens_per_pass: float | None = None
@@ -53,18 +57,19 @@ class _Seen:
 
 
 class Meter:
-    """Watches the steps of one answer. disk_bytes_per_s 0: not known, the best rate seen counts."""
+    """Watches the steps of one answer on a machine that a profile may know."""
 
-    def __init__(self, engine: Engine, disk_bytes_per_s: float = 0) -> None:
+    def __init__(self, engine: Engine, machine: Machine | None = None) -> None:
         self._engine = engine
-        self._disk_bytes_per_s = disk_bytes_per_s
+        self._machine = machine or Machine()
         self._start_s, self._start = time.perf_counter(), replace(engine.counters)
         self._first: _Seen | None = None
         self._last: _Seen | None = None
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS)  # busy seconds, bytes
         self._best_bytes_per_s = 0.0
         self._plain = [0, 0.0]  # passes without a draft, and their computing time
         self._n_steps, self._drafting_s = 0, 0.0
+        self._device_bytes: int | None = None  # at the first step
         self.n_tokens = self._drafted = self._accepted = 0
 
     def see(self, step: Step) -> None:
@@ -79,6 +84,7 @@ class Meter:
         now = _Seen(time.perf_counter(), replace(self._engine.counters), self._n_steps, self._drafting_s)
         if self._first is None:
             self._first = self._last = now
+            self._device_bytes = device_bytes_read()
         if self._last is None or now.counters.passes != self._last.counters.passes or not self._recent:
             self._see_pass(now, step)
         self._last = now
@@ -89,14 +95,14 @@ class Meter:
             before = self._last.counters
             self._plain[0] += 1
             self._plain[1] += now.counters.seconds - before.seconds - now.counters.wait_s + before.wait_s
-        self._recent.append((now.at_s, now.counters.bytes_read))
-        seconds = self._recent[-1][0] - self._recent[0][0]
-        if len(self._recent) == _RATE_STEPS and seconds > 0:
-            rate = (self._recent[-1][1] - self._recent[0][1]) / seconds
+        self._recent.append((now.counters.busy_s, now.counters.bytes_read))
+        busy_s = self._recent[-1][0] - self._recent[0][0]
+        if len(self._recent) == _RATE_STEPS and busy_s > 0:
+            rate = (self._recent[-1][1] - self._recent[0][1]) / busy_s
             self._best_bytes_per_s = max(self._best_bytes_per_s, rate)
 
     def statistics(self) -> Statistics:
-        """The figures so far. The first token counts for ttft_s only."""
+        """The figures so far, right after the last step. The first token counts for ttft_s only."""
         first, last = self._first, self._last
         if first is None or last is None:
             return Statistics(self.n_tokens)
@@ -109,19 +115,36 @@ class Meter:
         pass_s = last.counters.seconds - first.counters.seconds
         wait_s = last.counters.wait_s - first.counters.wait_s
         n_bytes = last.counters.bytes_read - first.counters.bytes_read
-        compute_s = self._plain[1] / self._plain[0] if self._plain[0] else (pass_s - wait_s) / passes
-        rate = self._disk_bytes_per_s or max(self._best_bytes_per_s, n_bytes / (last.at_s - first.at_s))
-        disk_s = self._engine.streamed_bytes / rate if rate else 0.0
+        limit_s = self._limit_s(n_bytes, last.counters.busy_s - first.counters.busy_s, (pass_s - wait_s) / passes)
         return Statistics(
             n_tokens=self.n_tokens,
             ttft_s=ttft_s,
             prefill_tokens_per_s=prefill,
             decode_ms_per_token=1000 * (pass_s + last.drafting_s - first.drafting_s) / n,
             tokens_per_s=n / (last.at_s - first.at_s),
-            bytes_read_per_token=n_bytes / n,
+            bytes_read_per_token=self._delivered(n_bytes) / n,
+            bytes_asked_per_token=n_bytes / n,
             disk_wait_ms_per_token=1000 * wait_s / n,
-            limit_ms_per_token=1000 * max(disk_s, compute_s),
+            limit_ms_per_token=None if limit_s is None else 1000 * limit_s,
             tokens_per_pass=n / passes,
             drafted=self._drafted,
             accepted=self._accepted,
         )
+
+    def _delivered(self, n_asked: int) -> int:
+        """Bytes the disk delivered since the first step; those asked for where the kernel does not count."""
+        now = device_bytes_read()
+        return n_asked if now is None or self._device_bytes is None else now - self._device_bytes
+
+    def _limit_s(self, n_bytes: int, busy_s: float, own_s: float) -> float | None:
+        """The limit of one token per pass. own_s: what passes took here without waits, callbacks and all."""
+        if self._plain[0]:
+            own_s = self._plain[1] / self._plain[0]
+        if not self._engine.streamed_bytes:
+            return own_s
+        seen = self._best_bytes_per_s or (n_bytes / busy_s if busy_s else 0.0)
+        rate = min((rate for rate in (seen, self._machine.disk_bytes_per_s) if rate), default=0.0)
+        disk_s = self._engine.streamed_bytes / rate if rate else 0.0
+        if self._machine.compute_s:
+            return max(disk_s, min(own_s, self._machine.compute_s))
+        return disk_s if disk_s >= own_s else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from runtime.errors import PlanError, UsageError
-from runtime.sizes import format_size
+from runtime.sizes import format_size, page_down
 
 NEXT_STEP = "make one with `h2o plan -m SIZE`"
 
@@ -63,7 +63,7 @@ class Plan:
         """Raise PlanError unless a model of n_layers layers on a machine with so much memory can follow this plan."""
         if self.k > n_layers or self.w > max(n_layers, 1):
             raise PlanError(f"k={self.k}, w={self.w} is no plan for {n_layers} layers", NEXT_STEP)
-        if self.budget_bytes > memory_bytes:
+        if page_down(self.budget_bytes) > memory_bytes:  # the kernel's limits are whole pages
             budget, most = format_size(self.budget_bytes), format_size(memory_bytes)
             raise PlanError(f"a budget of {budget} is more than the {most} of this machine", NEXT_STEP)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.aligned_io import DIRECT
 from runtime.kv.options import KvFilter
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
@@ -14,7 +13,7 @@ FULL_TILES = 128  # memory never makes passes shorter than this; see pass_memory
 
 @dataclass(frozen=True)
 class Settings:
-    """How an engine runs. Sizes in tokens; request_bytes, depth and io_mode are the profile's.
+    """How an engine runs. Sizes in tokens; request_bytes and depth are the profile's.
 
     n_ubatch: prompt tokens per pass, as llama.cpp cuts them; the engine makes them fewer where the budget needs it.
     prefetch_input: keep the whole input embedding in memory instead of reading the rows of the tokens at hand.
@@ -28,10 +27,17 @@ class Settings:
     n_threads: int = 2
     kv_type: str = "f16"
     n_logits: int = 1
-    io_mode: str = DIRECT
     request_bytes: int = 2**21
     depth: int = 4
     prefetch_input: bool = False
     repack: bool = True
     draft_bytes: int = 0
     kv: KvFilter | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a profile says: disk bytes per second, and seconds the resident model computes a token. 0: not known."""
+
+    disk_bytes_per_s: float = 0.0
+    compute_s: float = 0.0

@@ -28,7 +28,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Profiles go to a folder of the test, and the search for the best way to read is short."""
     folder = tmp_path / "profiles"
     monkeypatch.setenv("H2O_PROFILES", str(folder))
-    monkeypatch.setattr(disk, "LIMIT_S", 1.0)
+    monkeypatch.setattr(disk, "SAMPLE_S", 0.02)
     return folder
 
 

@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import reference
+from test_model_profile import make_profile
 
 from h2o_cli import main as cli
+from profiler.model_profile import save_profile
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import write_plan, write_source_plan
@@ -29,6 +32,8 @@ KEYS = {
     "decode_ms_per_token",
     "tokens_per_s",
     "bytes_read_per_token",
+    "bytes_asked_per_token",
+    "streamed_bytes",
     "disk_wait_ms_per_token",
     "peak_memory_bytes",
     "budget_bytes",
@@ -216,6 +221,24 @@ def test_absurd_plan_files(tiny_model, run, run_json, plan_file, plan, said):
     code, out, err = run(*flags, "-s", plan_file)
     assert (code, out) == (1, "")
     assert said in err
+
+
+def test_an_old_profile_with_buffered_reads_is_not_used(tiny_model, run, run_json, tmp_path, monkeypatch):
+    from runtime.aligned_io import has_direct_reads
+
+    path = tiny_model("qwen2")
+    file = ModelFile.open(path)
+    if not has_direct_reads(file.paths):
+        pytest.skip("this file system has no direct reads")
+    old = make_profile([10**6] * file.n_layers, [0.001] * file.n_layers)
+    disk = msgspec.structs.replace(old.disk, mode="buffered")
+    old = msgspec.structs.replace(old, disk=disk, model=msgspec.structs.replace(old.model, hash=file.hash))
+    save_profile(old, tmp_path / "old.json")
+    monkeypatch.setenv("H2O_PROFILES", str(tmp_path))
+    found, err = run_json(path, "-p", PROMPT, "-n", 3)
+    assert found["plan_origin"] == "default"
+    assert err.count("\n") == 1 and "old.json was not used: it was measured with buffered reads" in err
+    assert cli.run_command(["plan", str(path), "-m", "600"]) == 1
 
 
 def test_a_forgotten_plan_is_named_and_left_out(tiny_model, run, run_json, plan_file):

@@ -30,6 +30,7 @@ SLOW = Statistics(
     decode_ms_per_token=12345.6,
     tokens_per_s=0.081,
     bytes_read_per_token=13_720_200_000,
+    bytes_asked_per_token=13_720_200_000,
     disk_wait_ms_per_token=11000.0,
     limit_ms_per_token=12000.0,
 )

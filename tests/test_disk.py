@@ -1,12 +1,14 @@
 import os
 import threading
+import time
 
 import pytest
 
 from profiler import disk
+from profiler.awake import Computing
 from profiler.disk import Arrival, ChunkReader, Way
-from profiler.model_profile import Spread
-from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
+from runtime import aligned_io
+from runtime.aligned_io import DIRECT, WeightFiles
 from runtime.errors import DiskError
 from runtime.memory import Region, view
 from runtime.model_file import ModelFile
@@ -29,6 +31,8 @@ def buffer():
 
 class FakeFiles:
     """Records what is read; fails at one offset."""
+
+    mode = DIRECT
 
     def __init__(self, fail_at=-1):
         self.reads, self.threads, self.fail_at = [], set(), fail_at
@@ -110,7 +114,7 @@ def test_reader_brings_the_files_bytes(model, buffer):
 
 def test_group_seconds_add_up_and_belong_to_the_groups(model):
     files = WeightFiles(model.paths, DIRECT)
-    seconds = disk.group_seconds(model, files, Way("direct", MIB // 4, 2))
+    seconds = disk.group_seconds(model, files, Way(MIB // 4, 2))
     files.close()
     assert len(seconds) == model.n_layers + 1
     assert all(s >= 0 for s in seconds)
@@ -119,7 +123,7 @@ def test_group_seconds_add_up_and_belong_to_the_groups(model):
 
 def test_group_seconds_end_when_told(model):
     files = FakeFiles()
-    disk.group_seconds(model, files, Way("direct", MIB // 4, 2), lambda: False)
+    disk.group_seconds(model, files, Way(MIB // 4, 2), lambda: False)
     assert files.reads == []
 
 
@@ -182,54 +186,129 @@ def test_model_becomes_cold(model):
 # --- the search
 
 
-def rates(**by_way):
-    run = disk._Search.__new__(disk._Search)
-    run.rates = {
-        Way(name.split("_")[0], int(name.split("_")[1]), int(name.split("_")[2])): r for name, r in by_way.items()
-    }
+USUAL, OTHER = disk.USUAL, Way(disk.USUAL.request_bytes, 8)
+
+
+class FakeSearch(disk._Search):
+    """A search whose samples come from lists; `computing` are those taken beside a computation."""
+
+    def __init__(self, model, samples, computing=None):
+        super().__init__(model, WeightFiles(model.paths), Region(16 * MIB))
+        self.samples = {way: iter(rates) for way, rates in samples.items()}
+        self.computing = {way: iter(rates) for way, rates in (computing or {}).items()}
+        self.beside, self.counts = False, []
+
+    def in_flight(self, way):
+        return way.request_bytes * way.depth
+
+    def sample(self, way):
+        self.counts.append(way)
+        return next((self.computing if self.beside else self.samples).get(way, iter(())), 1.0)
+
+    def close(self):
+        self.files.close()
+        self.buffer.free()
+
+
+@pytest.fixture
+def best(model, monkeypatch):
+    """The way a search with these samples ends with: one of each way first (USUAL twice), then those in turns."""
+
+    def run(samples, computing=None, speeds=None):
+        fake = FakeSearch(model, samples, computing)
+
+        class Counted:
+            def __init__(self, n_threads):
+                fake.beside = True
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                fake.beside = False
+
+            def speed(self):
+                return (speeds or {}).get(fake.counts[-1], 1)
+
+        monkeypatch.setattr(disk, "Computing", Counted)
+        try:
+            return fake.best(1)
+        finally:
+            fake.close()
+
     return run
 
 
-def test_best_prefers_less_in_flight_when_rates_are_the_same():
-    run = rates(direct_4096_8=[100.0], direct_1024_2=[98.0], direct_1024_1=[90.0])
-    assert run.best() == Way("direct", 1024, 2)
+MANY = 1e12  # a disk fast enough for every way
 
 
-def test_best_prefers_direct_to_buffered():
-    assert rates(buffered_1024_2=[100.0], direct_1024_2=[99.0]).best().mode == "direct"
+def test_the_usual_way_stays_where_nothing_is_better(best):
+    assert best({USUAL: [MANY] * 6}) == USUAL
 
 
-def test_best_takes_the_median_of_the_ways_measured_most():
-    run = rates(direct_1024_1=[500.0], direct_1024_2=[90.0, 91.0, 400.0], direct_1024_4=[100.0, 101.0, 99.0])
-    assert run.best() == Way("direct", 1024, 4)
+def test_a_way_that_is_better_again_and_again_is_chosen(best):
+    assert best({USUAL: [MANY] * 6, OTHER: [2 * MANY] * 6}, {USUAL: [MANY] * 5, OTHER: [2 * MANY] * 5}) == OTHER
 
 
-def test_search_reads_within_its_buffer_and_time(model):
+def test_a_lucky_sample_is_no_reason(best):
+    usual, other = [MANY] * 6, [9 * MANY, MANY, MANY, 9 * MANY, MANY, MANY]
+    assert best({USUAL: usual, OTHER: other}) == USUAL
+
+
+def test_what_is_better_by_less_than_the_noise_is_no_reason(best):
+    usual = [MANY, *(MANY * f for f in (0.9, 1.0, 1.4, 0.8, 1.3))]
+    other = [2 * MANY, *(MANY * f for f in (1.1, 1.2, 1.5, 0.7, 1.3))]
+    assert best({USUAL: usual, OTHER: other}) == USUAL
+
+
+def test_a_way_that_is_slower_beside_a_computation_is_not_chosen(best):
+    samples = {USUAL: [MANY] * 6, OTHER: [2 * MANY] * 6}
+    assert best(samples, {USUAL: [MANY] * 5, OTHER: [MANY] * 5}) == USUAL
+
+
+def test_a_way_that_slows_the_computation_is_not_chosen(best):
+    samples = {USUAL: [MANY] * 6, OTHER: [2 * MANY] * 6}
+    beside = {USUAL: [MANY] * 5, OTHER: [2 * MANY] * 5}
+    assert best(samples, beside, {USUAL: 100, OTHER: 80}) == USUAL
+
+
+def test_on_a_disk_too_slow_for_samples_nothing_else_is_tried(model):
+    fake = FakeSearch(model, {})
+    assert fake.best(1) == USUAL
+    assert set(fake.counts) == {USUAL}
+    fake.close()
+
+
+def test_ways_are_compared_in_turns(model):
+    fake = FakeSearch(model, {})
+    assert {len(rates) for rates in fake.turns([USUAL, OTHER]).values()} == {disk.TURNS}
+    assert fake.counts[:4] == [USUAL, OTHER, OTHER, USUAL]
+    fake.close()
+
+
+def test_search_reads_within_its_buffer(model, monkeypatch):
+    monkeypatch.setattr(disk, "SAMPLE_S", 0.02)
     shares = []
-    found = disk.search(model, 2, buffer_bytes=2 * MIB, limit_s=2.0, progress=shares.append)
-    assert found.best in [disk.way_of(point) for point in found.points]
-    assert max(p.request_bytes * p.depth for p in found.points) <= 2 * MIB
-    best = next(p for p in found.points if disk.way_of(p) == found.best)
-    assert best.bytes_per_s.n == 2
-    assert isinstance(best.bytes_per_s, Spread)
-    assert best.bytes_per_s.minimum > 0
+    found = disk.search(model, n_threads=1, buffer_bytes=2 * MIB, progress=shares.append)
+    assert found.best in [Way(p.request_bytes, p.depth) for p in found.points]
+    assert {p.mode for p in found.points} == {found.mode}
+    most = max(piece.span_bytes for piece in model.pieces)
+    assert all(min(p.request_bytes, most) * p.depth <= 2 * MIB for p in found.points if p.bytes_per_s.n == 1)
+    assert next(p for p in found.points if (p.request_bytes, p.depth) == USUAL).bytes_per_s.n == disk.TURNS
+    assert found.bytes_per_s > 0
     assert shares == sorted(shares)
 
 
 def test_search_without_direct_reads_says_so(model, monkeypatch):
-    monkeypatch.setattr(disk, "WeightFiles", lambda paths, _mode: WeightFiles(paths, BUFFERED))
-    found = disk.search(model, 1, limit_s=1.0)
-    assert {point.mode for point in found.points} == {"buffered"}
+    monkeypatch.setattr(disk, "SAMPLE_S", 0.02)
+    monkeypatch.setattr(aligned_io, "_open_direct", lambda *_arguments: None)
+    found = disk.search(model, n_threads=1)
+    assert found.mode == "buffered" and {point.mode for point in found.points} == {"buffered"}
     assert "no direct reads" in found.notes[0]
 
 
-def test_search_skips_buffered_reads_of_a_file_that_stays_in_memory(model, monkeypatch):
-    monkeypatch.setattr(disk, "is_cold", lambda _model: False)
-    found = disk.search(model, 1, limit_s=1.0)
-    if any(point.mode == "direct" for point in found.points):
-        assert {point.mode for point in found.points} == {"direct"}
-        assert "buffered reads were not measured" in found.notes[0]
-
-
-def test_search_measures_something_however_little_time_there_is(model):
-    assert disk.search(model, 1, limit_s=1e-6).points
+def test_computing_goes_on_beside():
+    with Computing(1) as computing:
+        computing.speed()
+        time.sleep(0.05)
+        assert computing.speed() > 0

@@ -5,6 +5,8 @@ import pytest
 import reference
 from engines import engine
 
+from runtime import meter as meters
+from runtime.engine import Counters
 from runtime.errors import EngineError, PromptError
 from runtime.generate import (
     CANCELLED,
@@ -12,6 +14,7 @@ from runtime.generate import (
     STOP,
     PlanFollower,
     Request,
+    Step,
     StopFilter,
     TokenSequence,
     check_budget,
@@ -23,6 +26,7 @@ from runtime.plan_file import write_plan, write_source_plan
 from runtime.plan_watcher import PlanWatcher
 from runtime.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
+from runtime.settings import Machine
 from runtime.tokenizer import Tokenizer
 
 PROMPT = tuple(range(3, 15))
@@ -297,16 +301,60 @@ def test_figures_of_an_answer(rig):
     assert figures.n_tokens == 12
     assert figures.ttft_s > 0
     assert figures.decode_ms_per_token == pytest.approx(1000 / figures.tokens_per_s, rel=0.9)
-    assert figures.bytes_read_per_token == pytest.approx(rig.engine.streamed_bytes, rel=0.5)
-    assert figures.limit_ms_per_token > 0
-    assert figures.yield_ == pytest.approx(figures.limit_ms_per_token / figures.decode_ms_per_token)
+    assert figures.bytes_asked_per_token == pytest.approx(rig.engine.streamed_bytes, rel=0.5)
 
 
 def test_limit_follows_the_profiled_disk(rig):
-    meter = Meter(rig.engine, disk_bytes_per_s=1e3)
+    meter = Meter(rig.engine, Machine(disk_bytes_per_s=1e3))
     for step in rig.steps(n_predict=4):
         meter.see(step)
     assert meter.statistics().limit_ms_per_token == pytest.approx(rig.engine.streamed_bytes)
+
+
+class Stepped:
+    """An engine whose passes are given: seconds, seconds waited, bytes read, seconds the disk was busy."""
+
+    def __init__(self, streamed_bytes):
+        self.streamed_bytes, self.counters = streamed_bytes, Counters()
+
+    def figures(self, machine, passes):
+        meter, counters = Meter(self, machine), self.counters
+        for seconds, wait_s, n_bytes, busy_s in [(1, 0, 0, 0), *passes]:
+            counters.passes, counters.seconds = counters.passes + 1, counters.seconds + seconds
+            counters.wait_s, counters.busy_s = counters.wait_s + wait_s, counters.busy_s + busy_s
+            counters.bytes_read += n_bytes
+            meter.see(Step(1))
+        return meter.statistics()
+
+
+def test_a_disk_slower_than_its_profile_is_no_low_yield():
+    figures = Stepped(1000).figures(Machine(1e5, 0.001), [(0.1, 0.09, 1000, 0.1)] * 8)
+    assert figures.yield_ == pytest.approx(1)
+
+
+def test_an_idle_disk_is_no_slow_one():
+    """Computing takes all the time, the disk reads a tenth of it."""
+    figures = Stepped(1000).figures(Machine(1e5, 0.04), [(0.1, 0, 1000, 0.01)] * 8)
+    assert figures.limit_ms_per_token == pytest.approx(40)
+
+
+def test_the_runs_own_overhead_is_not_in_the_limit():
+    streaming = [(0.1, 0.01, 1000, 0.02)] * 8
+    assert Stepped(1000).figures(Machine(1e5, 0.03), streaming).limit_ms_per_token == pytest.approx(30)
+    assert Stepped(1000).figures(Machine(), streaming).limit_ms_per_token is None  # who knows
+    assert Stepped(0).figures(Machine(1e5, 0.03), [(0.025, 0, 0, 0)] * 8).limit_ms_per_token == pytest.approx(25)
+
+
+def test_without_a_profile_the_disk_is_the_limit_where_it_takes_longest():
+    figures = Stepped(1000).figures(Machine(), [(0.1, 0.08, 1000, 0.09)] * 8)
+    assert figures.limit_ms_per_token == pytest.approx(90)
+
+
+def test_bytes_read_are_those_the_device_delivered(monkeypatch):
+    delivered = iter((5000, 13000))
+    monkeypatch.setattr(meters, "device_bytes_read", lambda: next(delivered))
+    figures = Stepped(500).figures(Machine(), [(0.1, 0.09, 500, 0.09)] * 8)
+    assert (figures.bytes_read_per_token, figures.bytes_asked_per_token) == (1000, 500)
 
 
 def test_one_token_has_no_speed(rig):

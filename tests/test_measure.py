@@ -21,12 +21,7 @@ from runtime.residency import layer_bytes, smallest_window
 
 @pytest.fixture(autouse=True)
 def short_search(monkeypatch):
-    monkeypatch.setattr(disk, "LIMIT_S", 1.0)
-    monkeypatch.setattr(measure.disk, "search", short(disk.search))
-
-
-def short(search):
-    return lambda *args, **kwargs: search(*args, **{**kwargs, "limit_s": 0.5})
+    monkeypatch.setattr(disk, "SAMPLE_S", 0.02)
 
 
 @pytest.fixture

@@ -229,3 +229,10 @@ def test_default_path(monkeypatch, tmp_path):
     assert default_plan_path().parent == tmp_path
     monkeypatch.setenv("XDG_RUNTIME_DIR", "")
     assert default_plan_path().parent.is_dir()
+
+
+def test_a_budget_of_a_whole_limit_is_no_absurd_one():
+    """The kernel rounds a limit of 122 MB down to whole pages."""
+    Plan(0, 1, budget_bytes=122_000_000).check(4, 121_999_360)
+    with pytest.raises(PlanError, match="is more than the"):
+        Plan(0, 1, budget_bytes=122_004_096).check(4, 121_999_360)

@@ -86,7 +86,7 @@ def test_the_plan_counts_what_the_engine_counts(opened, bundled_model, tiny_mode
 PROFILE = """
 import sys
 from profiler import disk
-disk.search.__kwdefaults__["limit_s"] = 0.5
+disk.SAMPLE_S = 0.02
 from h2o_cli.main import run_command
 sys.exit(run_command(["profile", *sys.argv[1:]]))
 """

@@ -118,14 +118,22 @@ def test_arms_of_unequal_layers():
 def test_balanced_arm():
     # half of 1000 bytes: with w=1, f * 1000 + (1 - f) * 100 = 500, f = 4/9
     profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=10)
-    arm = h2o_arms(profile, 500, (Layout.BALANCED,))[0]
+    narrowest, arm = h2o_arms(profile, 500, (Layout.BALANCED,))[:2]
     assert (arm.k, arm.w, arm.pinned_bytes, arm.window_bytes) == (4, 1, 444, 56)
+    # two of the largest pieces: one is read while the other is computed
+    assert (narrowest.w, narrowest.pinned_bytes, narrowest.window_bytes) == (1, 480, 20)
+
+
+def test_no_window_is_narrower_than_two_pieces_where_there_is_room():
+    profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=90)
+    assert min(arm.window_bytes for arm in h2o_arms(profile, 500)) == 180
+    assert {arm.window_bytes for arm in h2o_arms(profile, 100)} == {90, 100}
 
 
 def test_only_the_head_is_streamed():
     profile = make_profile([100] * 4, [1.0] * 4, head=400, min_window=50)
     arms = h2o_arms(profile, 600, (Layout.PREFIX,))
-    assert Arm(4, 1, Layout.PREFIX, 550, 50) in arms
+    assert Arm(4, 1, Layout.PREFIX, 500, 100) in arms
 
 
 # --- the exact search ---------------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def test_live_with_flags_that_do_not_go_with_it(live, flags):
 
 
 def test_live_with_a_process_that_ends(live, process, plan_file):
-    process(0.02, 20)
+    process(0.02, 8)
     code, out, err = live()
     assert (code, out) == (1, "")
     assert "has ended" in err

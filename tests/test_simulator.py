@@ -3,6 +3,7 @@ import random
 import pytest
 from test_model_profile import make_profile, spread
 
+from planner import simulator
 from planner.arms import Arm, h2o_arms, pinned_per_unit, set_arm, source_arms, source_layer_max, whole_layers
 from planner.exact import best_arm
 from planner.footprint import streamable_bytes
@@ -21,6 +22,12 @@ from runtime.plan import Layout
 
 # 10, 20 and 30 ms to load, 5, 15 and 25 to compute, 1, 2 and 3 to release.
 SOURCE = SourceProfile(1000, (10, 20, 30), (5, 15, 25), (1, 2, 3))
+
+
+@pytest.fixture(autouse=True)
+def no_handover(monkeypatch):
+    """Times in these tests are whole seconds."""
+    monkeypatch.setattr(simulator, "HANDOVER_S", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +139,28 @@ def test_lanes_with_room_for_two():
     lanes = Lanes(100)
     assert lanes.run([(1.0, 50, 2.0)] * 4) == pytest.approx(9)
     assert lanes.read_end_s == pytest.approx(6)
+
+
+def test_room_reaches_the_disk_late(monkeypatch):
+    monkeypatch.setattr(simulator, "HANDOVER_S", 0.5)
+    # the third read may begin when the first segment has computed, at 3, and begins at 3.5; the fourth at 5.5
+    lanes = Lanes(100)
+    assert lanes.run([(1.0, 50, 2.0)] * 4) == pytest.approx(9)
+    assert lanes.read_end_s == pytest.approx(6.5)
+    # a ring of one segment waits for it every time
+    assert Lanes(50).run([(1.0, 50, 2.0)] * 3) == pytest.approx(9 + 2 * 0.5)
+
+
+def test_a_fast_disk_wants_a_wider_window_than_a_slow_one(monkeypatch):
+    monkeypatch.setattr(simulator, "HANDOVER_S", 0.0005)
+
+    def window(disk):
+        sizes = [2_240_000] * 30
+        profile = make_profile(sizes, [0.0003] * 30, disk=disk, head=30_000_000, head_s=0.002, min_window=557_000)
+        return best_arm(profile, h2o_arms(profile, 66_000_000)).arm.window_bytes
+
+    assert window(400e6) == 2 * 557_000
+    assert window(2500e6) > 3 * 557_000
 
 
 def test_first_token():

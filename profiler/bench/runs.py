@@ -365,8 +365,9 @@ class Bench:
 def with_limits(row: Row, result: Result, planned: Planned | None, profile: ModelProfile | None) -> Row:
     """The row with what theory says: prediction, limit, yield, and the least a cold first token can take.
 
-    limit = max(bytes this run streamed per token / disk rate, its computing time). The disk rate is the device's, or
-    where the disk is not slowed down, the profile's.
+    limit = max(bytes this run read per token / disk rate, computing time of the resident model). The disk rate is the
+    device's, or where the disk is not slowed down, the profile's; the computing time is the profile's while the run
+    read anything, at most its own.
     """
     more: dict[str, object] = {}
     if planned:
@@ -377,6 +378,8 @@ def with_limits(row: Row, result: Result, planned: Planned | None, profile: Mode
         more["first_token_limit_s"] = max(pass_bytes / rate, prompt_compute_s(profile, row.n_prompt_tokens))
         if row.suite == "budgets" and result.pass_ms is not None and result.bytes_per_token is not None:
             compute_ms = result.pass_ms - (result.disk_wait_ms_per_token or 0.0)
+            if result.bytes_per_token:
+                compute_ms = min(compute_ms, 1000 * profile.machine.compute_s)
             limit_ms = max(1000 * result.bytes_per_token / rate, compute_ms)
             yield_ = limit_ms / row.ms_per_token if row.ms_per_token else None
             more |= {"limit_ms_per_token": limit_ms, "yield_": yield_}

@@ -1,0 +1,138 @@
+"""How weights are read: directly where that can be trusted, else without filling the page cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+import pytest
+from cgroups import memory_limit
+from engines import engine
+
+from profiler.disk import cached_bytes, make_cold
+from runtime import aligned_io
+from runtime.aligned_io import BUFFERED, CACHED_BYTES, DIRECT, WeightFiles, has_direct_reads
+from runtime.memory import Region, device_bytes_read, view
+from runtime.plan import Plan
+from runtime.sizes import MB, MIB
+
+SIZE = 8 * MIB
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "weights"
+    path.write_bytes(os.urandom(SIZE))
+    fd = os.open(path, os.O_RDONLY)
+    make_cold(fd)
+    if cached_bytes(fd, 0, SIZE) != 0:
+        pytest.skip("this file system keeps its files in memory")
+    os.close(fd)
+    return path
+
+
+@pytest.fixture
+def memory():
+    region = Region(SIZE)
+    yield region
+    region.free()
+
+
+def test_direct_reads_are_used_where_they_bring_the_files_bytes(data, memory):
+    files = WeightFiles([data])
+    assert files.mode == DIRECT and has_direct_reads([data])
+    assert files.cached_bytes == 0
+    files.read(0, 0, memory.address, SIZE)
+    files.close()
+    assert bytes(view(memory.address, SIZE)) == data.read_bytes()
+
+
+@pytest.mark.parametrize("lie", ["other bytes", "none", "no such read"])
+def test_direct_reads_that_lie_are_not_used(data, memory, monkeypatch, lie):
+    """Some file systems take the flag and give other bytes, or refuse the read itself."""
+    real = os.preadv
+
+    def preadv(fd, parts, offset):
+        if os.get_blocking(fd) and aligned_io.os.O_DIRECT & flags_of(fd):
+            if lie == "no such read":
+                raise OSError(22, "Invalid argument")
+            n = real(fd, parts, offset)
+            parts[0][0:1] = bytes([parts[0][0] ^ 1])
+            return 0 if lie == "none" else n
+        return real(fd, parts, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    files = WeightFiles([data])
+    assert files.mode == BUFFERED
+    files.read(0, 0, memory.address, SIZE)
+    files.close()
+    assert bytes(view(memory.address, SIZE)) == data.read_bytes()
+
+
+def flags_of(fd):
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+def test_buffered_reads_leave_nothing_and_never_hold_much(data, memory, monkeypatch):
+    real, held = os.posix_fadvise, []
+    files = WeightFiles([data], BUFFERED)
+    fd = os.open(data, os.O_RDONLY)
+    make_cold(fd)
+
+    def fadvise(of, offset, n_bytes, advice):
+        held.append(cached_bytes(fd, 0, SIZE))
+        real(of, offset, n_bytes, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    before = device_bytes_read()
+    files.read(0, MIB, memory.address, 4 * MIB)
+    delivered = device_bytes_read() - before
+    assert max(held) <= CACHED_BYTES == files.cached_bytes
+    assert delivered <= 4 * MIB
+    assert cached_bytes(fd, 0, SIZE) == 0
+    os.close(fd)
+    files.close()
+    assert bytes(view(memory.address, 4 * MIB)) == data.read_bytes()[MIB : 5 * MIB]
+
+
+def test_pages_of_buffered_reads_are_in_the_ledger(tiny_model, monkeypatch):
+    path = tiny_model("llama")
+    with engine(path, Plan(0, 1), n_threads=1, depth=3) as direct:
+        assert "cache_bytes" not in direct.ledger.as_dict()
+    monkeypatch.setattr(aligned_io, "_open_direct", lambda *_arguments: None)
+    with engine(path, Plan(0, 1), n_threads=1, depth=3) as buffered:
+        assert buffered.ledger.as_dict()["cache_bytes"] == 3 * CACHED_BYTES
+
+
+RUN_BUFFERED = """
+import sys
+from runtime import aligned_io
+aligned_io._open_direct = lambda *_arguments: None
+from h2o_cli.main import run_command
+sys.exit(run_command(sys.argv[1:]))
+"""
+
+
+@pytest.mark.cgroup
+def test_a_run_with_buffered_reads_stays_in_its_budget(tiny_model, tmp_path):
+    """The limit of the group is far away, so nothing but the run itself keeps it small."""
+    model = tiny_model("llama:layers=12,dim=512,ffn=1024,heads=4,kv_heads=2,vocab=2048,ctx=512")
+    words = ["run", model, "-p", "Once upon a time", "-n", 24, "--temp", 0, "-t", 1, "--json", "-s", tmp_path / "plan"]
+    command = [sys.executable, "-c", RUN_BUFFERED, *map(str, words), "-m"]
+
+    def run(budget):
+        with memory_limit(1000 * MB) as group:
+            done = group.run([*command, str(budget)], env={**os.environ, "H2O_PROFILES": str(tmp_path)}, timeout=100)
+            return done, group.peak_bytes
+
+    refused, _ = run(10)
+    floor = int(re.search(r"-m (\d+)", refused.stderr).group(1))
+    done, peak = run(floor + 2)
+    assert done.returncode == 0, done.stderr
+    ledger = json.loads(done.stdout)["ledger"]
+    assert ledger["cache_bytes"] > 0 and ledger["resident_bytes"] < 10 * MB
+    assert peak <= (floor + 2) * MB
