@@ -208,7 +208,7 @@ def _quality_rows(path: Path, wanted: Wanted, quality: Quality, passed: dict[str
     try:
         run = QualityRun(model, _methods(model, wanted), quality, passed)
         run.check()
-        with Progress(f"asking {path.name}", lambda: run.share), interrupts.ending(model.cancel):
+        with Progress(f"asking {path.name}", lambda: run.share, ahead=True), interrupts.ending(model.cancel):
             yield from run.rows()
     finally:
         model.close()

@@ -205,7 +205,7 @@ def _run(settings: Settings, rows_file: Path, *, json: bool) -> None:
     _make_models(settings)
     with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
         measuring = Bench(settings, Children(Path(work)))
-        with Progress("benchmark", lambda: measuring.share):
+        with Progress("the benchmark", lambda: measuring.share, ahead=True):
             for row in measuring.run():
                 append_line(rows_file, row)
                 note(_told(row))

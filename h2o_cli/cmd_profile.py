@@ -115,7 +115,7 @@ def profile(
 def _measured(measurement: Measurement) -> ModelProfile:
     """Run a measurement with progress on standard error; a signal ends it within a pass."""
     what = f"measuring {measurement.path.name}"
-    with Progress(what, lambda: measurement.share), interrupts.ending(measurement.cancel):
+    with Progress(what, lambda: measurement.share, ahead=True), interrupts.ending(measurement.cancel):
         found = measurement.run()
     stopped = interrupts.take()
     if stopped:

@@ -10,11 +10,12 @@ from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 
+from h2o_cli import hints
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import ReaderGone, print_error, silence_stdout
-from runtime.errors import Cancelled, EngineError, H2OError
+from runtime.errors import Cancelled, EngineError, H2OError, UsageError
 
 COMMANDS = {
     "run": "Run a model inside a memory budget: one prompt, or a conversation.",
@@ -49,7 +50,7 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a module h2o_cli/cmd_<name>.py: its `app`, or its function of that name."""
         if cmd_name not in COMMANDS or not find_spec(f"h2o_cli.cmd_{cmd_name}"):
-            return None
+            raise UsageError(*hints.for_command(cmd_name, [*self.list_commands(ctx), "help"]))
         _check_address_space()
         module = import_module(f"h2o_cli.cmd_{cmd_name}")
         group = getattr(module, "app", None)
@@ -58,12 +59,36 @@ class LazyGroup(TyperGroup):
             group.command(cmd_name, epilog=getattr(module, "EPILOG", None))(getattr(module, cmd_name))
         command = typer.main.get_command(group)
         command.name = cmd_name
+        _add_foreign_flags(command)
         return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+
+
+def _add_foreign_flags(command: Any) -> None:
+    """Make a command know flags such as -hf, which it would take for -h -f, well enough to answer them."""
+
+    def answer(_context: Any, option: Any, given: bool) -> None:
+        if given:
+            raise UsageError(*hints.for_option(option.opts[0], (), ""))
+
+    for sub in getattr(command, "commands", {}).values():
+        _add_foreign_flags(sub)
+    for i, flag in enumerate(flag for flag in hints.OPTIONS if len(flag) > 2 and flag[1] != "-"):
+        command.params.append(
+            TyperOption(
+                param_decls=[f"foreign_{i}", flag],
+                is_flag=True,
+                default=False,
+                is_eager=True,
+                hidden=True,
+                expose_value=False,
+                callback=answer,
+            )
+        )
 
 
 def _check_address_space() -> None:
@@ -129,11 +154,16 @@ def run_command(arguments: list[str] | None = None) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     try:
         result = app(arguments, prog_name="h2o", standalone_mode=False)
         sys.stdout.flush()
     except _ClickException as error:
-        error.show()  # type: ignore[attr-defined]
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        else:
+            print_error(*hints.for_usage(error))
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0
 

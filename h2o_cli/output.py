@@ -18,6 +18,8 @@ from runtime.errors import H2OError
 PROGRESS_AFTER_S = 2.0
 _REDRAW_S = 0.5
 _LOG_S = 10.0  # between two lines where progress cannot be redrawn
+_COLUMNS = 80  # where nobody knows how wide the terminal is
+_START_OF_LINE = "\r\x1b[K"
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
 
 
@@ -108,12 +110,14 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
 class Progress:
     """A line with share done and time left on standard error, for work that takes more than two seconds.
 
-    `share` is asked from a thread of its own and answers 0 to 1. Quiet with enabled=False.
+    `share` is asked from a thread of its own and answers 0 to 1. Quiet with enabled=False. ahead: as soon as a share
+    is done, a line that stays says how long all of it takes.
     """
 
-    def __init__(self, what: str, share: Callable[[], float], *, enabled: bool = True) -> None:
+    def __init__(self, what: str, share: Callable[[], float], *, enabled: bool = True, ahead: bool = False) -> None:
         self._what = what
         self._share = share
+        self._ahead = ahead
         self._done = threading.Event()
         self._drawn = False
         self._thread = threading.Thread(target=self._watch, daemon=True, name="progress") if enabled else None
@@ -129,7 +133,7 @@ class Progress:
         if self._thread:
             self._thread.join()
         if self._drawn and is_terminal(sys.stderr):
-            tell("\r\x1b[K", end="")
+            tell(_START_OF_LINE, end="")
 
     def _watch(self) -> None:
         if self._done.wait(PROGRESS_AFTER_S):
@@ -143,10 +147,21 @@ class Progress:
     def _draw(self, redraw: bool) -> None:
         passed_s = time.monotonic() - self._start_s
         share = min(max(self._share(), 0.0), 1.0)
+        if self._ahead and share > 0:
+            self._ahead = False
+            tell(f"{_START_OF_LINE if redraw else ''}h2o: {self._what} takes about {duration(passed_s / share)}")
         left = f", about {duration(passed_s * (1 - share) / share)} left" if share > 0.02 else ""
         line = f"h2o: {self._what}: {share:.0%} after {duration(passed_s)}{left}"
-        tell(f"\r{line}\x1b[K" if redraw else f"{line}\n", end="")
+        tell(f"{_START_OF_LINE}{line[: _columns() - 1]}" if redraw else f"{line}\n", end="")
         self._drawn = True
+
+
+def _columns() -> int:
+    """The width of the terminal that standard error is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):
+        return _COLUMNS
 
 
 def duration(seconds: float) -> str:

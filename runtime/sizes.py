@@ -30,7 +30,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
-        raise UsageError(f"{text!r} is not a size", "write a number of MB such as 400, or 1.5GB, 512MiB")
+        is_model = text.lower().endswith(".gguf")
+        step = "the model is an argument: h2o run FILE.gguf" if is_model else "write a number of MB such as 400"
+        raise UsageError(f"{text!r} is not a size of memory", f"{step} (-m is the memory: 400, 1.5GB, 512MiB)")
     size = float(match.group(1)) * unit
     if size > MOST_BYTES:
         raise UsageError(f"{text!r} is more than any computer has", "write a number of MB such as 400")

@@ -282,7 +282,7 @@ def test_unknown_flags_are_wrong_usage(tiny_model):
     for arguments in (["run", tiny_model("qwen2"), "--nonsense"], ["plan", "--nonsense"], ["nonsense"]):
         code, out, err = h2o(*arguments)
         assert (code, out) == (2, "")
-        assert "Error: No such" in err and "Traceback" not in err
+        assert "h2o: there is no " in err and "next: " in err and "Traceback" not in err
 
 
 def test_extreme_values_that_work(tiny_model):

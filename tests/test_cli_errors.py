@@ -1,7 +1,13 @@
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -145,9 +151,52 @@ def test_impossible_values(flags, tiny_model, capsys):
 )
 def test_wrong_usage(arguments, capsys):
     assert h2o(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "Error: " in err
+    assert "next: " in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("rnu m.gguf", "did you mean run?"),
+        ("halp", "did you mean help?"),
+        ("chat m.gguf", "`h2o run MODEL` without a prompt is a conversation"),
+        ("list", "models are files"),
+        ("m.gguf -p hi", "did you mean `h2o run m.gguf`?"),
+        ("zzz", "`h2o --help` lists the commands"),
+        ("run -m m.gguf -p hi", "the model is an argument"),
+        ("plan -m m.gguf", "the model is an argument"),
+        ("run --model m.gguf", "the model is an argument"),
+        ("run m.gguf -c 512", "use --ctx N"),
+        ("run m.gguf --max-tokens 4", "use -n N"),
+        ("run m.gguf --max-tokens=4", "use -n N"),
+        ("run -hf owner/name -p hi", "h2o downloads nothing"),
+        ("kv analyze -hf owner/name", "h2o downloads nothing"),
+        ("run m.gguf -ngl 99", "h2o computes on the processor"),
+        ("run m.gguf -cnv", "without a prompt is a conversation"),
+        ("run m.gguf --top_k 4", "did you mean --top-k?"),
+        ("run m.gguf --tmp 1", "did you mean --temp?"),
+        ("run m.gguf --no-such", "`h2o run --help` lists the options"),
+        ("bench kv --no-such", "`h2o bench kv --help` lists the options"),
+        ("run -n many", "`h2o run --help` lists the options"),
+    ],
+)
+def test_what_other_programs_call_it_is_answered(arguments, answer, capsys):
+    assert h2o(*arguments.split()) == 2
+    assert answer in one_line(capsys, "next: ")
+
+
+def test_flags_of_other_programs_are_no_help_text_and_may_be_values(tiny_model, capsys):
+    """-hf is not -h -f; and what stands behind -p is a prompt."""
+    assert h2o("run", "--help") == 0
+    assert "-hf" not in capsys.readouterr().out
+    assert h2o("run", tiny_model("qwen2"), "-p", "-hf", "-n", 1) == 0
+
+
+def test_help_is_a_command_too(capsys):
+    assert h2o("help") == 0
+    assert "Commands:" in capsys.readouterr().out
+    assert h2o("help", "run") == 0
+    assert "--repeat-penalty" in capsys.readouterr().out
 
 
 def test_budget_below_the_floor_names_one_that_works(tiny_model):
@@ -269,6 +318,57 @@ def test_progress_of_long_work_only(monkeypatch, capsys):
     with output.Progress("slow", lambda: 0.5):
         time.sleep(0.2)
     assert capsys.readouterr().err == "h2o: slow: 50% after 0 s, about 0 s left\n"
+
+
+class Terminal:
+    """Standard error on a terminal of some columns."""
+
+    def __init__(self, columns):
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.stream = os.fdopen(slave, "w")
+
+    def text(self):
+        self.stream.close()
+        with contextlib.suppress(OSError):  # the end of a terminal
+            return os.read(self.master, 65536).decode()
+        return ""
+
+
+@pytest.mark.parametrize("columns", [20, 40, 200])
+def test_progress_never_wraps(columns, monkeypatch):
+    terminal = Terminal(columns)
+    monkeypatch.setattr(sys, "stderr", terminal.stream)
+    monkeypatch.setattr(output, "PROGRESS_AFTER_S", 0.01)
+    monkeypatch.setattr(output, "_REDRAW_S", 0.01)
+    with output.Progress("reading the prompt (123456 tokens)", lambda: 0.5):
+        time.sleep(0.1)
+    shown = terminal.text()
+    assert "\n" not in shown
+    lines = shown.replace("\x1b[K", "").split("\r")
+    assert max(map(len, lines)) < columns
+    assert ("left" in shown) == (columns == 200)
+
+
+def test_long_work_says_beforehand_how_long_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr(output, "PROGRESS_AFTER_S", 0.1)
+    monkeypatch.setattr(output, "_LOG_S", 0.01)
+    shares = iter([0.0, 0.0001])
+    with output.Progress("measuring m", lambda: next(shares, 0.5), ahead=True):
+        time.sleep(0.3)
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("h2o: measuring m: 0%")
+    assert re.fullmatch(r"h2o: measuring m takes about (1[0-9]|2[0-9]|[3-9][0-9]) (s|min)", second)
+    with output.Progress("quick", lambda: 1.0, ahead=True):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_profile_says_beforehand_how_long_it_takes(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output, "PROGRESS_AFTER_S", 0.05)
+    monkeypatch.setattr(output, "_LOG_S", 0.05)
+    assert h2o("profile", tiny_model("qwen2"), "--repeats", 1, "-o", tmp_path / "p.json") == 0
+    assert re.search(r"h2o: measuring \S+ takes about \d+ (s|min)\n", capsys.readouterr().err)
 
 
 def test_colour_on_terminals_only(monkeypatch):
