@@ -14,6 +14,7 @@ from runtime.errors import BudgetError, H2OError, ModelError
 from runtime.head_start import Weights
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
+from runtime.loads import NONE, Numbers
 from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.residency import streamable_bytes
@@ -112,10 +113,10 @@ class _LateStore(LayerStore):
 
     is_started = False
 
-    def apply(self, wanted: frozenset[int], window_bytes: int, *, everything: bool = False) -> None:
+    def apply(self, wanted: Numbers, window_bytes: int, *, everything: bool = False, spoilt: Numbers = NONE) -> None:
         """Adopt a plan, once it is started."""
         if self.is_started:
-            super().apply(wanted, window_bytes, everything=everything)
+            super().apply(wanted, window_bytes, everything=everything, spoilt=spoilt)
 
     @property
     def is_complete(self) -> bool:
@@ -290,11 +291,11 @@ class ModelDrafter:
         return tokens[agreed:]
 
     def _feed(self, tokens: Sequence[int]) -> None:
-        start = self._engine.n_past
+        self._tokens += tokens
         try:
             self._engine.forward(tokens)
         finally:
-            self._tokens += tokens[: self._engine.n_past - start]
+            del self._tokens[self._engine.n_past :]
 
     def close(self) -> None:
         """Free the sampler; the draft model stays its owner's."""

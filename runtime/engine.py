@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from runtime import llama_abi as abi
 from runtime.context import Context
 from runtime.embedding import RowTable
-from runtime.errors import BudgetError, Cancelled, DiskError, EngineError, H2OError, PromptError
+from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.head_start import Weights, open_weights
 from runtime.hollow import HollowModel
 from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, usable_bytes
@@ -69,62 +70,61 @@ class Engine:
         self.counters = Counters()
         self._note = note
         self._model = model
-        self._weights = weights or open_weights(file, settings)
-        self._weights.small.place(model)
-        self._store = self._weights.store
-        self._tables = [RowTable(t, t.n_bytes) for t in file.row_tables]
-        self.nodes = Nodes(file, model.weights, self._tables, self._store, settings.n_threads)
         self.kv: Filter | None = None
-        try:
-            self._open_context(plan)
-        except BaseException:
-            self._weights.close()
-            self._close_nodes()
-            raise
-        self.n_vocab = self._context.n_vocab
-        few, most = (rows_for(n, settings.n_logits) for n in (2, settings.n_logits))
-        self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
-        uses = (_PROMPT, _TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
-        self._ledgers = {use: self._fixed_ledger(use) for use in uses}
         self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
         self._fits = False  # weights and what any pass needs, both at once
         self._n_computing = 0  # tokens of the pass that runs
+        self._weights = weights or open_weights(file, settings)
+        self._store = self._weights.store
+        self._opened = ExitStack()
         try:
-            self.apply(plan)
-            if settings.prefetch_input:
-                for table in self._tables:
-                    table.fetch(range(table.tensor.n_rows), self._store)
-        except H2OError:
+            self._open(plan)
+        except BaseException:
             self.close()
             raise
         self.plan_changes = 0
 
     # --- opening ------------------------------------------------------------------------------------------------
 
+    def _open(self, plan: Plan) -> None:
+        self._weights.small.place(self._model)
+        self._tables = []
+        for info in self.file.row_tables:
+            self._tables.append(RowTable(info, info.n_bytes))
+            self._opened.callback(self._tables[-1].free)
+        self.nodes = Nodes(self.file, self._model.weights, self._tables, self._store, self.settings.n_threads)
+        self._opened.callback(self.nodes.close)
+        self._open_context(plan)
+        self.n_vocab = self._context.n_vocab
+        few, most = (rows_for(n, self.settings.n_logits) for n in (2, self.settings.n_logits))
+        self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
+        uses = (_PROMPT, _TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
+        self._ledgers = {use: self._fixed_ledger(use) for use in uses}
+        self.apply(plan)
+        if self.settings.prefetch_input:
+            for table in self._tables:
+                table.fetch(range(table.tensor.n_rows), self._store)
+
     def _open_context(self, plan: Plan) -> None:
         """A context for passes as long as the prompt needs them and the budget allows."""
         n_tokens = min(self.settings.n_ubatch, self.settings.n_ctx)
         while True:
-            self._context = Context(self._model, self.settings, n_tokens, self.nodes.callback)
-            self._pass_memory = PassMemory(self.file, self.settings, self._context)
-            self._context.align_scratch(self._pass_memory.scratch_bytes)
-            try:
+            with ExitStack() as opened:
+                self._context = Context(self._model, self.settings, n_tokens, self.nodes.callback)
+                opened.callback(self._context.close)
+                self._pass_memory = PassMemory(self.file, self.settings, self._context)
+                self._context.align_scratch(self._pass_memory.scratch_bytes)
                 self.kv = self.nodes.kv = self._open_filter()
-            except H2OError:
-                self._context.close()
-                raise
-            drafts = Use(long=False, rows=self.settings.n_logits)
-            fixed = max(self._fixed_ledger(use).fixed_bytes for use in (_PROMPT, drafts))
-            room = usable_bytes(plan.budget_bytes) - fixed >= _ROOM_PIECES * smallest_window(self.file)
-            if room or n_tokens <= FULL_TILES:
-                return
-            self._close_context()
+                if self.kv:
+                    opened.callback(self.kv.close)
+                self._process_bytes = resident_bytes_outside(self._store.ranges)
+                drafts = Use(long=False, rows=self.settings.n_logits)
+                fixed = max(self._fixed_ledger(use).fixed_bytes for use in (_PROMPT, drafts))
+                room = usable_bytes(plan.budget_bytes) - fixed >= _ROOM_PIECES * smallest_window(self.file)
+                if room or n_tokens <= FULL_TILES:
+                    self._opened.enter_context(opened.pop_all())
+                    return
             n_tokens = max(FULL_TILES, n_tokens // 2)
-
-    def _close_context(self) -> None:
-        if self.kv:
-            self.kv.close()
-        self._context.close()
 
     def _open_filter(self) -> Filter | None:
         if self.settings.kv is None:
@@ -138,7 +138,7 @@ class Engine:
         """The ledger without weights."""
         passes, buffers = self._pass_memory, self._context.buffers
         return Ledger(
-            process_bytes=resident_bytes_outside(self._store.ranges),
+            process_bytes=self._process_bytes,
             kv_bytes=buffers.kv_bytes - (self.kv.spared_bytes if self.kv else 0),
             compute_bytes=passes.compute(use),
             embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self._tables),
@@ -157,16 +157,16 @@ class Engine:
         """
         if plan.budget_bytes:
             self._largest_ledger.weights_bytes(plan.budget_bytes, smallest_window(self.file))
-        self._lay_out(plan)
+        self._lay_out(plan, self._use)
         self._asked_plan = plan
         self.plan_changes += 1
 
-    def _lay_out(self, plan: Plan) -> None:
-        """Share out what the budget leaves for weights in passes of the kind at hand."""
-        fixed, total = self._ledgers[self._use], streamable_bytes(self.file)
+    def _lay_out(self, plan: Plan, use: Use) -> None:
+        """Share out what the budget leaves for weights in passes of this kind. After an error nothing has changed."""
+        fixed, total = self._ledgers[use], streamable_bytes(self.file)
         window, limit = window_bytes(self.file, plan), total
         usable = usable_bytes(plan.budget_bytes)
-        self._fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
+        fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
         if plan.budget_bytes:
             fixed = replace(fixed, margin_bytes=fixed.margin_bytes + plan.budget_bytes - usable)
             left = plan.budget_bytes - fixed.fixed_bytes
@@ -180,18 +180,23 @@ class Engine:
         streamed = sum(p.span_bytes for p in self.file.pieces if p.number not in resident)
         window = min(page_down(window), streamed)
         pinned = total - streamed
+        try:
+            self._store.apply(resident, window, spoilt=self.nodes.spoilt_by(resident))
+        except Cancelled:
+            self.forget_cancel()
+            raise
         self.nodes.forget(resident)
-        self._store.apply(resident, window)
+        self._use, self._fits = use, fits
         largest = smallest_window(self.file, resident)
         self.nodes.watch_all(
-            repack=self.settings.repack and streamed == 0 and self._fits,
+            repack=self.settings.repack and streamed == 0 and fits,
             boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)),
         )
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
         self.plan = replace(plan, k=layers_in(self.file, pinned) if plan.budget_bytes else plan.k)
         self.streamed_bytes = streamed
         for table in self._tables:
-            table.resize(self._pass_memory.embedding(table.tensor, long=self._use.long))
+            table.resize(self._pass_memory.embedding(table.tensor, long=use.long))
 
     def make_room(self, draft_bytes: int) -> None:
         """Between two passes: a draft model takes so many bytes from now on, weights have the rest.
@@ -203,10 +208,10 @@ class Engine:
         try:
             if self._asked_plan.budget_bytes:
                 self._largest_ledger.weights_bytes(self._asked_plan.budget_bytes, smallest_window(self.file))
-        except BudgetError:
+            self._lay_out(self._asked_plan, self._use)
+        except H2OError:
             self._ledgers = before
             raise
-        self._lay_out(self._asked_plan)
 
     def displaced_bytes(self, draft_bytes: int) -> int:
         """Bytes of weights that have to be streamed where a draft model takes so many bytes."""
@@ -222,7 +227,8 @@ class Engine:
         """Append tokens to the sequence; logits of the last n_logits of them are there afterwards.
 
         Raises PromptError when the context is full, DiskError when a read failed, Cancelled after cancel(). After an
-        error the sequence is as it was before the pass that failed.
+        error the sequence is as it was before the pass that failed, or empty (n_past 0) where the model's state cannot
+        be shortened.
         """
         if self.n_past + len(tokens) > self.settings.n_ctx:
             raise PromptError(
@@ -259,9 +265,9 @@ class Engine:
             self._context.drop_scratch()
         self._touched = use
         if use != self._use:
-            self._use = use
             if self._asked_plan.budget_bytes:
-                self._lay_out(self._asked_plan)
+                self._lay_out(self._asked_plan, use)
+            self._use = use
 
     def _pass(self, tokens: Sequence[int], n_logits: int) -> None:
         """One pass through all layers."""
@@ -282,7 +288,7 @@ class Engine:
         if self._store.bytes_read != self.counters.bytes_read:
             self._check_files()
         if status != 0:
-            self.truncate(self.n_past)
+            self._take_back()
             reason = (abi.take_log() or ["no reason given"])[-1]
             raise EngineError(f"llama.cpp could not compute this pass (status {status}, {reason})", "raise --ctx")
         self.n_past += len(tokens)
@@ -292,15 +298,22 @@ class Engine:
         stop = self.nodes.stop
         if stop is not None:
             self.forget_cancel()
-            self.truncate(self.n_past)
+            self._take_back()
             raise stop
+
+    def _take_back(self) -> None:
+        """Forget the pass that failed; where the model cannot, as recurrent ones, everything."""
+        try:
+            self.truncate(self.n_past)
+        except EngineError:
+            self.truncate(0)
 
     def _check_files(self) -> None:
         """Raise DiskError, and forget the pass, when the model on disk was changed."""
         try:
             self._store.files.check_unchanged()
         except DiskError:
-            self.truncate(self.n_past)
+            self._take_back()
             raise
 
     def _count(self, n_tokens: int, seconds: float) -> None:
@@ -380,11 +393,5 @@ class Engine:
 
     def close(self) -> None:
         """Free the context and all weights. The hollow model stays its owner's."""
-        self._weights.close()
-        self._close_context()
-        self._close_nodes()
-
-    def _close_nodes(self) -> None:
-        self.nodes.close()
-        for table in self._tables:
-            table.free()
+        if self._weights.close():
+            self._opened.close()

@@ -101,11 +101,11 @@ class TokenSequence:
         return n_tokens
 
     def _compute(self, tokens: Sequence[int], n_logits: int = 1) -> None:
-        start = self.engine.n_past
+        self.tokens += tokens
         try:
             self.engine.forward(tokens, n_logits)
         finally:
-            self.tokens += tokens[: self.engine.n_past - start]
+            del self.tokens[self.engine.n_past :]  # all of them where a failed pass has taken the others along
 
 
 def _common_prefix(old: Sequence[int], new: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from runtime.aligned_io import WeightFiles
@@ -25,21 +26,26 @@ class Weights:
     store: LayerStore
     small: SmallTensors
 
-    def close(self) -> None:
-        """Stop reading and free everything; no model may compute with them afterwards."""
-        self.store.close()
+    def close(self) -> bool:
+        """Stop reading and free everything; no model may compute with them afterwards.
+
+        False where a read hangs that may still write: see LayerStore.close.
+        """
+        ended = self.store.close()
         self.small.free()
+        return ended
 
 
 def open_weights(file: ModelFile, settings: Settings) -> Weights:
     """The small tensors, and a store that reads nothing yet. Raises DiskError."""
     files = WeightFiles(file.paths, sizes=file.file_sizes)
-    try:
+    with ExitStack() as opened:
+        opened.callback(files.close)
         small = SmallTensors(file, files)  # many short reads, each of which would wait for the long ones of the stream
-    except BaseException:
-        files.close()
-        raise
-    return Weights(LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth), small)
+        opened.callback(small.free)
+        store = LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
+        opened.pop_all()
+    return Weights(store, small)
 
 
 def guessed_room(file: ModelFile, budget_bytes: int) -> int:
@@ -60,5 +66,9 @@ def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
     total = streamable_bytes(file)
     if 0 < limit < total:
         resident = resident_pieces(file, replace(plan, pinned_bytes=limit), limit)
-        weights.store.apply(resident, window, everything=plan.pinned_bytes >= total)
+        try:
+            weights.store.apply(resident, window, everything=plan.pinned_bytes >= total)
+        except BaseException:
+            weights.close()
+            raise
     return weights

@@ -74,6 +74,14 @@ class Homes:
         for region in self._regions:
             huge_pages(*region.range, wanted=everything)
 
+    def drop(self, pieces: Iterable[Piece], kept: Iterable[Piece]) -> None:
+        """Give the memory of pieces back, but not what they share with the kept ones."""
+        kept_of: dict[str, list[Piece]] = {}
+        for piece in kept:
+            kept_of.setdefault(piece.tensor.name, []).append(piece)
+        for piece in pieces:
+            self._homes[piece.tensor.name].drop(piece, kept_of.get(piece.tensor.name, ()))
+
     def _make(self, tensors: list[TensorInfo]) -> None:
         if not tensors:
             return

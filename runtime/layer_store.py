@@ -17,11 +17,12 @@ from typing import ClassVar
 from runtime.aligned_io import WeightFiles
 from runtime.errors import EngineError
 from runtime.homes import Home, Homes
-from runtime.loads import Chunk, Load
+from runtime.loads import NONE, Batch, Chunk, Load, Numbers, remove
 from runtime.memory import touch
 from runtime.model_file import ModelFile, Piece
 from runtime.ring import Ring
 from runtime.sizes import PAGE, page_down
+from runtime.threads import join_threads, start_threads
 
 _POLL_S = 0.1
 
@@ -41,7 +42,7 @@ class LayerStore:
         self._request_bytes = max(PAGE, page_down(request_bytes))
         self._order = [piece.number for piece in self._pieces]
         self._homes = Homes()
-        self._wanted: frozenset[int] = frozenset()
+        self._wanted = NONE
         self._resident: set[int] = set()
         self._missing: list[int] = []  # wanted and not read yet, the last one first
         self._ring: Ring | None = None
@@ -58,39 +59,35 @@ class LayerStore:
         self._flying: list[Chunk] = []  # what readers are reading just now
         self._paused = True
         self._closing = False
-        self._error: BaseException | None = None
         self.interrupt: BaseException | None = None  # set it from anywhere: who waits for a read raises it
         self.bytes_read, self.wait_s, self.busy_s, self._busy_since = 0, 0.0, 0.0, 0.0
         self._lock = threading.Lock()
         self._readable = threading.Condition(self._lock)  # for readers: there may be something to read
         self._arrived = threading.Condition(self._lock)  # for the computation: something arrived
-        self._threads = [threading.Thread(target=self._reader, daemon=True, name=f"reader-{i}") for i in range(depth)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = start_threads(depth, "reader", self._reader, self._stop)
 
     # --- plans --------------------------------------------------------------------------------------------------
 
-    def apply(self, wanted: frozenset[int], window_bytes: int, *, everything: bool = False) -> None:
+    def apply(self, wanted: Numbers, window_bytes: int, *, everything: bool = False, spoilt: Numbers = NONE) -> None:
         """From now on keep the pieces in `wanted` resident and stream the others through window_bytes.
 
-        everything: a later plan is going to keep all of them.
+        everything: a later plan is going to keep all of them. spoilt: pieces whose bytes in memory are of no use.
 
         Called between two passes. What is no longer wanted is freed before anything new is loaded; new residents
-        arrive with the next pass. When there is no address space for them the plan in force stays (EngineError).
-        Reads under way go on, those aside that have no place in the new plan.
+        arrive with the next pass. When there is no address space for them (EngineError), or an interrupt comes first,
+        the plan in force stays. Reads under way go on, those aside that have no place in the new plan.
         """
         with self._lock:
             self._paused = True
             try:
                 same_ring = window_bytes == self.window_bytes
                 while any(c.load and not c.load.has_place(wanted, same_ring) for c in self._flying):
+                    self._check()
                     self._arrived.wait(_POLL_S)
                 everything = everything or len(wanted) == len(self._pieces)
                 self._homes.expect((self._pieces[number] for number in sorted(wanted)), everything=everything)
-                ring = self._ring
-                if not same_ring:
-                    ring = Ring(window_bytes) if window_bytes else None
-                self._drop_homes(wanted)
+                ring = self._ring if same_ring else Ring(window_bytes) if window_bytes else None
+                self._drop_homes(wanted - spoilt)
                 self._drop_loads(wanted, same_ring)
                 if self._ring and ring is not self._ring:
                     self._ring.free()
@@ -101,25 +98,19 @@ class LayerStore:
                 self._paused = False
                 self._readable.notify_all()
 
-    def _drop_homes(self, wanted: frozenset[int]) -> None:
+    def _drop_homes(self, wanted: Numbers) -> None:
         """Free what is at home, as a whole or in part, and not wanted."""
         at_home = self._resident | {number for number, load in self._loads.items() if load.slot is None}
-        kept: dict[str, list[Piece]] = {}
-        for number in at_home & wanted:
-            kept.setdefault(self._pieces[number].tensor.name, []).append(self._pieces[number])
-        for number in at_home - wanted:
-            piece = self._pieces[number]
-            self._homes[piece.tensor.name].drop(piece, kept.get(piece.tensor.name, ()))
+        self._homes.drop((self._pieces[n] for n in at_home - wanted), (self._pieces[n] for n in at_home & wanted))
         self._resident &= wanted
 
-    def _drop_loads(self, wanted: frozenset[int], same_ring: bool) -> None:
+    def _drop_loads(self, wanted: Numbers, same_ring: bool) -> None:
         """Forget what was read, or is going to be, for a place that the new plan does not have."""
         for number, load in list(self._loads.items()):
             load.pass_number = self._pass
             if not load.has_place(wanted, same_ring):
                 del self._loads[number]
-        left = set(map(id, self._loads.values()))
-        self._queue = deque(chunk for chunk in self._queue if chunk.load is None or id(chunk.load) in left)
+                remove(self._queue, load)
 
     # --- the computation's side ---------------------------------------------------------------------------------
 
@@ -167,11 +158,18 @@ class LayerStore:
         self._surprised = True
 
     def _wait_for(self, piece: Piece) -> None:
-        start = time.perf_counter()
+        """A read ahead that failed is tried again; what fails while it is waited for is an error."""
+        start, tried = time.perf_counter(), False
         while piece.number not in self._resident:
             self._check()
             load = self._loads.get(piece.number)
+            if load and load.error:
+                self._drop(load)
+                if tried:
+                    raise load.error
+                load = None
             if load is None:
+                tried = True
                 self._load_now(piece)
             elif load.chunks_left == 0:
                 break
@@ -190,8 +188,8 @@ class LayerStore:
             raise EngineError("the streaming window is smaller than one tensor", "raise -m")
 
     def _check(self) -> None:
-        if self._error or self.interrupt:
-            raise self._error or self.interrupt  # type: ignore[misc]
+        if self.interrupt:
+            raise self.interrupt
 
     def next_is_there(self) -> bool:
         """Whether the piece that is used next has arrived. False once this pass has shown that nobody knows which."""
@@ -222,7 +220,8 @@ class LayerStore:
         """Wait until the readers have filled the window and rest, then call `then`: a wait, too (for measuring)."""
         start = time.perf_counter()
         with self._lock:
-            while not self._error and (self._queue or self._flying or self._start_load()):
+            while self._queue or self._flying or self._start_load():
+                self._check()
                 self._arrived.wait(_POLL_S)
         then()
         self.wait_s += time.perf_counter() - start
@@ -240,8 +239,8 @@ class LayerStore:
             self._pass += 1
             self._place = 0
             self._surprised = False
-            for load in [load for load in self._loads.values() if load.pass_number < self._pass]:
-                if load.slot:
+            for load in [load for load in self._loads.values() if load.error or load.pass_number < self._pass]:
+                if load.slot or load.error:
                     self._drop(load)
                 else:
                     load.pass_number = self._pass
@@ -257,9 +256,7 @@ class LayerStore:
     def _drop(self, load: Load) -> None:
         """Take a load out of the stream. Its slot comes back at once, or when the reads under way have ended."""
         del self._loads[load.piece.number]
-        if n_queued := sum(chunk.load is load for chunk in self._queue):
-            self._queue = deque(chunk for chunk in self._queue if chunk.load is not load)
-            load.chunks_left -= n_queued
+        remove(self._queue, load)
         if load.chunks_left == 0:
             self._give_back(load)
 
@@ -269,15 +266,17 @@ class LayerStore:
 
     def read_now(self, chunks: list[tuple[int, int, int, int]]) -> None:
         """Read (file, offset, address, bytes) ranges before anything else, and wait for them. Raises DiskError."""
-        batch = [len(chunks)]
+        batch = Batch(len(chunks))
         with self._lock:
-            self._queue.extendleft(Chunk(*chunk, batch=batch) for chunk in chunks)
+            self._queue.extendleft(Chunk(*chunk, batch) for chunk in chunks)
             self._readable.notify_all()
             start = time.perf_counter()
-            while batch[0]:
-                self._check()
+            while batch.chunks_left and not (batch.error or self.interrupt):
                 self._arrived.wait(_POLL_S)
             self.wait_s += time.perf_counter() - start
+            if batch.chunks_left or batch.error:
+                remove(self._queue, batch)
+                raise batch.error or self.interrupt  # type: ignore[misc]
 
     # --- the readers' side --------------------------------------------------------------------------------------
 
@@ -310,30 +309,29 @@ class LayerStore:
             LayerStore.read_observer(chunk.offset, chunk.n_bytes, start, time.perf_counter())
 
     def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
+        part = chunk.part
+        part.chunks_left -= 1
         if error:
-            self._error = error
-            return
-        self.bytes_read += chunk.n_bytes
-        if chunk.batch:
-            chunk.batch[0] -= 1
-        if load := chunk.load:
-            load.chunks_left -= 1
-            if load.chunks_left == 0:
-                self._loaded(load)
+            part.error = error
+            remove(self._queue, part)
+        else:
+            self.bytes_read += chunk.n_bytes
+        if isinstance(part, Load) and part.chunks_left == 0:
+            self._loaded(part)
 
     def _loaded(self, load: Load) -> None:
-        """All bytes of a load are there."""
+        """All reads of a load have ended."""
         number = load.piece.number
         if self._loads.get(number) is not load:
             self._give_back(load)  # it was dropped while it was read
-        elif load.slot is None:
+        elif load.slot is None and not load.error:
             del self._loads[number]
             self._resident.add(number)
 
     def _next_chunk(self) -> Chunk | None:
         """The next read, waiting for one; None when the store is closed. Holds the lock."""
         while not self._closing:
-            if self._queue and (not self._paused or self._queue[0].batch):
+            if self._queue and (not self._paused or self._queue[0].load is None):
                 if self._ahead and self._queue[0].load is self._ahead:
                     self._overtake()
                 return self._queue.popleft()
@@ -370,12 +368,7 @@ class LayerStore:
                 return False
             address = self._ring.address(slot)
         load = self._loads[piece.number] = Load(piece, self._load_pass, address, slot)
-        start, end = piece.span
-        chunks = [
-            Chunk(piece.tensor.file, at, address + at - start, min(self._request_bytes, end - at), load)
-            for at in range(start, end, self._request_bytes)
-        ]
-        load.chunks_left = len(chunks)
+        chunks = load.cut(self._request_bytes)
         self._queue.extendleft(reversed(chunks))
         self._readable.notify(len(chunks))
         return True
@@ -408,7 +401,7 @@ class LayerStore:
     # --- facts and the end --------------------------------------------------------------------------------------
 
     @property
-    def wanted(self) -> frozenset[int]:
+    def wanted(self) -> Numbers:
         """Numbers of the pieces that are, or are going to be, resident."""
         return self._wanted
 
@@ -436,15 +429,22 @@ class LayerStore:
         """Bytes of the ring."""
         return self._ring.n_bytes if self._ring else 0
 
-    def close(self) -> None:
-        """Stop the readers, close the files and free all memory."""
+    def _stop(self) -> None:
         with self._lock:
             self._closing = True
             self._queue.clear()
             self._readable.notify_all()
-        for thread in self._threads:
-            thread.join()
+
+    def close(self) -> bool:
+        """Stop the readers, close the files and free all memory.
+
+        False after an interrupt while a read still hangs: what it may write to stays until the process ends.
+        """
+        self._stop()
+        if not join_threads(self._threads, lambda: bool(self.interrupt)):
+            return False
         if self._ring:
             self._ring.free()
         self._homes.free()
         self.files.close()
+        return True

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from runtime.model_file import Piece
 from runtime.ring import Slot
+
+Numbers = frozenset[int]  # of pieces
+NONE: Numbers = frozenset()
 
 
 @dataclass(eq=False)
@@ -18,19 +22,51 @@ class Load:
     slot: Slot | None
     chunks_left: int = 0
     asked: bool = False
+    error: BaseException | None = None  # a read of it failed: it is not there and never will be
 
     def has_place(self, wanted: frozenset[int], same_ring: bool) -> bool:
         """Whether its place is there under a plan that keeps `wanted` resident, and the same ring or another one."""
         return same_ring if self.slot else self.piece.number in wanted
 
+    def cut(self, request_bytes: int) -> list[Chunk]:
+        """All reads of it, of at most request_bytes."""
+        start, end = self.piece.span
+        chunks = [
+            Chunk(self.piece.tensor.file, at, self.address + at - start, min(request_bytes, end - at), self)
+            for at in range(start, end, request_bytes)
+        ]
+        self.chunks_left = len(chunks)
+        return chunks
+
+
+@dataclass(eq=False)
+class Batch:
+    """Reads outside the stream (embedding rows) that somebody waits for."""
+
+    chunks_left: int
+    error: BaseException | None = None
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One read request. load is None for reads outside the stream (embedding rows)."""
+    """One read request, of a load or of a batch."""
 
     file: int
     offset: int
     address: int
     n_bytes: int
-    load: Load | None = None
-    batch: list[int] | None = None
+    part: Load | Batch
+
+    @property
+    def load(self) -> Load | None:
+        """The load it is part of, unless it is part of a batch."""
+        return self.part if isinstance(self.part, Load) else None
+
+
+def remove(queue: deque[Chunk], part: Load | Batch) -> None:
+    """Take the reads of a load or a batch out of a queue; they no longer count as left."""
+    others = [chunk for chunk in queue if chunk.part is not part]
+    if len(others) < len(queue):
+        part.chunks_left -= len(queue) - len(others)
+        queue.clear()
+        queue.extend(others)

@@ -65,8 +65,14 @@ class Nodes:
 
     # --- plans --------------------------------------------------------------------------------------------------
 
+    def spoilt_by(self, resident: frozenset[int]) -> frozenset[int]:
+        """Pieces whose bytes were rearranged together with others that `resident` leaves out: of no use alone."""
+        repacked = [weight for weight in self._weights if self._repacker.has(weight.address)]
+        numbers = [frozenset(piece.number for piece in weight.pieces) for weight in repacked]
+        return frozenset().union(*(n for n in numbers if not n <= resident))
+
     def forget(self, resident: frozenset[int]) -> None:
-        """Before pieces outside `resident` lose their memory: give up what was made of them."""
+        """Pieces outside `resident` have lost their memory: give up what was made of them."""
         for weight in self._weights:
             if any(piece.number not in resident for piece in weight.pieces):
                 self._repacker.forget(weight.address)
@@ -103,6 +109,8 @@ class Nodes:
             self._active.pop(address, None)
         self._aliases.clear()
         self._tiled.clear()
+        for address in list(self._skipped):
+            self._unskip(address)  # llama.cpp may use its graph again
         self._asked_bytes = 0
         self._store.end_pass(complete=complete)
         if self.kv:
@@ -221,7 +229,7 @@ class Nodes:
     def skip(self, address: int) -> bool:
         """Switch a node off until it is reported."""
         op = ctypes.c_int.from_address(address + abi.OP_OFFSET)
-        self._skipped[address] = op.value
+        self._skipped.setdefault(address, op.value)
         op.value = abi.OP_NONE
         return True
 

@@ -57,6 +57,10 @@ class Repacker:
         self._init_tensor(self._buffer, ctypes.addressof(copy))
         return int(copy.extra) if copy.extra else None
 
+    def has(self, address: int) -> bool:
+        """Whether the tensor's bytes are rearranged."""
+        return address in self._plain
+
     def forget(self, address: int) -> None:
         """The tensor's bytes are going to be plain ones again."""
         if address in self._plain:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import itertools
+import os
 import threading
 import time
 
@@ -9,9 +13,16 @@ import numpy as np
 import pytest
 from engines import engine, greedy
 
-from runtime.errors import Cancelled, H2OError
+from runtime import llama_abi as abi
+from runtime import model_file
+from runtime.errors import Cancelled, DiskError, EngineError
+from runtime.head_start import head_start
 from runtime.kv.options import KvFilter
+from runtime.memory import Region
+from runtime.model_file import ModelFile
 from runtime.plan import Plan
+from runtime.settings import Settings
+from runtime.sizes import MB
 
 
 @pytest.mark.parametrize("n_reads", [0, 3])
@@ -75,8 +86,162 @@ def test_scratch_begins_at_a_cache_line_and_is_large_enough(tiny_model, file_typ
         assert all(address % 64 == 0 for address, _ in before)
 
 
-def test_an_engine_that_cannot_be_opened_leaves_nothing_behind(tiny_model):
-    before = set(threading.enumerate())
-    with pytest.raises(H2OError), engine(tiny_model("llama"), Plan(0, 1), kv=KvFilter(layers=(99,))):
-        pass
-    assert set(threading.enumerate()) == before
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "runtime.engine.RowTable",
+        "runtime.engine.Nodes",
+        "runtime.engine.Context",
+        "runtime.engine.PassMemory",
+        "runtime.engine.resident_bytes_outside",
+        "runtime.kv.filter.Filter",
+        "runtime.engine.smallest_window",
+        "runtime.engine.Engine.apply",
+    ],
+)
+def test_an_engine_that_cannot_be_opened_leaves_nothing_behind(broken, tiny_model, monkeypatch):
+    """Whatever fails: no threads, no open files, no memory."""
+    path = tiny_model("llama")
+    kv = KvFilter(layers=(1,), wait=1)
+    with engine(path, Plan(0, 1), kv=kv):
+        pass  # what llama.cpp keeps from its first model
+
+    def fail(*_, **__):
+        raise OSError("no more of that")
+
+    for error in (OSError, None):
+        monkeypatch.setattr(broken, fail)
+        before = what_is_open()
+        with pytest.raises(error or OSError), engine(path, Plan(0, 1), kv=kv):
+            pass
+    assert what_is_open() == before
+
+
+def what_is_open():
+    """Threads, descriptors, and regions that are not unmapped."""
+    regions = sum(isinstance(thing, Region) and thing.n_bytes > 0 for thing in gc.get_objects())
+    return sorted(t.name for t in threading.enumerate()), sorted(os.listdir("/proc/self/fd")), regions
+
+
+@pytest.mark.parametrize("part", ["small", "store", "head start"])
+def test_weights_that_cannot_be_opened_leave_nothing_behind(part, tiny_model, monkeypatch):
+    file = ModelFile.open(tiny_model("llama"))
+
+    def fail(*_, **__):
+        raise DiskError("no more of that")
+
+    name = {"small": "runtime.aligned_io.WeightFiles.read", "store": "runtime.head_start.LayerStore"}
+    monkeypatch.setattr(name.get(part, "runtime.layer_store.LayerStore.apply"), fail)
+    monkeypatch.setattr("runtime.head_start._GUESSED_PROCESS_BYTES", 0)
+    before = what_is_open()
+    with pytest.raises(DiskError):
+        head_start(file, Plan(0, 1, budget_bytes=12 * MB), Settings())
+    assert what_is_open() == before
+
+
+# --- what is left of a pass that ended early ------------------------------------------------------------------------
+
+
+def test_a_node_that_is_switched_off_twice_keeps_its_operation(tiny_model):
+    with engine(tiny_model("llama"), Plan(0, 1)) as opened:
+        node = abi.Tensor(op=29)
+        address = ctypes.addressof(node)
+        assert opened.nodes.skip(address)
+        assert opened.nodes.skip(address)
+        assert node.op == 0
+        opened.nodes._unskip(address)
+        assert node.op == 29
+
+
+def test_a_pass_that_ends_leaves_no_node_switched_off(tiny_model):
+    """llama.cpp can end a pass without a report of the last node; the graph may be used again."""
+    with engine(tiny_model("llama"), Plan(0, 1)) as opened:
+        node = abi.Tensor(op=29)
+        opened.nodes.skip(ctypes.addressof(node))
+        opened.nodes.end_pass(complete=False)
+        assert node.op == 29
+        node.op = 0
+        opened.nodes.end_pass(complete=False)
+        assert node.op == 0
+
+
+def test_a_disk_that_is_well_again_goes_on(tiny_model):
+    path = tiny_model("llama")
+    with engine(path, Plan(1, 1)) as opened:
+        expected = greedy(opened, [5, 6, 7], 4)[1]
+    with engine(path, Plan(1, 1)) as opened:
+        read = opened._store.files.read
+        for n_reads in (0, 1, 7):
+            break_after(opened._store.files, n_reads)
+            with pytest.raises(DiskError):
+                opened.forward([5, 6, 7])
+            assert opened.n_past == 0
+        opened._store.files.read = read
+        assert greedy(opened, [5, 6, 7], 4)[1] == expected
+
+
+def break_after(files, n_reads):
+    """Reads fail, but for the next n_reads."""
+    read, count = type(files).read, itertools.count()
+
+    def broken(*arguments):
+        if next(count) >= n_reads:
+            raise DiskError("the disk is gone")
+        read(files, *arguments)
+
+    files.read = broken
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [EngineError("no address space"), Cancelled(2)])
+def test_a_plan_that_is_refused_changes_nothing(error, tiny_model, monkeypatch):
+    """Weights stay rearranged where their bytes do."""
+    path = tiny_model("llama", "q4_0")
+    everything = Plan(0, 1, budget_bytes=10**9)
+    with engine(path, everything) as opened:
+        expected = greedy(opened, [5, 6, 7], 6)[1]
+    with engine(path, everything) as opened:
+
+        def refuse(_):
+            with monkeypatch.context() as patch, pytest.raises(type(error)):
+                patch.setattr(opened._store, "apply", lambda *_, **__: (_ for _ in ()).throw(error))
+                opened.apply(Plan(0, 1))
+            assert opened.streamed_bytes == 0
+
+        assert greedy(opened, [5, 6, 7], 6, refuse)[1] == expected
+
+
+def test_tiles_of_a_rearranged_matrix_are_read_anew_when_some_are_streamed(tiny_model, monkeypatch):
+    """Bytes that were rearranged with the whole matrix are not those of the file."""
+    monkeypatch.setattr(model_file, "TILED_BYTES", 50_000)
+    monkeypatch.setattr(model_file, "TILE_BYTES", 20_000)
+    path = tiny_model("llama", "q4_0")
+    with engine(path, Plan(0, 1)) as opened:
+        pieces = opened.file.layers[0].pieces
+        tiles = [piece for piece in pieces if piece.tensor.name == "blk.0.ffn_down.weight"]
+        assert len(tiles) > 3
+        expected = greedy(opened, [5, 6, 7], 4)
+        everything = frozenset(piece.number for piece in opened.file.pieces)
+    with engine(path, Plan(0, 1, budget_bytes=10**9)) as opened:
+        greedy(opened, [5, 6, 7], 4)
+        tiled = [weight for weight in opened.nodes._weights if len(weight.pieces) > 1]
+        if not any(weight.address in opened.nodes._repacker._plain for weight in tiled):
+            pytest.skip("llama.cpp rearranges nothing on this processor")
+        opened.truncate(0)
+        monkeypatch.setattr("runtime.engine.resident_pieces", lambda *_: everything - {tiles[1].number})
+        opened.apply(Plan(0, 1))
+        logits, tokens = greedy(opened, [5, 6, 7], 4)
+        assert opened._store.is_resident(tiles[0])
+    assert tokens == expected[1]
+    for mine, other in zip(logits, expected[0], strict=True):  # whole matrices are still rearranged
+        assert np.allclose(mine, other, atol=1e-3)
+
+
+def test_what_the_process_takes_is_looked_up_once(tiny_model, monkeypatch):
+    calls = []
+    monkeypatch.setattr("runtime.engine.resident_bytes_outside", lambda ranges: calls.append(ranges) or 50 * MB)
+    with engine(tiny_model("llama"), Plan(0, 1, budget_bytes=10**9)) as opened:
+        assert opened.ledger.process_bytes == 50 * MB
+    assert len(calls) == 1
