@@ -4,45 +4,55 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 
+from h2o_cli.defaults import CONVERSATION_CONTEXT, PROMPT_CONTEXT
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import find_profile, resolve_model
 from h2o_cli.output import emit, note, print_json, table
-from runtime.errors import EngineError, H2OError, ModelError, ProfileError
+from h2o_cli.smallest import CONVERSATION, PROMPT, smallest_budget
+from runtime.errors import EngineError, H2OError, ModelError, ProfileError, UsageError
 from runtime.model_file import Layer, ModelFile, TensorInfo
 from runtime.residency import layer_bytes
+from runtime.settings import Settings
 from runtime.sizes import MB, format_size
 
 EPILOG = """Examples:
 
 \b
   h2o inspect model.gguf
+  h2o inspect model.gguf --ctx 4096      with the smallest budget for this context
   h2o inspect model.gguf --json | jq .floor_bytes
 """
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Ctx = Annotated[
+    int | None, typer.Option("--ctx", metavar="N", help="Context of the smallest budget. [default: that of a run]")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The smallest budget and the KV bytes per token, and where they come from; None where llama.cpp said `error`."""
+    """The smallest budgets of a prompt and of a conversation, and KV bytes per token; None where there is an error."""
 
-    floor_bytes: int | None
-    kv_bytes_per_token: int | None
-    ctx_tokens: int | None
-    source: str
+    ctx_tokens: int
+    conversation_tokens: int
+    floor_bytes: int | None = None
+    conversation_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
     error: H2OError | None = None
 
 
-def inspect(model: Model = None, as_json: Json = False) -> None:
+def inspect(model: Model = None, ctx: Ctx = None, as_json: Json = False) -> None:
     """Show a model's layers, bytes by part and type, context length and smallest budget."""
+    if ctx is not None and ctx < 1:
+        raise UsageError(f"--ctx {ctx} is not possible", "give 1 or more")
     file = ModelFile.open(resolve_model(model))
-    budget = smallest_budget(file)
+    budget = find_budget(file, ctx)
     found = facts(file, budget)
     if as_json:
         print_json(found)
@@ -52,34 +62,40 @@ def inspect(model: Model = None, as_json: Json = False) -> None:
         raise budget.error
 
 
-def smallest_budget(file: ModelFile) -> Budget:
+def find_budget(file: ModelFile, ctx: int | None) -> Budget:
+    """What runs with a context of ctx tokens need (None: what they have when --ctx is not given)."""
+    longest = file.hyper_parameter("context_length") or CONVERSATION_CONTEXT
+    budget = Budget(ctx or min(PROMPT_CONTEXT, longest), ctx or min(CONVERSATION_CONTEXT, longest))
+    try:
+        return replace(
+            budget,
+            floor_bytes=smallest_budget(file, PROMPT, Settings(n_ctx=budget.ctx_tokens)),
+            conversation_bytes=smallest_budget(file, CONVERSATION, Settings(n_ctx=budget.conversation_tokens)),
+            kv_bytes_per_token=_kv_bytes_per_token(file),
+        )
+    except (ModelError, EngineError) as error:
+        return replace(budget, error=error)
+
+
+def _kv_bytes_per_token(file: ModelFile) -> int:
     """From the model's profile if there is one, else by opening the model without its weights."""
     path = find_profile(file.hash)
     if path is not None:
         from profiler.model_profile import load_profile
 
         try:
-            found = load_profile(path)
-            return Budget(found.floor_bytes, found.kv_bytes_per_token, found.memory.ctx_tokens, "profile")
+            return load_profile(path).kv_bytes_per_token
         except ProfileError as error:
             note(f"the profile {path.name} was not used: {error}")
-    try:
-        with interrupts.held():
-            return _opened(file)
-    except (ModelError, EngineError) as error:
-        return Budget(None, None, None, "unknown", error)
-
-
-def _opened(file: ModelFile) -> Budget:
     from profiler.measure import default_settings, measure_memory
     from runtime.hollow import HollowModel
 
-    hollow = HollowModel(file)
-    try:
-        needs = measure_memory(file, hollow, default_settings(file))
-    finally:
-        hollow.free()
-    return Budget(needs.floor_bytes, needs.kv_bytes_per_token, needs.memory.ctx_tokens, "opened")
+    with interrupts.held():
+        hollow = HollowModel(file)
+        try:
+            return measure_memory(file, hollow, default_settings(file)).kv_bytes_per_token
+        finally:
+            hollow.free()
 
 
 def facts(file: ModelFile, budget: Budget) -> dict[str, Any]:
@@ -105,7 +121,8 @@ def facts(file: ModelFile, budget: Budget) -> dict[str, Any]:
         "kv_bytes_per_token": budget.kv_bytes_per_token,
         "floor_bytes": budget.floor_bytes,
         "floor_ctx_tokens": budget.ctx_tokens,
-        "floor_from": budget.source,
+        "conversation_floor_bytes": budget.conversation_bytes,
+        "conversation_ctx_tokens": budget.conversation_tokens,
     }
 
 
@@ -188,7 +205,12 @@ def _budget_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["kv_bytes_per_token"]:
         lines.append(f"KV cache {format_size(found['kv_bytes_per_token'])} per token (f16)")
-    where = "from its profile" if found["floor_from"] == "profile" else "measured by opening it"
-    context = f"context of {found['floor_ctx_tokens']} tokens, " if found["floor_ctx_tokens"] else ""
-    lines.append(f"smallest budget: -m {-(-found['floor_bytes'] // MB)} ({context}{where})")
+    lines.append(
+        f"smallest budget: {_least(found['floor_bytes'], found['floor_ctx_tokens'])};"
+        f" a conversation: {_least(found['conversation_floor_bytes'], found['conversation_ctx_tokens'])}"
+    )
     return lines
+
+
+def _least(n_bytes: int, ctx_tokens: int) -> str:
+    return f"-m {n_bytes // MB} (context of {ctx_tokens} tokens)"

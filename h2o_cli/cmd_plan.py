@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +10,11 @@ import typer
 
 from h2o_cli import kv_flags as flag
 from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_budget
-from h2o_cli.models import need_profile, resolve_model
+from h2o_cli.models import ROOT, need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
-from runtime.errors import BudgetError, ModelError, PlanError, ProfileError, UsageError
+from runtime.errors import BudgetError, DiskError, EngineError, ModelError, PlanError, ProfileError, UsageError
+from runtime.ledger import below_floor
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan, write_plan
 from runtime.sizes import format_size, parse_size
@@ -47,6 +48,7 @@ class PlanOptions:
     by_hand: tuple[int, int] | None
     kv_type: str = "f16"
     kv: flag.KvChoice | None = None
+    kv_flags: flag.KvFlags = field(default_factory=flag.KvFlags)
     n_predict: int = N_PREDICT
 
 
@@ -122,6 +124,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         by_hand=_parse_set(by_hand) if by_hand else None,
         kv_type=kv_type,
         kv=flag.choose_filter(flags, flag.read_kv_config(kv_config)),
+        kv_flags=flags,
         n_predict=predict,
     )
     if show:
@@ -187,6 +190,27 @@ def _kv_use(options: PlanOptions, model_hash: int) -> KvUse:
     return KvUse(options.kv_type, replace(wanted, tail=options.n_predict + 1 if options.n_predict >= 0 else 0))
 
 
+def _floor(options: PlanOptions, profile: ModelProfile) -> int:
+    """The smallest budget of a run with these options, in bytes; 0 where the profile's model is not at hand."""
+    path = ROOT / profile.model.path
+    if not profile.model.hash or not path.is_file():
+        return 0
+    from h2o_cli.smallest import PROMPT, smallest_budget
+    from runtime.model_file import ModelFile
+    from runtime.settings import Settings
+
+    try:
+        file = ModelFile.open(path)
+        if file.hash != profile.model.hash:
+            return 0
+        kv = _kv_use(options, file.hash)
+        settings = Settings(n_ctx=_context(options, profile), kv_type=kv.kv_type, kv=kv.filter)
+        flags = ["--kv-type", kv.kv_type, "-n", str(options.n_predict), *options.kv_flags.as_arguments()]
+        return smallest_budget(file, PROMPT, settings, flags)
+    except (ModelError, EngineError, DiskError):
+        return 0
+
+
 def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choice | None]:
     """The planner's choice, or the plan given by hand."""
     if options.by_hand:
@@ -195,7 +219,12 @@ def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choic
     from planner.choose import choose
 
     ctx, kv = _context(options, profile), _kv_use(options, profile.model.hash)
-    choice = choose(profile, budget, ctx_tokens=ctx, ubatch_tokens=LEAST_UBATCH, layout=options.layout, kv=kv)
+    floor = _floor(options, profile)
+    if budget < floor:
+        raise below_floor(budget, floor)
+    choice = choose(
+        profile, budget, ctx_tokens=ctx, ubatch_tokens=LEAST_UBATCH, layout=options.layout, kv=kv, floor_bytes=floor
+    )
     outlook = Outlook(
         choice.plan,
         choice.predicted_ms_per_token,
@@ -232,7 +261,7 @@ def _by_hand(profile: ModelProfile, options: PlanOptions, budget: int) -> Outloo
     wanted = Plan(k, w, layout, model_hash=profile.model.hash)
     arm = set_arm(profile, k, w, layout)
     kv = _kv_use(options, profile.model.hash)
-    outlook = outlook_of(profile, wanted, arm, budget, _context(options, profile), kv)
+    outlook = outlook_of(profile, wanted, arm, budget, _context(options, profile), kv, _floor(options, profile))
     if options.budget_bytes and outlook.ledger and outlook.ledger["free_bytes"] < 0:
         need = options.budget_bytes - outlook.ledger["free_bytes"]
         raise BudgetError(
@@ -259,7 +288,7 @@ def _show(options: PlanOptions, profile: Path | None, model: str | None, *, json
         if current.pinned_bytes or current.window_bytes:
             arm = Arm(current.k, current.w, current.layout, current.pinned_bytes, current.window_bytes)
         budget, kv = current.budget_bytes or default_budget(), _kv_use(options, found.model.hash)
-        outlook = outlook_of(found, current, arm, budget, _context(options, found), kv)
+        outlook = outlook_of(found, current, arm, budget, _context(options, found), kv, _floor(options, found))
     if json:
         print_json(as_json(outlook, found, options.plan_file))
     else:

@@ -6,13 +6,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated
 
+import msgspec
 import typer
 
+from h2o_cli import run_memory
 from h2o_cli.defaults import MOST_THREADS, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import profiles_folder, remember_model, resolve_model
 from h2o_cli.output import Progress, emit, note, table
-from h2o_cli.run_memory import measure_run_memory
+from h2o_cli.smallest import PLANNER, PROMPT, agreed
 from profiler.measure import Measurement
 from profiler.model_profile import (
     HeadProfile,
@@ -95,7 +97,7 @@ def profile(
             repeats,
             n_threads=threads or default_threads(),
             budget_bytes=budget_bytes,
-            run_memory=measure_run_memory(),
+            run_memory=run_memory.measure_run_memory(),
         )
         found = _measured(measurement)
         resident_release_s = measurement.resident_release_s
@@ -122,7 +124,9 @@ def _measured(measurement: Measurement) -> ModelProfile:
         raise Cancelled(stopped)
     for line in measurement.notes:
         note(line)
-    return found
+    settings, need = measurement.settings, measurement.need_bytes
+    floor = agreed(found.model.hash, settings, PROMPT, need, has_planner=PLANNER in run_memory.RUN)
+    return msgspec.structs.replace(found, floor_bytes=floor)
 
 
 def check_writable(path: Path | None, *, make_folder: bool) -> None:
@@ -154,8 +158,6 @@ def read_foreign(path: Path) -> ModelProfile:
 
 
 def _as_json(found: ModelProfile) -> str:
-    import msgspec
-
     return msgspec.json.encode(found).decode()
 
 

@@ -18,6 +18,7 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import Progress, emit, note, print_json, styled, tell
+from h2o_cli.smallest import CHAT, CONVERSATION, PROMPT
 from runtime.errors import DiskError, EngineError, PromptError, UsageError
 from runtime.generate import Request, Step, check_prompt, generate
 from runtime.meter import Meter
@@ -153,6 +154,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     options = RunOptions.of(
         given,
         model=resolve_model(model or (config.model if config else None)),
+        kind=CONVERSATION if text is None else CHAT if chat or (config and config.chat) else PROMPT,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
         stop=tuple(stop or ()),
         chat=chat or bool(config and config.chat),

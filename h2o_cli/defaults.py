@@ -8,6 +8,7 @@ from pathlib import Path
 from runtime.memory import available_bytes
 from runtime.settings import FULL_TILES
 
+PROMPT_CONTEXT = 512  # what a short prompt and N_PREDICT tokens take
 CONVERSATION_CONTEXT = 2048
 N_PREDICT = 256  # most tokens of an answer
 UBATCH = 512  # llama.cpp's default; memory may not allow it, down to LEAST_UBATCH

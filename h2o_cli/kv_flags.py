@@ -95,6 +95,12 @@ class KvFlags:
         names = [field.name for field in fields(cls) if field.name != "on"]
         return cls(on=given["kv_filter"], **{name: given[f"kv_{name}"] for name in names})
 
+    def as_arguments(self) -> list[str]:
+        """The same flags for another command line."""
+        names = [field.name for field in fields(self) if field.name != "on" and getattr(self, field.name) is not None]
+        given = [text for name in names for text in (f"--kv-{name}", str(getattr(self, name)))]
+        return ["--kv-filter", *given] if self.on else given
+
 
 @dataclass(frozen=True)
 class KvChoice:

@@ -15,13 +15,14 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
+from h2o_cli.smallest import NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import Weights, head_start
 from runtime.hollow import HollowModel
-from runtime.ledger import POSITION_BYTES
+from runtime.ledger import POSITION_BYTES, below_floor
 from runtime.model_file import ModelFile
 from runtime.pass_memory import rows_for
 from runtime.plan import Layout
@@ -29,6 +30,7 @@ from runtime.plan_file import default_plan_path
 from runtime.plan_stats import StatsWriter, stats_path
 from runtime.plan_watcher import PlanWatcher
 from runtime.quantize import copy_bytes, copy_pays, low_bit_copy
+from runtime.residency import smallest_window
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, SHORT_PASS, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size
@@ -50,9 +52,10 @@ REPACK = ("auto", "off")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the flags of `h2o run` say; None: not given."""
+    """What the flags of `h2o run` say; None: not given. kind: of run, as the smallest budget knows them."""
 
     model: Path
+    kind: str = PROMPT
     n_predict: int | None = None
     memory: str | None = None
     plan_file: Path | None = None
@@ -268,7 +271,7 @@ def _open_planned(
     first, layout = model.first_plan, options.fixed_layout
     chosen = first.choose(model.file, model.profile, settings, layout)
     try:
-        return chosen, _open_engine(model, chosen, settings, note)
+        return chosen, _open_inside(model, options, chosen, settings, note)
     except BudgetError as error:
         if chosen.origin != FROM_FILE:
             raise
@@ -277,7 +280,27 @@ def _open_planned(
             raise BudgetError(message, error.next_step, error.floor_bytes) from None
         note(message)
     chosen = first.without_file().choose(model.file, model.profile, settings, layout)
-    return chosen, _open_engine(model, chosen, settings, note)
+    return chosen, _open_inside(model, options, chosen, settings, note)
+
+
+def _open_inside(
+    model: OpenModel, options: RunOptions, chosen: Chosen, settings: Settings, note: Callable[[str], None]
+) -> Engine:
+    """The engine. Raises BudgetError below the smallest budget, whatever this very run would need."""
+    budget, least = chosen.plan.budget_bytes, least_settings(settings, options.ubatch)
+    try:
+        engine = _open_engine(model, chosen, settings, note)
+        near = engine.fixed_bytes + smallest_window(model.file) + NEAR_BYTES
+        if not budget or budget >= (written(model.file.hash, least, options.kind) or near):
+            return engine
+        engine.close()
+    except BudgetError:
+        if not budget:
+            raise
+    floor = measure(model.file, model.hollow, least, options.kind)
+    if budget < floor:
+        raise below_floor(budget, floor)
+    return _open_engine(model, chosen, settings, note)
 
 
 def _open_engine(model: OpenModel, chosen: Chosen, settings: Settings, note: Callable[[str], None]) -> Engine:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from h2o_cli.defaults import LEAST_UBATCH
 from h2o_cli.output import table
 from runtime.plan import Plan
-from runtime.sizes import format_size
+from runtime.sizes import MB, format_size
 
 if TYPE_CHECKING:
     from planner.arms import Arm
@@ -40,13 +40,16 @@ class Outlook:
 
 
 def outlook_of(
-    profile: ModelProfile, wanted: Plan, arm: Arm, budget: int, ctx: int, kv: KvUse | None = None
+    profile: ModelProfile, wanted: Plan, arm: Arm, budget: int, ctx: int, kv: KvUse | None = None, floor_bytes: int = 0
 ) -> Outlook:
-    """What a plan should reach in a context of ctx tokens whose keys and values are kept as kv says."""
+    """What a plan should reach in a context of ctx tokens whose keys and values are kept as kv says.
+
+    floor_bytes: the smallest budget, where it is known better than from the profile (0: not).
+    """
     from planner.footprint import measure_footprint, streamable_bytes
     from planner.simulator import first_token_s, limit_s, token_s
 
-    footprint = measure_footprint(profile, ctx, LEAST_UBATCH, kv)
+    footprint = measure_footprint(profile, ctx, LEAST_UBATCH, kv, floor_bytes)
     return Outlook(
         wanted,
         1000 * token_s(profile, arm),
@@ -108,7 +111,7 @@ def report(outlook: Outlook, profile: ModelProfile | None) -> str:
     if outlook.live:
         lines.append(f"measured: {outlook.live['measured_ms_per_token']:.1f} ms per token")
     if outlook.floor_bytes:
-        lines.append(f"smallest budget: {format_size(outlook.floor_bytes)}")
+        lines.append(f"smallest budget: -m {-(-outlook.floor_bytes // MB)}")
     if outlook.ledger:
         rows = [(part.removesuffix("_bytes").replace("_", " "), format_size(n)) for part, n in outlook.ledger.items()]
         lines += ["memory:", *(f"  {line}" for line in table(rows, right=(1,)).split("\n"))]

@@ -24,6 +24,7 @@ JITTER_ALLOWANCE = 0.01  # a second layer in the window may cost this much of th
 MOST_PLAYED_ARMS = 32  # in the bandit's run that is shown beside the exact search
 EPISODES = 120
 CONFIRM_ARMS = 4
+PROMPT_TOKENS = 128
 SAME_SPEED = 1.0005
 WORTH_SAYING = 0.99  # what helps is named when it brings the time below this part of the predicted one
 
@@ -50,17 +51,18 @@ def choose(
     ctx_tokens: int,
     ubatch_tokens: int,
     layout: Layout | None = None,
-    prompt_tokens: int = 128,
     kv: KvUse | None = None,
     seed: int = 0,
+    floor_bytes: int = 0,
 ) -> Choice:
     """The plan for a process of budget_bytes, a context of ctx_tokens and passes of at most ubatch_tokens.
 
-    layout None: the best of all. predicted_ttft_s is for a prompt of prompt_tokens. kv: how keys and values are kept
+    layout None: the best of all. predicted_ttft_s is for a prompt of PROMPT_TOKENS. kv: how keys and values are kept
     (None: all of them, f16); what a disk store reads of them is not in the predictions. The bandit and the exact
     search both look; the exact one decides. Raises BudgetError, with the smallest budget that works, below the floor.
+    floor_bytes: that budget, where it is known better than from the profile (0: not).
     """
-    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv)
+    footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv, floor_bytes)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
     best = prefer_overlap(profile, arms, best_arm(profile, arms))
@@ -69,7 +71,7 @@ def choose(
     return Choice(
         plan=_plan(profile, arm, budget_bytes),
         predicted_ms_per_token=best.token_ms,
-        predicted_ttft_s=first_token_s(profile, arm, prompt_tokens, ubatch_tokens),
+        predicted_ttft_s=first_token_s(profile, arm, PROMPT_TOKENS, ubatch_tokens),
         limit_ms_per_token=1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
         floor_bytes=footprint.floor_bytes,
         ledger=footprint.ledger(budget_bytes, arm.pinned_bytes, arm.window_bytes),

@@ -16,7 +16,8 @@ class Footprint:
     """Bytes the process needs besides weights that can be streamed.
 
     compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it. kv_bytes is without keys and
-    values that a disk store spares; filter_bytes: what filtering them takes beside the cache.
+    values that a disk store spares; filter_bytes: what filtering them takes beside the cache. known_floor_bytes: the
+    smallest budget where a run has said it (0: not).
     """
 
     process_bytes: int
@@ -27,6 +28,7 @@ class Footprint:
     smallest_window_bytes: int
     prompt_bytes: int = 0
     filter_bytes: int = 0
+    known_floor_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -42,20 +44,20 @@ class Footprint:
 
     @property
     def floor_bytes(self) -> int:
-        """The smallest budget that works: what a prompt needs, and the smallest window."""
-        return self.fixed_bytes + self.prompt_bytes + self.smallest_window_bytes
+        """The smallest budget that works: as known, else what a prompt needs, and the smallest window."""
+        if self.known_floor_bytes:
+            return self.known_floor_bytes
+        return budget_for(self.fixed_bytes + self.prompt_bytes + self.smallest_window_bytes)
 
     def available_bytes(self, budget_bytes: int) -> int:
         """Bytes for resident weights and the window. Raises BudgetError below the floor."""
-        usable = usable_bytes(budget_bytes)
-        if usable < self.floor_bytes:
-            floor = budget_for(self.floor_bytes)
+        if budget_bytes < self.floor_bytes:
             raise BudgetError(
-                f"{format_size(budget_bytes)} is too little for this model and context",
-                f"the smallest budget that works is -m {-(-floor // MB)} (MB)",
-                floor,
+                f"{format_size(budget_bytes)} is too small for this model",
+                f"the smallest budget that works is -m {-(-self.floor_bytes // MB)}",
+                self.floor_bytes,
             )
-        return usable - self.fixed_bytes
+        return max(usable_bytes(budget_bytes) - self.fixed_bytes, self.smallest_window_bytes)
 
     def ledger(self, budget_bytes: int, pinned_bytes: int, window_bytes: int) -> dict[str, int]:
         """Part -> bytes; the parts add up to the budget. filter_bytes is there where there is a filter."""
@@ -78,10 +80,13 @@ def streamable_bytes(profile: ModelProfile) -> int:
     return sum(layer.bytes for layer in profile.layers) + profile.head.bytes
 
 
-def measure_footprint(profile: ModelProfile, ctx_tokens: int, ubatch_tokens: int, kv: KvUse | None = None) -> Footprint:
+def measure_footprint(
+    profile: ModelProfile, ctx_tokens: int, ubatch_tokens: int, kv: KvUse | None = None, floor_bytes: int = 0
+) -> Footprint:
     """The footprint of a context of ctx_tokens, in passes of at most ubatch_tokens.
 
-    kv: how keys and values are kept (None: all of them, f16). Compute buffers grow with ubatch_tokens in proportion
+    kv: how keys and values are kept (None: all of them, f16). floor_bytes: the smallest budget, where it is known.
+    Compute buffers grow with ubatch_tokens in proportion
     from the measured point, and with the context by the profile's figures per token.
     """
     memory = profile.memory
@@ -102,4 +107,5 @@ def measure_footprint(profile: ModelProfile, ctx_tokens: int, ubatch_tokens: int
         smallest_window_bytes=min(memory.min_window_bytes, streamable_bytes(profile)),
         prompt_bytes=whole - compute_bytes,
         filter_bytes=needs.filter_bytes,
+        known_floor_bytes=floor_bytes,
     )

@@ -40,13 +40,12 @@ from runtime.engine import Engine
 from runtime.errors import Cancelled, ModelError
 from runtime.hollow import HollowModel
 from runtime.kv.cache import K, V, find_cache
-from runtime.ledger import Ledger, below_floor
+from runtime.ledger import Ledger, below_floor, budget_for, whole_floor
 from runtime.memory import available_bytes, resident_bytes
 from runtime.model_file import Layer, ModelFile
 from runtime.plan import Plan
 from runtime.residency import layer_bytes, smallest_window, streamable_bytes
 from runtime.settings import SHORT_PASS, Settings
-from runtime.sizes import MB
 
 CTX_TOKENS = 512
 _ROOT = Path(__file__).resolve().parent.parent
@@ -60,12 +59,15 @@ _PACKAGES = {"h2o": "h2o-llm", "llama_cpp_python": "llama-cpp-python"}
 
 @dataclass(frozen=True)
 class Needs:
-    """Memory by part of an engine that is open but has no weights, at the context and batch of `memory`."""
+    """Memory by part of an engine that is open but has no weights, at the context and batch of `memory`.
+
+    need_bytes: of all parts, with the smallest window.
+    """
 
     memory: MemoryProfile
     kv_bytes_per_token: int
     kv: KvProfile | None
-    floor_bytes: int
+    need_bytes: int
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Measurement:
         self.share = 0.0
         self.notes: list[str] = []
         self.resident_release_s: Spread | None = None  # of one layer, where there was memory to measure it
+        self.need_bytes = 0  # of a run in the smallest budget, measured
+        self.settings = Settings()  # of that run
         self._progress = progress
         self._n_threads = n_threads or usable_cores()
         self._budget_bytes = budget_bytes
@@ -156,16 +160,17 @@ class Measurement:
 
     def _memory(self, file: ModelFile, hollow: HollowModel) -> tuple[Needs, int]:
         """What the process needs besides weights, and the bytes of the window to measure with."""
-        self._settings = default_settings(file, self._n_threads)
-        needs = measure_memory(file, hollow, self._settings, self._surplus_bytes)
+        self.settings = default_settings(file, self._n_threads)
+        needs = measure_memory(file, hollow, self.settings, self._surplus_bytes)
+        self.need_bytes = needs.need_bytes
         needs = replace(
             needs, memory=msgspec.structs.replace(needs.memory, filter_process_bytes=self._run_memory.filter_bytes)
         )
         self._check()
-        floor_bytes = needs.floor_bytes + max(0, self._surplus_bytes)
+        floor_bytes = whole_floor(needs.need_bytes + max(0, self._surplus_bytes))
         budget = min(available_bytes(), self._budget_bytes or available_bytes())
         if budget < floor_bytes:
-            raise below_floor(budget, floor_bytes - MB)
+            raise below_floor(budget, floor_bytes)
         least = smallest_window(file)
         window_bytes = max(least, min(_largest_layer(file), budget - floor_bytes + least))
         return needs, window_bytes
@@ -206,7 +211,7 @@ class Measurement:
         return seconds
 
     def _compute(self, file: ModelFile, hollow: HollowModel, found: DiskProfile, window_bytes: int) -> ComputeTimes:
-        settings = replace(self._settings, request_bytes=found.request_bytes, depth=max(1, found.depth))
+        settings = replace(self.settings, request_bytes=found.request_bytes, depth=max(1, found.depth))
         engine = Engine(file, hollow, Plan(0, 1, window_bytes=window_bytes), settings)
         self._engine = engine
         try:
@@ -282,7 +287,7 @@ def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings, sur
         prompt_bytes_per_token=max(0, large_prompt_bytes - prompt_bytes) // settings.n_ctx,
     )
     floor = small.fixed_bytes - surplus_bytes + smallest_window(file)
-    return Needs(memory, per_token, measure_kv(file, hollow, settings), -(-(floor + MB) // MB) * MB)
+    return Needs(memory, per_token, measure_kv(file, hollow, settings), budget_for(floor))
 
 
 def measure_kv(file: ModelFile, hollow: HollowModel, settings: Settings) -> KvProfile | None:
@@ -346,7 +351,7 @@ def _profile(
         kv_bytes_per_token=needs.kv_bytes_per_token,
         kv=needs.kv,
         memory=needs.memory,
-        floor_bytes=needs.floor_bytes,
+        floor_bytes=whole_floor(needs.need_bytes),
     )
 
 

@@ -77,7 +77,7 @@ class Ledger:
         """What the budget leaves for window and resident pieces. Raises BudgetError below the floor."""
         usable, floor = usable_bytes(budget_bytes), self.fixed_bytes + smallest_window
         if usable < floor:
-            raise below_floor(budget_bytes, budget_for(floor))
+            raise below_floor(budget_bytes, whole_floor(budget_for(floor)))
         return usable - self.fixed_bytes
 
 
@@ -92,13 +92,17 @@ def budget_for(usable: int) -> int:
     return usable + -(-more // (PAGE - _TABLE_ENTRY_BYTES))
 
 
+def whole_floor(need_bytes: int) -> int:
+    """The budget that is named where need_bytes were measured: whole MB, with room for what differs from run to run."""
+    return -(-(need_bytes + MB) // MB) * MB
+
+
 def below_floor(budget_bytes: int, floor_bytes: int) -> BudgetError:
-    """The error for a budget that is too small; the floor it names is a whole number of MB and works."""
-    floor = -(-(floor_bytes + MB) // MB)
+    """The error for a budget below floor_bytes (whole MB), the smallest that works."""
     return BudgetError(
         f"{format_size(budget_bytes)} is too small for this model",
-        f"the smallest budget that works here is -m {floor} (a smaller --ctx or --ubatch lowers it)",
-        floor_bytes=floor * MB,
+        f"the smallest budget that works here is -m {floor_bytes // MB} (a smaller --ctx or --ubatch lowers it)",
+        floor_bytes=floor_bytes,
     )
 
 

@@ -68,6 +68,6 @@ def test_the_floor_that_is_named_works(model):
         done = group.run(run_command(model, floor_mb), timeout=120)
         assert done.returncode == 0, done.stderr
         assert group.kills == 0
-    below = run_command(model, floor_mb - 3)
+    below = run_command(model, floor_mb - 1)
     with memory_limit(400 * MB) as group:
         assert group.run(below, timeout=60).returncode == 1

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import BudgetError
-from runtime.ledger import MARGIN_BYTES, Ledger, below_floor, budget_for, embedding_rows_bytes, usable_bytes
+from runtime.ledger import (
+    MARGIN_BYTES,
+    Ledger,
+    below_floor,
+    budget_for,
+    embedding_rows_bytes,
+    usable_bytes,
+    whole_floor,
+)
 from runtime.sizes import MB, PAGE, page_down, page_up, parse_size
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -53,7 +61,7 @@ def test_weights_get_what_is_left_or_the_floor_is_named(ledger, budget, smallest
 @QUICK
 @given(sizes)
 def test_the_floor_in_the_error_can_be_typed(floor):
-    error = below_floor(1, floor)
+    error = below_floor(1, whole_floor(floor))
     typed = re.search(r"-m (\d+)", error.next_step).group(1)
     assert parse_size(typed) == error.floor_bytes
     assert floor + MB <= error.floor_bytes < floor + 2 * MB

@@ -138,7 +138,7 @@ def test_the_plan_counts_what_a_run_counts(long_model, tmp_path, flags):
 def test_a_context_that_fits_only_with_a_filter_is_planned_and_runs(long_model, tmp_path):
     model, environment = long_model
     code, _, err = planned(model, environment, tmp_path, "-m", 122)
-    assert code == 1 and "the smallest budget that works is -m" in err
+    assert code == 1 and "the smallest budget that works here is -m" in err
     code, found, err = planned(model, environment, tmp_path, "-m", 122, *FILTER)
     assert code == 0, err
     assert found["floor_bytes"] <= 122 * MB

@@ -1,0 +1,183 @@
+"""The smallest budget: one number for a model, a context and flags, whoever names it, and no run takes less.
+
+It is what an engine without weights takes, and its smallest window, in whole MB. What a process takes differs by some
+hundred KB from run to run. So the number is written down in the user's cache folder, and stays for as long as later
+measurements agree with it.
+
+`python -m h2o_cli.smallest KIND FLAGS...` is a run with these flags that only says the number: commands that have
+loaded other code than a run ask such a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+from runtime.engine import Engine
+from runtime.errors import (
+    BudgetError,
+    DiskError,
+    EngineError,
+    H2OError,
+    ModelError,
+    ProfileError,
+    PromptError,
+    UsageError,
+)
+from runtime.hollow import HollowModel
+from runtime.ledger import budget_for, whole_floor
+from runtime.llama_abi import PINNED_VERSION
+from runtime.memory import trim_heap
+from runtime.model_file import ModelFile
+from runtime.pass_memory import rows_for
+from runtime.plan import Plan
+from runtime.residency import smallest_window
+from runtime.settings import FULL_TILES, Settings
+from runtime.sizes import MB
+
+PROMPT, CHAT, CONVERSATION = "prompt", "chat", "conversation"  # kinds of runs: they load other code
+PLANNER_BYTES = 2_500_000  # what a run takes more when there is a profile of the model
+PLANNER = "planner.choose"
+NEAR_BYTES = 20 * MB  # an engine with so much more than it needs is above the smallest budget for certain
+_AGREES_BYTES = 4 * MB  # a written number may be so much above what is measured
+_MOST_WRITTEN = 200
+_TIMEOUT_S = 300.0
+_ERRORS = {kind.__name__: kind for kind in (ModelError, PromptError, UsageError, DiskError, ProfileError)}
+
+
+def least_settings(settings: Settings, ubatch: int | None) -> Settings:
+    """Those of the smallest budget: the shortest passes of a prompt, no drafts from the text. ubatch: as given."""
+    n_logits = rows_for(2, settings.n_logits) if settings.draft_bytes else 1
+    return replace(settings, n_ubatch=min(ubatch or FULL_TILES, FULL_TILES), n_logits=n_logits)
+
+
+def measure(file: ModelFile, hollow: HollowModel, settings: Settings, kind: str) -> int:
+    """The smallest budget in bytes, from an engine that reads no weights; no other may be open on this model."""
+    trim_heap()
+    engine = Engine(file, hollow, Plan(0, 1, window_bytes=smallest_window(file)), settings)
+    engine.close()
+    need = budget_for(engine.fixed_bytes + smallest_window(file))
+    return agreed(file.hash, settings, kind, need, has_planner=PLANNER in sys.modules)
+
+
+def agreed(model_hash: int, settings: Settings, kind: str, need_bytes: int, *, has_planner: bool) -> int:
+    """The smallest budget where need_bytes were measured: the number written down, if they agree; else a new one.
+
+    has_planner: it is in need_bytes already.
+    """
+    need = need_bytes + (0 if has_planner else PLANNER_BYTES)
+    old = written(model_hash, settings, kind)
+    if need <= old <= need + _AGREES_BYTES:
+        return old
+    floor = whole_floor(need)
+    if not settings.draft_bytes:
+        _write(_key(model_hash, settings, kind), floor)
+    return floor
+
+
+def written(model_hash: int, settings: Settings, kind: str) -> int:
+    """The number that was written down for such a run; 0: none."""
+    return 0 if settings.draft_bytes else _read().get(_key(model_hash, settings, kind), 0)
+
+
+def _key(model_hash: int, settings: Settings, kind: str) -> str:
+    """All that decides about the number, but for the code."""
+    kv = settings.kv and replace(settings.kv, folder="")
+    facts = [settings.n_ctx, settings.n_ubatch, settings.kv_type, settings.prefetch_input, kv]
+    return " ".join(map(str, [PINNED_VERSION, sys.hexversion, model_hash, kind, *facts]))
+
+
+def _path() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("h2o-llm")) / "smallest-budgets.json"
+
+
+def _read() -> dict[str, int]:
+    """All that was written down. Anything but that is as good as nothing."""
+    try:
+        found = json.loads(_path().read_bytes())
+        return {str(key): int(n_bytes) for key, n_bytes in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write(key: str, floor: int) -> None:
+    """Write a number down; silent where the folder cannot be written."""
+    others = {old: n_bytes for old, n_bytes in _read().items() if old != key}
+    kept = dict([*others.items(), (key, floor)][-_MOST_WRITTEN:])
+    with suppress(OSError):
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(kept, indent=0))
+        os.replace(partial, path)
+
+
+# --- asking a process that is like a run ----------------------------------------------------------------------------
+
+
+def smallest_budget(file: ModelFile, kind: str, settings: Settings, flags: Sequence[str] = ()) -> int:
+    """The smallest budget of such a run in bytes, measured where it was not written down.
+
+    flags: those of `h2o run` that make these settings, but for --ctx. Raises what the run would, EngineError where no
+    process can be started.
+    """
+    known = written(file.hash, least_settings(settings, None), kind)
+    return known or ask(kind, [str(file.path), "--ctx", str(settings.n_ctx), *flags])
+
+
+def ask(kind: str, flags: Sequence[str]) -> int:
+    """The smallest budget of a run of this kind with these flags of `h2o run` (model included), in bytes.
+
+    Raises what the run would, EngineError where no process can be started.
+    """
+    import subprocess
+
+    command = [sys.executable, "-m", "h2o_cli.smallest", kind, *flags]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=True
+        )
+        found = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        raise EngineError("the smallest budget could not be measured", "try again with more free memory") from None
+    if "floor_bytes" in found:
+        return int(found["floor_bytes"])
+    raise _ERRORS.get(found["error"], EngineError)(found["message"], found["next_step"])
+
+
+class _Terminal(StringIO):
+    """A standard input at which somebody seems to sit: a run without a prompt becomes a conversation."""
+
+    def isatty(self) -> bool:
+        """Always."""
+        return True
+
+
+def main() -> None:
+    """Begin a run in a budget of nothing; the error says the number."""
+    from h2o_cli.main import app
+
+    kind, *flags = sys.argv[1:]
+    more = {PROMPT: ["-p", "x"], CHAT: ["-p", "x", "--chat"], CONVERSATION: []}[kind]
+    sys.stdin = _Terminal()
+    answer: dict[str, str | int] = {"error": "", "message": "a run in 1 MB was not refused", "next_step": "report this"}
+    try:
+        app(["run", *flags, *more, "-m", "1"], prog_name="h2o", standalone_mode=False)
+    except BudgetError as error:
+        answer = {"floor_bytes": error.floor_bytes}
+    except H2OError as error:
+        answer = {"error": type(error).__name__, "message": error.message, "next_step": error.next_step}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
