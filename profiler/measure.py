@@ -292,7 +292,7 @@ def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings, sur
 
 def measure_kv(file: ModelFile, hollow: HollowModel, settings: Settings) -> KvProfile | None:
     """The cache of keys and values, layer by layer; None where nothing of it can be filtered."""
-    context = Context(hollow, settings, settings.n_ubatch, abi.EvalCallback())
+    context = Context(hollow, settings, settings.n_ubatch)
     try:
         cache = find_cache(context.buffers.caches, file, hollow.pointer)
     except ModelError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime import llama_abi as abi
 from runtime.errors import EngineError
 from runtime.hollow import ContextBuffers, HollowModel
 from runtime.memory import drop_pages
+from runtime.node_filter import NodeFilter
 from runtime.settings import KV_TYPES, Settings
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ _NO_CALLBACK = abi.EvalCallback()
 
 
 class Context:
-    """A context for passes of at most n_tokens, in buffers of ours. `callback` is called for every node of a pass."""
+    """A context for passes of at most n_tokens, in buffers of ours. `nodes` is called for every node of a pass."""
 
-    def __init__(self, model: HollowModel, settings: Settings, n_tokens: int, callback: Any) -> None:
+    def __init__(self, model: HollowModel, settings: Settings, n_tokens: int, nodes: NodeFilter | None = None) -> None:
         """Raises EngineError when llama.cpp cannot create it."""
         parameters = abi.llama.llama_context_default_params()
         parameters.n_ctx = settings.n_ctx
@@ -31,7 +32,8 @@ class Context:
         parameters.n_threads = parameters.n_threads_batch = settings.n_threads
         parameters.n_outputs_max = settings.n_logits
         parameters.type_k = parameters.type_v = KV_TYPES[settings.kv_type]
-        parameters.cb_eval = callback
+        if nodes:
+            parameters.cb_eval, parameters.cb_eval_user_data = nodes.callback, nodes.data
         parameters.no_perf = True
         abi.take_log()
         with ContextBuffers() as self.buffers:
@@ -41,7 +43,7 @@ class Context:
             raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
         self.pointer = int(pointer)
         self.n_tokens = n_tokens
-        self._callback = callback
+        self._nodes = nodes
         self._memory = abi.llama.llama_get_memory(self.pointer)
         self._scheduler = abi.llama_context_get_sched(self.pointer)
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
@@ -50,8 +52,9 @@ class Context:
 
     def call_back(self, *, wanted: bool) -> None:
         """Whether llama.cpp calls back in the next pass (a graph that is built anew does once more)."""
-        callback = self._callback if wanted else _NO_CALLBACK
-        abi.ggml_backend_sched_set_eval_callback(self._scheduler, callback, None)
+        nodes = self._nodes if wanted else None
+        callback, data = (nodes.callback, nodes.data) if nodes else (_NO_CALLBACK, None)
+        abi.ggml_backend_sched_set_eval_callback(self._scheduler, callback, data)
 
     def decode(self, tokens: Sequence[int], n_past: int, n_logits: int) -> int:
         """Compute tokens at positions from n_past on, with logits of the last n_logits. Returns llama.cpp's status."""

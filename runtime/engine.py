@@ -110,7 +110,7 @@ class Engine:
         n_tokens = min(self.settings.n_ubatch, self.settings.n_ctx)
         while True:
             with ExitStack() as opened:
-                self._context = Context(self._model, self.settings, n_tokens, self.nodes.callback)
+                self._context = Context(self._model, self.settings, n_tokens, self.nodes.filter)
                 opened.callback(self._context.close)
                 self._pass_memory = PassMemory(self.file, self.settings, self._context)
                 self._context.align_scratch(self._pass_memory.scratch_bytes)

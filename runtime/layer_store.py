@@ -57,6 +57,7 @@ class LayerStore:
         self._load_pass = 0
         self._load_place = 0
         self._flying: list[Chunk] = []  # what readers are reading just now
+        self._resting = 0  # readers that wait for something to read
         self._paused = True
         self._closing = False
         self.interrupt: BaseException | None = None  # set it from anywhere: who waits for a read raises it
@@ -118,7 +119,7 @@ class LayerStore:
         """The next passes need the output head or not; passes not announced need it."""
         with self._lock:
             self._passes_without_head = {self._pass + i for i, head in enumerate(heads) if not head}
-            self._wake_readers()
+            self._feed()
 
     def need(self, piece: Piece) -> int:
         """The address of the piece's bytes; waits until they are there. Raises DiskError when reading failed."""
@@ -214,7 +215,7 @@ class LayerStore:
                         del self._loads[load.piece.number]
                     self._give_back(load)
                 self._pending.clear()
-                self._readable.notify_all()
+                self._feed()
 
     def settle(self, then: Callable[[], object] = lambda: None) -> None:
         """Wait until the readers have filled the window and rest, then call `then`: a wait, too (for measuring)."""
@@ -246,12 +247,15 @@ class LayerStore:
                     load.pass_number = self._pass
             if self._load_pass < self._pass:
                 self._load_pass, self._load_place = self._pass, 0
-            self._wake_readers()
+            self._feed()
 
-    def _wake_readers(self) -> None:
-        """A pass begins or ends. Readers that look for work in vain take 2 % of a token's time from the computation."""
-        if len(self._resident) < len(self._pieces):
-            self._readable.notify_all()
+    def _feed(self) -> None:
+        """Queue reads for the readers that rest; as many of them wake as there are reads.
+
+        Readers that wake to look for work in vain take the computation's cores.
+        """
+        while len(self._queue) < self._resting and not self._paused and self._start_load():
+            pass
 
     def _drop(self, load: Load) -> None:
         """Take a load out of the stream. Its slot comes back at once, or when the reads under way have ended."""
@@ -336,7 +340,9 @@ class LayerStore:
                     self._overtake()
                 return self._queue.popleft()
             if self._paused or not self._start_load():
+                self._resting += 1
                 self._readable.wait()
+                self._resting -= 1
         return None
 
     def _start_load(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from runtime import llama_abi as abi
@@ -17,6 +18,7 @@ from runtime.embedding import RowTable
 from runtime.errors import EngineError
 from runtime.layer_store import LayerStore
 from runtime.model_file import ModelFile, Piece
+from runtime.node_filter import NodeFilter
 from runtime.repack import Repacker
 from runtime.tiled_product import TiledProduct
 from runtime.trace import LayerTrace
@@ -35,7 +37,7 @@ class Weight:
 
 
 class Nodes:
-    """The nodes of one context's passes. `callback` is for llama.cpp; `stop` ends the pass and is raised after it."""
+    """The nodes of one context's passes. `filter` is for llama.cpp; `stop` ends the pass and is raised after it."""
 
     def __init__(
         self,
@@ -46,11 +48,11 @@ class Nodes:
         n_threads: int,
     ) -> None:
         """addresses: of the ggml_tensor structs of every weight."""
-        self.stop: BaseException | None = None
+        self.filter = NodeFilter(self._on_node)
+        self._stop: BaseException | None = None
         self.trace: LayerTrace | None = None
         self.quiet: Callable[[], object] | None = None  # for measuring: called once the readers rest, before computing
         self.kv: Filter | None = None
-        self.callback = abi.EvalCallback(self._on_node)
         self._store = store
         self._weights = _index(file, addresses, tables)
         self._tables = [(weight, weight.table) for weight in self._weights if weight.table]
@@ -83,9 +85,32 @@ class Nodes:
         repack: rearrange each one that is there for good. boundary_bytes: most bytes asked for between two reports.
         """
         self._repack, self._boundary_bytes = repack, boundary_bytes
-        self._active = {weight.address: weight for weight in self._weights if weight.pieces}
+        for address in list(self._active):
+            self._unwatch(address)
+        for weight in self._weights:
+            if weight.pieces:
+                self._watch(weight.address, weight)
+
+    def _watch(self, address: int, weight: Weight) -> None:
+        self._active[address] = weight
+        self.filter.watch(address)
+
+    def _unwatch(self, address: int) -> None:
+        self._active.pop(address, None)
+        self.filter.forget(address)
 
     # --- passes -------------------------------------------------------------------------------------------------
+
+    @property
+    def stop(self) -> BaseException | None:
+        """What ends the pass, or None. It may be set from a signal handler, in the middle of a pass."""
+        return self._stop
+
+    @stop.setter
+    def stop(self, reason: BaseException | None) -> None:
+        self._stop = reason
+        if reason is not None:
+            self.filter.pass_on_everything(True)  # the next node, whatever it is, ends the pass
 
     @property
     def are_watched(self) -> bool:
@@ -94,6 +119,7 @@ class Nodes:
 
     def begin_pass(self, tokens: Sequence[int]) -> None:
         """Fetch the embedding rows of the tokens."""
+        self.filter.pass_on_everything(bool(self.trace or self.kv or self.stop))
         self._fetch_rows(tokens)
         if self.quiet:
             self._store.settle(self.quiet)
@@ -106,7 +132,7 @@ class Nodes:
         if self.trace:
             self.trace.end_pass(self._store.wait_s)
         for address in self._aliases:
-            self._active.pop(address, None)
+            self._unwatch(address)
         self._aliases.clear()
         self._tiled.clear()
         for address in list(self._skipped):
@@ -173,7 +199,7 @@ class Nodes:
         if op in abi.VIEW_OPS:
             view_node = abi.Tensor.from_address(node)
             view_node.data = data + view_node.view_offs
-            self._active[node] = weight
+            self._watch(node, weight)
             self._aliases.append(node)
         elif self._store.is_resident(piece) and source == weight.address:
             self._settle(weight)
@@ -196,7 +222,7 @@ class Nodes:
 
     def _settle(self, weight: Weight) -> None:
         """The weight is in memory for good: llama.cpp can use it without asking us."""
-        self._active.pop(weight.address, None)
+        self._unwatch(weight.address)
         if self._repack and weight.table is None:
             self._repacker.repack(weight.address)
 
@@ -206,10 +232,7 @@ class Nodes:
         if weight:
             self._unskip(address)
             self._give_back()
-            self._product.begin(address)
-            for piece in weight.pieces:
-                self._product.compute(self._store.need(piece), piece.first_row, piece.n_rows)
-                self._give_back()
+            self._compute_tiles(address, weight.pieces)
         else:
             self._give_back()
         self._asked_bytes = 0
@@ -219,6 +242,17 @@ class Nodes:
         if self.trace:
             self.trace.after(self._store.wait_s)
         return True
+
+    def _compute_tiles(self, node: int, pieces: Sequence[Piece]) -> None:
+        """Compute a product piece by piece; resident neighbours lie one behind the other and are computed at once."""
+        self._product.begin(node)
+        resident = self._store.is_resident
+        for stays, run in groupby(pieces, resident):
+            parts = list(run)
+            for part in [parts] if stays else [[piece] for piece in parts]:
+                addresses = [self._store.need(piece) for piece in part]
+                self._product.compute(addresses[0], part[0].first_row, sum(piece.n_rows for piece in part))
+                self._give_back()
 
     def _give_back(self) -> None:
         """Everything asked for has been computed with."""

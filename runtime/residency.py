@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from runtime.model_file import Layer, ModelFile, Piece
 from runtime.plan import Layout, Plan
+from runtime.sizes import PAGE
+
+_MOST_EXCHANGES = 4  # the first ones gain most
 
 
 def layer_bytes(layer: Layer) -> int:
@@ -61,6 +64,8 @@ def resident_pieces(
     if plan.pinned_bytes:
         chosen = _fill(model.head.pieces, target, chosen)
         chosen = _fill((p for layer in model.layers for p in layer.pieces), target, chosen)
+    if plan.pinned_bytes and plan.layout is Layout.BALANCED:
+        chosen = _exchange(model, target, chosen)
     return frozenset(piece.number for piece in chosen)
 
 
@@ -82,7 +87,8 @@ def _fill(candidates: Iterable[Piece], target: int, chosen: frozenset[Piece] = f
 def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[Piece]:
     """The same share of every layer and of the head: what one layer cannot take exactly, the next ones make up for.
 
-    When everything in `keep` fits, it stays and only what is missing is shared out.
+    When everything in `keep` fits, it stays and only what is missing is shared out. Small tensors are taken first: few
+    large ones are then streamed, and every read costs the computation a part of a core.
     """
     share = target / streamable_bytes(model)
     kept = {piece for piece in model.pieces if piece.number in keep}
@@ -95,7 +101,7 @@ def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[
         seen += layer_bytes(group)
         used += sum(piece.span_bytes for piece in group.pieces if piece in kept)
         closed: set[str] = set()
-        for piece in sorted(group.pieces, key=lambda p: (p.number not in keep, -p.tensor.n_bytes, p.number)):
+        for piece in sorted(group.pieces, key=lambda p: (p.number not in keep, +p.tensor.n_bytes, p.number)):
             if piece in kept or piece.tensor.name in closed:
                 continue
             if used + piece.span_bytes <= share * seen and piece.span_bytes <= room:
@@ -105,6 +111,24 @@ def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[
             else:
                 closed.add(piece.tensor.name)
     return frozenset(chosen)
+
+
+def _exchange(model: ModelFile, target: int, chosen: frozenset[Piece]) -> frozenset[Piece]:
+    """chosen, with some tensors exchanged for larger ones, each time the one that leaves least of the target unused."""
+    taken = set(chosen)
+    room = target - sum(piece.span_bytes for piece in taken)
+    whole = [piece for piece in model.pieces if piece.n_rows == piece.tensor.n_rows]
+    for _ in range(_MOST_EXCHANGES):
+        inside = {piece.span_bytes: piece for piece in whole if piece in taken}
+        outside = {piece.span_bytes: piece for piece in whole if piece not in taken}
+        gain, out, into = max(
+            ((b - a, a, b) for a in inside for b in outside if PAGE <= b - a <= room), default=(0, 0, 0)
+        )
+        if not gain:
+            break
+        taken = taken - {inside[out]} | {outside[into]}
+        room -= gain
+    return frozenset(taken)
 
 
 def smallest_window(model: ModelFile, resident: frozenset[int] = frozenset()) -> int:

@@ -597,6 +597,29 @@ def test_nobody_computes_when_there_is_nothing_to_do():
         assert time.process_time() - before < 0.1
 
 
+def test_few_readers_look_for_work_in_vain(monkeypatch):
+    """One piece is streamed: one reader has work in each pass, and the other three sleep."""
+    in_vain = []
+    start_load = LayerStore._start_load
+
+    def look(self):
+        found = start_load(self)
+        if not found and threading.current_thread().name.startswith("reader-"):
+            in_vain.append(1)
+        return found
+
+    with computing(SMALL, depth=4) as (c, s, _):
+        c.plan(numbers_of(c.pieces[1:]), ONE)
+        c.one_pass()
+        s.settle()
+        wait_until(lambda: s._resting == 4)
+        monkeypatch.setattr(LayerStore, "_start_load", look)
+        for _ in range(20):
+            c.one_pass()
+            wait_until(lambda: s._resting == 4)
+        assert len(in_vain) <= 2 * 20
+
+
 def test_a_read_left_behind_by_a_pass_that_was_ended_spoils_nothing():
     with computing(SMALL) as (c, s, files):
         files.held = {page_down(c.pieces[1].offset)}

@@ -1,0 +1,28 @@
+/* Which nodes of llama.cpp's graph Python hears of: those with a marked source, or all.
+ *
+ * llama.cpp asks about every node before it computes it, some thousand times for a token, and most nodes use no weight
+ * that anybody waits for. This function answers for those. It knows no struct of llama.cpp: where the sources of a node
+ * are is handed in, and so is the table of marks. node_filter.py is its other half.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct h2o_filter {
+    bool (*python)(void *node, bool ask, void *data);
+    const uint16_t *marks; /* per slot: how many marked addresses have it */
+    size_t n_marks;        /* a power of two */
+    size_t source_offset;  /* bytes from the beginning of a node to its first source */
+    size_t n_sources;
+    int32_t everything;    /* not 0: Python hears of every node */
+};
+
+bool h2o_node_filter(void *node, bool ask, void *data) {
+    const struct h2o_filter *filter = data;
+    bool wanted = !ask || filter->everything;
+    void *const *sources = (void *const *)((const char *)node + filter->source_offset);
+    for (size_t i = 0; !wanted && i < filter->n_sources; i++) {
+        wanted = sources[i] && filter->marks[((uintptr_t)sources[i] >> 4) & (filter->n_marks - 1)];
+    }
+    return wanted && filter->python(node, ask, data);
+}

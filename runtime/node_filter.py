@@ -1,0 +1,87 @@
+"""Which of llama.cpp's nodes Python hears of.
+
+llama.cpp asks about every node before it computes it: a thousand questions for a token, nearly all of them about nodes
+whose weights are in memory for good. A function in C (node_filter.c) answers those. Without the compiled function
+Python is asked about all of them and answers the same, at 3 to 4 microseconds each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime import llama_abi as abi
+
+_N_MARKS = 2**16
+_GRAIN = 16  # bytes: structs are aligned to it
+
+
+class _Filter(ctypes.Structure):
+    """struct h2o_filter of node_filter.c."""
+
+    _fields_ = [
+        ("python", abi.EvalCallback),
+        ("marks", abi.POINTER),
+        ("n_marks", ctypes.c_size_t),
+        ("source_offset", ctypes.c_size_t),
+        ("n_sources", ctypes.c_size_t),
+        ("everything", ctypes.c_int32),
+    ]
+
+
+def _compiled() -> ctypes.CDLL | None:
+    """The compiled function's library, where the package was built with a compiler."""
+    here = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = here / f"_node_filter{suffix}"
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # built for another system: Python answers
+                return None
+    return None
+
+
+_LIBRARY = _compiled()
+
+
+class NodeFilter:
+    """llama.cpp's callback: `callback` with `data`. It passes on the nodes with a watched tensor among their sources.
+
+    A mark is a slot of a table, and two tensors may share one: then a node too many is passed on, never one too few.
+    """
+
+    def __init__(self, on_node: Callable[[int, bool, int], bool]) -> None:
+        """on_node(address of the node, ask, data) is called for every node that is passed on."""
+        self._marks = (ctypes.c_uint16 * _N_MARKS)()
+        self._watched: set[int] = set()
+        self._struct = _Filter(
+            abi.EvalCallback(on_node),
+            ctypes.addressof(self._marks),
+            _N_MARKS,
+            abi.SRC_OFFSET,
+            abi.SRC_BYTES // ctypes.sizeof(abi.POINTER),
+            1,
+        )
+        self.callback = self._struct.python
+        if _LIBRARY is not None:
+            self.callback = ctypes.cast(_LIBRARY.h2o_node_filter, abi.EvalCallback)
+        self.data = ctypes.addressof(self._struct)
+
+    def pass_on_everything(self, wanted: bool) -> None:
+        """Whether nodes are passed on whatever their sources are."""
+        self._struct.everything = wanted
+
+    def watch(self, address: int) -> None:
+        """Pass nodes on that use the tensor at address."""
+        if address not in self._watched:
+            self._watched.add(address)
+            self._marks[address // _GRAIN % _N_MARKS] += 1
+
+    def forget(self, address: int) -> None:
+        """A tensor is not watched any more."""
+        if address in self._watched:
+            self._watched.remove(address)
+            self._marks[address // _GRAIN % _N_MARKS] -= 1
