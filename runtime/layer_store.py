@@ -1,9 +1,8 @@
 """Where the weights are: resident pieces, and the stream of all others through the ring.
 
-One cyclic stream serves everything. Reader threads walk the pieces in the order the computation uses them, pass after
-pass and across token boundaries. A piece that shall be resident and is not yet there is read into its home; any other
-goes into a slot of the ring and is given back once it has been computed with. So the first pass loads the resident
-pieces while it streams the rest, and a new plan needs no loading code of its own.
+One cyclic stream serves everything. Reader threads walk the pieces in the order of their use, pass after pass and
+across tokens. A piece that shall be resident and is not there is read into its home; any other goes into a slot of
+the ring until it has been computed with. So the first pass loads the resident pieces, and a plan needs no loading code.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _POLL_S = 0.1
 
 
 class LayerStore:
-    """All streamable pieces of one model. One thread computes (need, computed, end_pass); `depth` threads read.
+    """All streamable pieces of one model, read from the first apply() on.
 
-    Nothing is read before the first apply().
+    One thread computes (need, computed, end_pass); `depth` threads read.
     """
 
     read_observer: ClassVar[Callable[[int, int, float, float], None] | None] = None  # offset, bytes, begin, end
@@ -203,18 +202,17 @@ class LayerStore:
                 place += 1
             if place == len(order):
                 return True
-            load = self._loads.get(order[place])
-            return load is not None and load.chunks_left == 0
+            return (load := self._loads.get(order[place])) is not None and load.chunks_left == 0
 
     def computed(self) -> None:
         """Everything asked for so far has been computed with: give its slots back to the readers."""
         with self._lock:
-            if self._pending:
-                for load in self._pending:
-                    if self._loads.get(load.piece.number) is load:
-                        del self._loads[load.piece.number]
-                    self._give_back(load)
-                self._pending.clear()
+            pending, self._pending = self._pending, []
+            for load in pending:
+                if self._loads.get(load.piece.number) is load:
+                    del self._loads[load.piece.number]
+                self._give_back(load)
+            if pending:
                 self._feed()
 
     def settle(self, then: Callable[[], object] = lambda: None) -> None:
@@ -231,8 +229,7 @@ class LayerStore:
         """The pass is over (or was ended early: not complete). Pieces that no node used leave the stream."""
         self.computed()
         with self._lock:
-            whole = complete and self._pass not in self._passes_without_head
-            if whole and len(self._resident) < len(self._order):
+            if complete and self._pass not in self._passes_without_head and len(self._resident) < len(self._order):
                 self._order[self._place :] = [n for n in self._order[self._place :] if n in self._resident]
             self._passes_without_head.discard(self._pass)
             if not complete:
@@ -250,10 +247,7 @@ class LayerStore:
             self._feed()
 
     def _feed(self) -> None:
-        """Queue reads for the readers that rest; as many of them wake as there are reads.
-
-        Readers that wake to look for work in vain take the computation's cores.
-        """
+        """Queue reads for resting readers, and wake as many: one that wakes in vain takes a core for nothing."""
         while len(self._queue) < self._resting and not self._paused and self._start_load():
             pass
 
