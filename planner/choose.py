@@ -20,7 +20,8 @@ from runtime.sizes import format_size
 if TYPE_CHECKING:
     from planner.bandit import ArmStatistics, BanditResult
 
-JITTER_ALLOWANCE = 0.01  # a second layer in the window may cost this much of the simulated time
+BESIDE = 0.85  # of the profile's disk speed: what is left of it beside a computation
+NEAR = 1.08  # an arm that streams less may be simulated to take this many times the fastest one's time
 MOST_PLAYED_ARMS = 32  # in the bandit's run that is shown beside the exact search
 EPISODES = 120
 CONFIRM_ARMS = 4
@@ -65,7 +66,7 @@ def choose(
     footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv, floor_bytes)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
-    best = prefer_overlap(profile, arms, best_arm(profile, arms))
+    best = pick(profile, arms)
     bandit = play(profile, arms, best, seed)
     arm = best.arm
     return Choice(
@@ -94,25 +95,25 @@ def choose_exactly(
     footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
-    return _plan(profile, prefer_overlap(profile, arms, best_arm(profile, arms)).arm, budget_bytes)
+    return _plan(profile, pick(profile, arms).arm, budget_bytes)
 
 
 def _plan(profile: ModelProfile, arm: Arm, budget_bytes: int) -> Plan:
     return Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget_bytes, profile.model.hash)
 
 
-def prefer_overlap(profile: ModelProfile, arms: list[Arm], best: Best) -> Best:
-    """An arm with w = 2 in place of one with w = 1, where it is simulated to cost at most JITTER_ALLOWANCE.
+def pick(profile: ModelProfile, arms: list[Arm]) -> Best:
+    """The arm to run, with its simulated time: of those simulated to be NEAR the fastest, the one that streams the
+    fewest bytes, balanced if there is such a one.
 
-    The simulated lanes are even; on a real machine a window of one layer turns every late read into a wait.
+    Wide windows gain little by the simulation and cost bytes for certain, more so where the disk turns out slower.
     """
-    if best.arm.w > 1:
-        return best
-    wider = [arm for arm in arms if arm.w == 2]
-    if not wider:
-        return best
-    other = best_arm(profile, wider)
-    return other if other.token_ms <= best.token_ms * (1 + JITTER_ALLOWANCE) else best
+    beside = with_disk_speed(profile, BESIDE)
+    best = best_arm(beside, arms)
+    for arm in sorted(arms, key=lambda arm: (-arm.layout, -arm.pinned_bytes, arm.window_bytes)):
+        if 1000 * token_s(beside, arm) <= NEAR * best.token_ms:
+            return Best(arm, 1000 * token_s(profile, arm), best.n_simulated)
+    return best
 
 
 def play(profile: ModelProfile, arms: list[Arm], best: Best, seed: int) -> BanditResult:

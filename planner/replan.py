@@ -29,8 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.arms import Arm, tie_order
-from planner.choose import prefer_overlap, with_disk_speed
-from planner.exact import best_arm
+from planner.choose import pick, with_disk_speed
 from planner.footprint import streamable_bytes
 from planner.simulator import decode_rates, limit_s, token_s
 from profiler.model_profile import ModelProfile, Spread
@@ -108,7 +107,7 @@ def smaller_windows(profile: ModelProfile, arms: Sequence[Arm]) -> list[Arm]:
 
 def offline_arm(profile: ModelProfile, arms: Sequence[Arm]) -> Arm:
     """The planner's choice among the arms, without any measurement."""
-    return prefer_overlap(profile, list(arms), best_arm(profile, list(arms))).arm
+    return pick(profile, list(arms)).arm
 
 
 def adapted(profile: ModelProfile, rows: Sequence[Row]) -> ModelProfile:

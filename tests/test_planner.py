@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_model_profile import make_profile
 
 from planner.arms import Arm, h2o_arms, pinned_per_unit, whole_layers
-from planner.choose import choose
+from planner.choose import choose, pick
 from planner.exact import best_arm, best_source_arm
 from planner.footprint import measure_footprint, streamable_bytes
 from planner.kv import KvUse
@@ -264,11 +264,11 @@ def test_a_disk_bound_choice():
     assert choice.method
 
 
-def test_a_compute_bound_choice_keeps_two_layers_in_the_window():
+def test_a_compute_bound_choice_streams_the_fewest_bytes():
     profile = make_profile([10**8] * 10, [1.0] * 10, disk=1e9, fixed=10**8)
     choice = choose(profile, 6 * 10**8, **CTX)
     assert choice.predicted_ms_per_token == pytest.approx(10_000)
-    assert choice.plan.w == 2
+    assert choice.plan.window_bytes == 2 * profile.memory.min_window_bytes
     assert choice.what_helps == ("neither memory nor disk: computing takes 10000.0 ms of every token",)
 
 
@@ -317,3 +317,23 @@ def test_unequal_layers_and_imported_profiles():
         (round(c.predicted_ms_per_token) for c in times), reverse=True
     )
     assert times[-1].plan.k == 28
+
+
+# --- what is taken of what is nearly as fast ------------------------------------------------------------------------
+
+
+def test_bytes_decide_between_arms_that_are_nearly_as_fast():
+    """A wider window that gains a percent is not worth its bytes; one that gains much is."""
+    profile = make_profile([2_240_000] * 30, [0.0004] * 30, disk=3e9, head=30_000_000, head_s=0.002, min_window=557_000)
+    arms = h2o_arms(profile, 66_000_000)
+    fastest, taken = best_arm(profile, arms), pick(profile, arms)
+    assert taken.arm.pinned_bytes > fastest.arm.pinned_bytes
+    assert taken.token_ms < 1.15 * fastest.token_ms
+    narrowest = max(arms, key=lambda arm: arm.pinned_bytes)
+    assert taken.arm != narrowest and token_s(profile, narrowest) > 1.2 * fastest.token_ms / 1000
+
+
+def test_balanced_is_taken_where_others_are_no_faster():
+    profile = make_profile([1000] * 10, [0.001] * 10, disk=1e6, head=100, min_window=200)
+    for available in (2000, 5000, 8000):
+        assert pick(profile, h2o_arms(profile, available)).arm.layout == Layout.BALANCED
