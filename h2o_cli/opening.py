@@ -228,14 +228,16 @@ def open_session(
             settings = replace(settings, draft_bytes=draft.n_bytes)
         chosen, engine = _open_planned(model, options, settings, note)
         opened.callback(engine.close)
+        speculation = _speculation(model, engine, draft)
+        if speculation:
+            opened.callback(speculation.close)
         cleanup = opened.pop_all()
     sampler = Sampler(options.sampling, engine.n_vocab, model.tokenizer.suppressed)
     watcher = PlanWatcher(model.first_plan.path, model.file.hash, generation=chosen.plan.generation)
     watcher.poll()  # what is in the file now has been looked at
     watcher.take_problem()
     stats = StatsWriter(stats_path(model.first_plan.path), model.file.hash, note)
-    speculation = _speculation(model, engine, draft)
-    for close in (sampler.close, watcher.close, stats.close, *([speculation.close] if speculation else [])):
+    for close in (sampler.close, watcher.close, stats.close):
         cleanup.callback(close)
     return Session(
         model=model,
@@ -335,8 +337,9 @@ def _speculation(model: OpenModel, engine: Engine, draft: DraftModel | None) -> 
     if most < 1 or not can_take_back(model.hollow):
         return None
     if draft:
-        cost = draft.file.n_bytes / model.file.n_bytes
-        return Speculation(ModelDrafter(draft, cost, engine.n_vocab, Lodging.find(engine, draft)), most)
+        cost, n_vocab = draft.file.n_bytes / model.file.n_bytes, min(engine.n_vocab, draft.engine.n_vocab)
+        place = Lodging(engine, draft) if engine.displaced_bytes(draft.n_bytes) else draft
+        return Speculation(ModelDrafter(place, cost, n_vocab), most)
     return Speculation(LookupDrafter(engine.settings.n_ctx), most)
 
 

@@ -81,11 +81,6 @@ class Context:
                 raise EngineError("this model's state cannot be shortened", "start a new conversation")
             abi.llama.llama_memory_clear(self._memory, True)
 
-    def forget(self) -> None:
-        """Forget everything, and give back all memory that was touched for it."""
-        abi.llama.llama_memory_clear(self._memory, True)
-        self.drop_scratch()
-
     def has_numbers(self) -> bool:
         """Whether the last logits are numbers (a damaged model computes NaN): the sum of their squares is one then."""
         row, total = abi.llama.llama_get_logits_ith(self.pointer, -1), ctypes.c_float()
@@ -109,6 +104,11 @@ class Context:
 
         pointer = abi.llama.llama_get_logits_ith(self.pointer, i - self._n_outputs if i >= 0 else i)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    @property
+    def scratch_bytes(self) -> int:
+        """All buffers but that of keys and values."""
+        return self.buffers.n_bytes - self.buffers.kv_bytes
 
     def align_scratch(self, n_bytes: int) -> None:
         """Give ggml n_bytes for products' inputs (touched lazily) that begin at a cache line, before its first pass.

@@ -10,11 +10,12 @@ from dataclasses import replace
 from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
 from runtime.engine import Engine
-from runtime.errors import BudgetError, H2OError, ModelError
+from runtime.errors import H2OError, ModelError
 from runtime.head_start import Weights
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
 from runtime.loads import NONE, Numbers
+from runtime.memory import trim_heap
 from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.residency import streamable_bytes
@@ -109,7 +110,7 @@ class LookupDrafter:
 
 
 class _LateStore(LayerStore):
-    """A store that follows no plan, and holds nothing, before start() and after stop()."""
+    """A store that follows no plan, and reads nothing, until it is started."""
 
     is_started = False
 
@@ -123,18 +124,14 @@ class _LateStore(LayerStore):
         """Whether every piece is resident."""
         return len(self._resident) == len(self._pieces)
 
-    def stop(self) -> None:
-        """Free all weights."""
-        super().apply(frozenset(), 0)
-        self.is_started = False
-
 
 class DraftModel:
     """A small model that is in memory as a whole, beside the model it drafts for. Its weights are read at start()."""
 
     def __init__(self, file: ModelFile, settings: Settings, note: Callable[[str], None]) -> None:
         """Load everything but the weights. Raises H2OError."""
-        self.file = file
+        self.file, self._settings, self._note = file, settings, note
+        self._closed = False
         self.hollow = HollowModel(file)
         settings = replace(settings, n_logits=1, n_ubatch=min(FULL_TILES, settings.n_ubatch))
         self._whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
@@ -158,72 +155,70 @@ class DraftModel:
         """Whether all weights are there."""
         return self._store.is_complete
 
-    @property
-    def is_started(self) -> bool:
-        """Whether the weights are there, or are being read."""
-        return self._store.is_started
-
     def start(self) -> None:
         """Begin to read the weights."""
         if not self._store.is_started:
             self._store.is_started = True
             self.engine.apply(self._whole)
 
-    def stop(self) -> None:
-        """Give back the memory of weights, keys and values."""
-        self.engine.forget()
-        self._store.stop()
+    def again(self) -> DraftModel:
+        """The same model, opened again. Raises H2OError."""
+        return DraftModel(self.file, self._settings, self._note)
 
     def close(self) -> None:
-        """Free it."""
-        self.engine.close()
-        self.hollow.free()
+        """Free it; once more does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+            self.hollow.free()
 
 
 class Lodging:
     """A draft model's place in memory, taken from the weights of the model that verifies, its host."""
 
     def __init__(self, host: Engine, model: DraftModel) -> None:
-        """The draft model is not there at first."""
-        self._host, self._model = host, model
+        """Close the model; it is opened again when it comes."""
+        self.model: DraftModel | None = None
+        self._host, self._reopen = host, model.again
         self._away_bytes = 4 * host.n_vocab  # Engine.odds
-        host.guest = model.engine
+        self.n_bytes = model.engine.ledger.resident_bytes
+        self._taken_bytes = model.n_bytes
+        model.close()
+        trim_heap()
+        self._taken_bytes += max(0, host.measure_process())
         host.make_room(self._away_bytes)
-
-    @classmethod
-    def find(cls, host: Engine, model: DraftModel) -> Lodging | None:
-        """None where the budget has room for everything."""
-        return cls(host, model) if host.displaced_bytes(model.n_bytes) else None
 
     @property
     def is_taken(self) -> bool:
         """Whether the draft model has it."""
-        return self._model.is_started
-
-    @property
-    def n_bytes(self) -> int:
-        """What the draft model has to read when it comes."""
-        return self._model.engine.ledger.resident_bytes
+        return self.model is not None
 
     @property
     def pass_bytes(self) -> int:
         """What a pass of the host reads while the draft model is there."""
-        displaced = 0 if self.is_taken else self._host.displaced_bytes(self._model.n_bytes)
+        displaced = 0 if self.model else self._host.displaced_bytes(self._taken_bytes)
         return self._host.streamed_bytes + displaced
 
     def take(self) -> bool:
-        """The draft model comes; False where the budget has become too small for it."""
+        """The draft model comes; False where the budget has become too small for it, or its file is not there."""
         try:
-            self._host.make_room(self._model.n_bytes)
-        except BudgetError:
+            self._host.make_room(self._taken_bytes)
+            self.model = self._reopen()
+        except H2OError:
+            self._host.make_room(self._away_bytes)
             return False
-        self._model.start()
+        self._host.guest = self.model.engine
+        self.model.start()
         return True
 
     def leave(self) -> None:
         """The draft model goes, weights take its place."""
-        self._model.stop()
-        self._host.make_room(self._away_bytes)
+        if self.model:
+            self._host.guest = None
+            self.model.close()
+            self.model = None
+            trim_heap()
+            self._host.make_room(self._away_bytes)
 
 
 class ModelDrafter:
@@ -232,17 +227,18 @@ class ModelDrafter:
     name = "draft"
     grade = 0
 
-    def __init__(self, model: DraftModel, relative_cost: float, n_vocab: int, lodging: Lodging | None = None) -> None:
-        """n_vocab: of the model that verifies; the vocabularies agree as far as both go.
+    def __init__(self, place: DraftModel | Lodging, relative_cost: float, n_vocab: int) -> None:
+        """n_vocab: tokens that both models have.
 
-        lodging: where its memory is the weights' while it does not pay; without one it is there from the first answer.
+        place: the model, or where it is while it pays; without a lodging it is there from the first answer on.
         """
-        self._model, self._engine = model, model.engine
-        self.lodging = lodging
+        self.lodging = place if isinstance(place, Lodging) else None
+        self._place = place
         self.relative_cost = relative_cost
-        self._n_vocab = min(n_vocab, model.engine.n_vocab)
-        self._sampler = Sampler(Sampling(temp=0), model.engine.n_vocab)
-        self._engine.truncate(0)
+        self._n_vocab = n_vocab
+        self._sampler = Sampler(Sampling(temp=0), n_vocab)
+        if self._model:
+            self._model.engine.truncate(0)
         self._tokens: list[int] = []  # in the draft model's cache
         self._agreed = 0  # so many of them are known to be the text's
         self.reading_s = 0.0
@@ -250,56 +246,65 @@ class ModelDrafter:
     def begin(self) -> None:
         """Compare with the next text from its beginning; read the weights, unless their place has a price."""
         self._agreed = 0
-        if not self.lodging:
+        if not self.lodging and self._model:
             self._model.start()
+
+    @property
+    def _model(self) -> DraftModel | None:
+        return self._place.model if isinstance(self._place, Lodging) else self._place
 
     @property
     def is_ready(self) -> bool:
         """Whether to ask it: its weights are there, or whoever asks decides on them."""
-        return self.lodging is not None or self._model.is_ready
+        return self.lodging is not None or (self._model is not None and self._model.is_ready)
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
         """The n likeliest tokens, each after the ones before; fewer where the vocabularies differ."""
-        n = min(n, self._engine.settings.n_ctx - len(tokens))
-        new = self._new(tokens) if n > 0 else []
+        if not self._model:
+            return []
+        engine = self._model.engine
+        n = min(n, engine.settings.n_ctx - len(tokens))
+        new = self._new(engine, tokens) if n > 0 else []
         if not new or any(token >= self._n_vocab for token in new):
             return []
         if len(new) > _MUCH:
             start = time.perf_counter()
-            self._feed(new[:-1])
+            self._feed(engine, new[:-1])
             self.reading_s += time.perf_counter() - start
             new = new[-1:]
-        self._feed(new)
+        self._feed(engine, new)
         self._agreed = len(tokens)
-        draft = [self._sampler.sample(self._engine)]
+        draft = [self._sampler.sample(engine)]
         while len(draft) < n and draft[-1] < self._n_vocab:
-            self._feed(draft[-1:])
-            draft.append(self._sampler.sample(self._engine))
+            self._feed(engine, draft[-1:])
+            draft.append(self._sampler.sample(engine))
         return draft if draft[-1] < self._n_vocab else draft[:-1]
 
-    def _new(self, tokens: Sequence[int]) -> Sequence[int]:
+    def _new(self, engine: Engine, tokens: Sequence[int]) -> Sequence[int]:
         """What the draft model has to compute of the text, its last token always. Forgets what is not the text."""
-        del self._tokens[self._engine.n_past :]
+        del self._tokens[engine.n_past :]
         agreed = min(self._agreed, len(self._tokens))
         limit = min(len(self._tokens), len(tokens) - 1)
         while agreed < limit and self._tokens[agreed] == tokens[agreed]:
             agreed += 1
         agreed = self._agreed = min(agreed, limit)
         if agreed < len(self._tokens):
-            self._engine.truncate(agreed)
+            engine.truncate(agreed)
             del self._tokens[agreed:]
         return tokens[agreed:]
 
-    def _feed(self, tokens: Sequence[int]) -> None:
+    def _feed(self, engine: Engine, tokens: Sequence[int]) -> None:
         self._tokens += tokens
         try:
-            self._engine.forward(tokens)
+            engine.forward(tokens)
         finally:
-            del self._tokens[self._engine.n_past :]
+            del self._tokens[engine.n_past :]
 
     def close(self) -> None:
-        """Free the sampler; the draft model stays its owner's."""
+        """Free the sampler, and a draft model in a lodging; another one stays its owner's."""
         self._sampler.close()
+        if self.lodging and self.lodging.model:
+            self.lodging.model.close()
 
 
 def check_vocabulary(model: HollowModel, draft: HollowModel, names: tuple[str, str]) -> None:

@@ -112,7 +112,7 @@ class Engine:
             with ExitStack() as opened:
                 self._context = Context(self._model, self.settings, n_tokens, self.nodes.filter)
                 opened.callback(self._context.close)
-                self._pass_memory = PassMemory(self.file, self.settings, self._context)
+                self._pass_memory = PassMemory(self.file, self.settings, self._context, self._one_row_bytes(n_tokens))
                 self._context.align_scratch(self._pass_memory.scratch_bytes)
                 self.kv = self.nodes.kv = self._open_filter()
                 if self.kv:
@@ -125,6 +125,16 @@ class Engine:
                     self._opened.enter_context(opened.pop_all())
                     return
             n_tokens = max(FULL_TILES, n_tokens // 2)
+
+    def _one_row_bytes(self, n_tokens: int) -> int:
+        """The buffers of a context that makes one row of logits."""
+        if self.settings.n_logits == 1:
+            return self._context.scratch_bytes
+        context = Context(self._model, replace(self.settings, n_logits=1), n_tokens, self.nodes.filter)
+        try:
+            return context.scratch_bytes
+        finally:
+            context.close()
 
     def _open_filter(self) -> Filter | None:
         if self.settings.kv is None:
@@ -212,6 +222,14 @@ class Engine:
         except H2OError:
             self._ledgers = before
             raise
+
+    def measure_process(self) -> int:
+        """Before the first pass: measure again what the process takes besides weights; how much that is less."""
+        less = self.ledger.process_bytes - resident_bytes_outside(self._store.ranges)
+        self._ledgers = {
+            use: replace(ledger, process_bytes=ledger.process_bytes - less) for use, ledger in self._ledgers.items()
+        }
+        return less
 
     def displaced_bytes(self, draft_bytes: int) -> int:
         """Bytes of weights that have to be streamed where a draft model takes so many bytes."""
@@ -344,12 +362,6 @@ class Engine:
         self.n_past = n_past
         if self.kv:
             self.kv.truncate(n_past)
-
-    def forget(self) -> None:
-        """Forget all positions and repacked weights, and give back the memory that keys, values and passes took."""
-        self.nodes.forget(frozenset())
-        self._context.forget()
-        self.n_past = 0
 
     def odds(self, token: int, i: int = -1) -> float:
         """The probability (at temperature 1) of a token in the last forward's i-th output (negative: from the end)."""

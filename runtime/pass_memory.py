@@ -43,20 +43,24 @@ def rows_for(n_logits: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Bytes that the passes of a context need."""
+    """Bytes that the passes of a context need.
+
+    one_row_bytes: of the buffers where the context makes one row of logits at most. Nothing else in them grows with the
+    rows, and rows that a pass does not make are not touched.
+    """
 
     file: ModelFile
     settings: Settings
     context: Context
+    one_row_bytes: int
 
     def compute(self, use: Use) -> int:
         """Compute and output buffers."""
-        buffers, n_tokens = self.context.buffers, self.context.n_tokens
-        logits, n_short = 4 * self.context.n_vocab * use.rows, max(SHORT_PASS, use.rows)
-        buffer = buffers.n_bytes - buffers.kv_bytes
-        if not use.long:
-            share = _SPREAD * min(1.0, n_short / n_tokens)
-            buffer = min(buffer, logits + int(share * max(0, buffer - logits)) + MB // 4)
+        n_tokens, row_bytes = self.context.n_tokens, 4 * self.context.n_vocab
+        logits, n_short = row_bytes * use.rows, max(SHORT_PASS, use.rows)
+        others = max(0, self.one_row_bytes - row_bytes)
+        share = 1.0 if use.long else _SPREAD * min(1.0, n_short / n_tokens)
+        buffer = min(self.context.scratch_bytes, logits + int(share * others) + MB // 4)
         return buffer + logits + self._work_bytes(n_tokens if use.long else min(n_tokens, n_short))
 
     @property

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_layer_store import bytes_in_memory
 
 from runtime import llama_abi as abi
-from runtime.pass_memory import Use, pass_sizes
+from runtime.pass_memory import Use, pass_sizes, rows_for
 from runtime.plan import Layout, Plan
 from runtime.residency import smallest_window, streamable_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS
@@ -64,17 +64,23 @@ def touched_bytes(regions):
     return bytes_in_memory([region.range for region in regions])
 
 
+@pytest.mark.parametrize("n_logits", [4, 33])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "qwen3moe", "gpt2", "cohere2"])
-def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch):
-    with engine(tiny_model(arch), n_ubatch=512, n_logits=4, n_ctx=512) as opened:
+def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch, n_logits):
+    sizes = "layers=4,dim=256,ffn=512,heads=4,kv_heads=4,vocab=8192,ctx=512"  # logits of 33 tokens are the most of it
+    model = f"{arch}:{sizes}" if n_logits == 33 else arch
+    with engine(tiny_model(model), n_ubatch=512 if n_logits == 4 else 40, n_logits=n_logits, n_ctx=512) as opened:
         buffers, memory = opened._context.buffers, opened._pass_memory
         scratch = [region for region in buffers.regions if region not in buffers._cleared]
         prompt = PROMPT[: opened.pass_sizes(300)[0]]
         opened.forward(prompt)
-        assert touched_bytes(scratch) <= memory.compute(Use(long=True, rows=4))
-        for n in (1, 4, SHORT_PASS, 2):
-            opened.forward([5] * n, min(n, 4))
-            assert touched_bytes(scratch) <= memory.compute(Use(long=False, rows=4)), n
+        assert touched_bytes(scratch) <= memory.compute(Use(long=True))
+        for n in (1, 4, SHORT_PASS, 2, min(17, n_logits), min(33, n_logits), 1):
+            rows = rows_for(min(n, n_logits), n_logits)
+            if rows == 1:
+                opened._context.drop_scratch()
+            opened.forward([5] * n, min(n, n_logits))
+            assert touched_bytes(scratch) <= memory.compute(Use(long=False, rows=rows if n <= 4 else n_logits)), n
 
 
 def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):

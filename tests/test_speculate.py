@@ -441,7 +441,7 @@ def test_low_bit_draft_of_the_same_model(rig, draft_model):
 
 
 def test_draft_model_follows_texts_that_change(draft_model):
-    drafter = ModelDrafter(draft_model, 0.5, 10**6)
+    drafter = ModelDrafter(draft_model, 0.5, draft_model.engine.n_vocab)
     drafter.begin()
     drafter.propose([1, 2, 3], 2)  # the first pass loads the weights
     drafter.begin()
