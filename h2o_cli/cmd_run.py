@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ import typer
 
 from h2o_cli import kv_flags as kv
 from h2o_cli.closing import closing_line, figures
-from h2o_cli.defaults import N_PREDICT
+from h2o_cli.defaults import N_PREDICT, default_budget
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
@@ -24,7 +25,8 @@ from runtime.generate import Request, Step, check_prompt, generate
 from runtime.meter import Meter
 from runtime.sampler import Sampling
 
-PROMPT_MOST_BYTES = 16 * 2**20
+PROMPT_LEAST_BYTES, PROMPT_MOST_BYTES = 2**18, 2**24
+PROMPT_SHARE = 32  # of the budget, at most: a token has about 4 bytes of text, and a thousand of keys and values
 SHORT_PROMPT = 64  # tokens: up to here a prompt takes one pass, and no progress is shown
 
 EPILOG = """Examples:
@@ -149,7 +151,6 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     given = locals()
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
-    text = _prompt_text(prompt, file, dash)
     config = kv.read_kv_config(kv_config)
     options = RunOptions.of(
         given,
@@ -162,7 +163,8 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         max_context=config.max_context if config else 0,
     )
     _check(options)
-    raise typer.Exit(_reply(options, text))
+    most_bytes = max(PROMPT_LEAST_BYTES, (options.budget_bytes or default_budget()) // PROMPT_SHARE)
+    raise typer.Exit(_reply(options, _prompt_text(prompt, file, dash, min(most_bytes, PROMPT_MOST_BYTES))))
 
 
 def _reply(options: RunOptions, text: str | None) -> int:
@@ -179,7 +181,7 @@ def _check(options: RunOptions) -> None:
     _ = options.budget_bytes, options.fixed_layout
 
 
-def _prompt_text(prompt: str | None, file: str | None, dash: str | None) -> str | None:
+def _prompt_text(prompt: str | None, file: str | None, dash: str | None, most_bytes: int) -> str | None:
     """The prompt, from wherever it comes; None for a conversation. Raises UsageError and PromptError."""
     if dash not in (None, "-"):
         raise UsageError(f"unexpected argument {dash!r}", "give the prompt with -p")
@@ -190,7 +192,7 @@ def _prompt_text(prompt: str | None, file: str | None, dash: str | None) -> str 
     if file is None and dash is None and sys.stdin is not None and sys.stdin.isatty():
         return None
     source = file or "-"
-    text = _utf8(read_text(source, "the prompt", PROMPT_MOST_BYTES)).removesuffix("\n")
+    text = _utf8(read_text(source, "the prompt", most_bytes, "shorten it, or raise -m")).removesuffix("\n")
     if not text and file is None:
         raise PromptError("there is no prompt: standard input is empty", "give one with -p")
     return text
@@ -210,7 +212,6 @@ def answer(options: RunOptions, text: str) -> int:
     model = OpenModel(options, note)
     try:
         prompt, stop = _encode(model, options, text)
-        prompt = _shorten(prompt, options.max_context)
         n_predict = N_PREDICT if options.n_predict is None else options.n_predict
         wanted = len(prompt) + n_predict if n_predict >= 0 else model.context_length
         n_ctx = context_for(model, options.ctx, wanted, note)
@@ -225,22 +226,27 @@ def answer(options: RunOptions, text: str) -> int:
         model.close()
 
 
-def _shorten(prompt: list[int], most: int) -> list[int]:
-    """The prompt, its middle left out where a configuration file allows fewer tokens (0: any number)."""
-    if not most or len(prompt) <= most:
-        return prompt
-    note(f"the middle of the prompt was left out: {len(prompt)} tokens, max_context_len allows {most}")
-    return kv.cut_middle(prompt, most)
+def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[Sequence[int], tuple[str, ...]]:
+    """Tokens of the prompt, no more of them than are needed to see that they are too many; texts that end the answer.
 
+    Where a configuration file allows fewer tokens, the middle is left out.
+    """
+    most, stop = options.ctx or min(model.context_length, model.n_positions), options.stop
+    if options.chat:
+        from runtime.chat import Chat, Message
 
-def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[list[int], tuple[str, ...]]:
-    """Tokens of the prompt, and the texts that end the answer."""
-    if not options.chat:
-        return model.tokenizer.encode(text), options.stop
-    from runtime.chat import Chat, Message
-
-    chat = Chat(model.tokenizer, note)
-    return chat.encode([Message("user", text)]), options.stop + chat.stop
+        chat = Chat(model.tokenizer, note)
+        text, stop = chat.text([Message("user", text)]), stop + chat.stop
+    if not options.max_context:
+        return model.tokenizer.encode(text, parse_special=options.chat, most=most), stop
+    tokens = array("i")
+    for part in model.tokenizer.encode_parts(text, parse_special=options.chat):
+        tokens.extend(part)
+    if len(tokens) > options.max_context:
+        note(
+            f"the middle of the prompt was left out: {len(tokens)} tokens, max_context_len allows {options.max_context}"
+        )
+    return kv.cut_middle(tokens, options.max_context), stop
 
 
 def _answer(session: Session, options: RunOptions, request: Request) -> int:

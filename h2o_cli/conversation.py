@@ -186,21 +186,21 @@ class Conversation:
         n_ctx = self._session.engine.settings.n_ctx
         most = n_ctx - min(ANSWER_ROOM, n_ctx // 4)
         messages = [*self._messages, Message("user", line)]
-        tokens = self._chat.encode(messages)
+        tokens = self._chat.encode(messages, n_ctx)
         while len(tokens) > most and len(messages) > 1:
             del messages[:2]
-            tokens = self._chat.encode(messages)
+            tokens = self._chat.encode(messages, n_ctx)
             if not self._told_trimmed:
                 self._told_trimmed = True
                 note("the conversation is longer than the context: its oldest turns are left out (--ctx raises it)")
         if len(tokens) >= n_ctx:
-            raise PromptError(f"{len(tokens)} tokens do not fit a context of {n_ctx}", "shorten the message")
+            raise PromptError(f"{n_ctx} tokens and more do not fit a context of {n_ctx}", "shorten the message")
         self._messages = messages
         return tokens
 
     def _plain_prompt(self, line: str) -> list[int]:
-        prompt = self._session.model.tokenizer.encode(line) if line.strip() else self._text
         n_ctx = self._session.engine.settings.n_ctx
+        prompt = self._session.model.tokenizer.encode(line, most=n_ctx) if line.strip() else self._text
         if len(prompt) >= n_ctx:
             raise PromptError(f"the context of {n_ctx} tokens is full", "start a new text")
         return prompt

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from runtime.errors import H2OError, ModelError, ProfileError
+from runtime.sizes import format_size
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_MODEL = ROOT / "model_configs" / "bundled" / "h2o-stories-q8_0.gguf"
@@ -93,7 +94,7 @@ def resolve_model(argument: str | None) -> Path:
     raise ModelError("no model was named and none is installed", GIVE_MODEL)
 
 
-def read_text(path: str | Path, what: str, most_bytes: int) -> bytes:
+def read_text(path: str | Path, what: str, most_bytes: int, next_step: str = "shorten it") -> bytes:
     """A small file that the user named, or standard input for "-". Raises H2OError."""
     try:
         fd = os.dup(0) if str(path) == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -102,5 +103,5 @@ def read_text(path: str | Path, what: str, most_bytes: int) -> bytes:
     except OSError as error:
         raise H2OError(f"cannot read {what} {path}: {error.strerror}", "give another file") from None
     if len(data) > most_bytes:
-        raise H2OError(f"{what} {path} is longer than {most_bytes // 2**20} MiB", "shorten it")
+        raise H2OError(f"{what} {path} is longer than {format_size(most_bytes)}", next_step)
     return data

@@ -52,10 +52,11 @@ class Chat:
                 f"the model's chat template refuses this conversation ({error})", "start a new one, or leave out --chat"
             ) from None
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation. Raises PromptError."""
-        text = self.render(messages)
-        bos = self._tokenizer.bos_text
-        if bos and self._tokenizer.adds_bos:
-            text = text.removeprefix(bos)  # the tokenizer puts it there
-        return self._tokenizer.encode(text, add_special=True, parse_special=True)
+    def text(self, messages: Sequence[Message]) -> str:
+        """What render() gives, without the begin-of-text token that the tokenizer puts there."""
+        text, bos = self.render(messages), self._tokenizer.bos_text
+        return text.removeprefix(bos) if bos and self._tokenizer.adds_bos else text
+
+    def encode(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """Tokens of a conversation; `most` as in Tokenizer.encode. Raises PromptError."""
+        return self._tokenizer.encode(self.text(messages), parse_special=True, most=most)

@@ -118,8 +118,9 @@ def check_prompt(n_prompt: int, n_ctx: int) -> None:
     if n_prompt == 0:
         raise PromptError("the prompt is empty", "give some text with -p")
     if n_prompt >= n_ctx:
+        found = n_prompt if n_prompt == n_ctx else f"more than {n_ctx}"  # of a longer one not all were counted
         raise PromptError(
-            f"the prompt has {n_prompt} tokens and the context takes {n_ctx}", "raise --ctx or shorten the prompt"
+            f"the prompt has {found} tokens and the context takes {n_ctx}", "raise --ctx or shorten the prompt"
         )
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import codecs
 import ctypes
 import unicodedata
+from collections.abc import Iterator
 from functools import cached_property
 
+from runtime import cuts
 from runtime import llama_abi as abi
 from runtime.errors import ModelError, PromptError
 from runtime.hollow import HollowModel
 from runtime.model_file import ModelFile
 
-SPACE_MARK = "\u2581"  # how SentencePiece vocabularies write a space
 _BYTES = 256
 _PIECE_BYTES = 128
+_NAME_BYTES = 64
+_BYTE_PAIRS = ("gpt2", "gemma4")
+_LONGER = {"rwkv": 16, "plamo2": 4}  # tokenizers that take less memory, for vocabularies whose texts are never cut
 _ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_USER_DEFINED = 1, 8, 16
 
 
@@ -27,19 +31,46 @@ class Tokenizer:
         self._model = model.pointer
         self._vocab = abi.llama.llama_model_get_vocab(model.pointer)
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(self._vocab))
+        self._kind = file.tokenizer
         self._writes_all = file.tokenizer != "llama" or file.n_byte_tokens >= _BYTES
         self._buffer = ctypes.create_string_buffer(_PIECE_BYTES)
 
     # --- text to tokens -----------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False, most: int | None = None
+    ) -> list[int]:
         """Token ids of a text. Raises PromptError when the vocabulary cannot write it.
 
         add_special: with the begin-of-text token, if the model wants one. parse_special: control tokens written in
-        the text, such as "<|im_end|>", count as such.
+        the text, such as "<|im_end|>", count as such. most: of a text with more tokens than that only the first are
+        returned, but more than that.
         """
+        ids: list[int] = []
+        for part in self.encode_parts(text, add_special=add_special, parse_special=parse_special):
+            ids += part
+            if most is not None and len(ids) > most:
+                break
+        return ids
+
+    def encode_parts(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Iterator[list[int]]:
+        """What encode() returns, part by part: memory and time of a part are bounded, and signals get their turn."""
         if not self._writes_all:
             self._check_characters(text, parse_special=parse_special)
+        if len(text) <= cuts.PART or (self._may_cut is None and len(text) <= self._longest):
+            yield self._encode(text, add_special, parse_special)
+            return
+        if add_special and self.adds_bos:
+            yield [int(abi.llama.llama_vocab_bos(self._vocab))]
+        before = ""  # the first piece of a text gets a space in front: the other parts are read behind a character
+        for part in cuts.parts(text, self._may_cut, self._longest):
+            ids = self._encode(before + part, False, parse_special)
+            yield ids[len(self._encode(before, False, parse_special)) if before else 0 :]
+            before = part[-1] if self._kind == "llama" else ""
+        if add_special and abi.llama.llama_vocab_get_add_eos(self._vocab):
+            yield [int(abi.llama.llama_vocab_eos(self._vocab))]
+
+    def _encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode(errors="replace")
         room = len(data) + 8
         while True:
@@ -48,10 +79,29 @@ class Tokenizer:
             if n >= 0:
                 break
             room = -n
-        ids = list(tokens[:n])
+        ids = tokens[:n]
         if any(not 0 <= token < self.n_vocab for token in ids):
             raise PromptError("this model's vocabulary cannot write the prompt", "write it with other characters")
         return ids
+
+    @cached_property
+    def _may_cut(self) -> cuts.MayCut | None:
+        """Where long texts are cut; None: nowhere."""
+        specials = cuts.Specials(self._special_texts)
+        if self._kind == "llama":
+            return cuts.between_pieces(map(self._text, range(self.n_vocab)), specials)
+        return cuts.between_words(self._pre_tokenizer, specials) if self._kind in _BYTE_PAIRS else None
+
+    @property
+    def _longest(self) -> int:
+        """Characters of the longest text that is tokenised in one call."""
+        return cuts.LONGEST_PART * _LONGER.get(self._kind, 1)
+
+    @property
+    def _pre_tokenizer(self) -> str:
+        name = ctypes.create_string_buffer(_NAME_BYTES)
+        n = abi.llama.llama_model_meta_val_str(self._model, b"tokenizer.ggml.pre", name, _NAME_BYTES)
+        return name.value.decode(errors="replace") if n > 0 else ""
 
     def _check_characters(self, text: str, *, parse_special: bool) -> None:
         """A SentencePiece vocabulary without all byte tokens ends the process on a character it does not have."""
@@ -59,7 +109,7 @@ class Tokenizer:
             text = text.replace(token, " ")
         texts = self._texts
         for character in dict.fromkeys(text):
-            mark = SPACE_MARK if character == " " else character
+            mark = cuts.SPACE_MARK if character == " " else character
             if mark not in texts and not all(_has_byte(texts, byte) for byte in mark.encode(errors="replace")):
                 name = unicodedata.name(character, "a control character")
                 raise PromptError(

@@ -302,7 +302,7 @@ def test_prompts(tiny_model):
     assert is_one_line(h2o("run", model, *SHORT, input=b""), "standard input is empty")
     assert is_one_line(h2o("run", model, *SHORT, "-p", ""), "prompt is empty")
     assert is_one_line(h2o("run", model, *SHORT, "-p", "w " * 3000), "the context takes 512")
-    assert is_one_line(h2o("run", model, *SHORT, "-f", "/dev/zero"), "longer than 16 MiB")
+    assert is_one_line(h2o("run", model, *SHORT, "-f", "/dev/zero"), "longer than")
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
