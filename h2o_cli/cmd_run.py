@@ -24,6 +24,7 @@ from runtime.errors import DiskError, EngineError, PromptError, UsageError
 from runtime.generate import Request, Step, check_prompt, generate
 from runtime.meter import Meter
 from runtime.sampler import Sampling
+from runtime.sizes import parse_size
 
 PROMPT_LEAST_BYTES, PROMPT_MOST_BYTES = 2**18, 2**24
 PROMPT_SHARE = 32  # of the budget, at most: a token has about 4 bytes of text, and a thousand of keys and values
@@ -151,6 +152,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     given = locals()
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
+    text = _prompt_text(prompt, file, dash, _most_prompt_bytes(memory))
     config = kv.read_kv_config(kv_config)
     options = RunOptions.of(
         given,
@@ -163,8 +165,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         max_context=config.max_context if config else 0,
     )
     _check(options)
-    most_bytes = max(PROMPT_LEAST_BYTES, (options.budget_bytes or default_budget()) // PROMPT_SHARE)
-    raise typer.Exit(_reply(options, _prompt_text(prompt, file, dash, min(most_bytes, PROMPT_MOST_BYTES))))
+    raise typer.Exit(_reply(options, text))
 
 
 def _reply(options: RunOptions, text: str | None) -> int:
@@ -179,6 +180,12 @@ def _reply(options: RunOptions, text: str | None) -> int:
 def _check(options: RunOptions) -> None:
     """Raise UsageError for values that can be judged without the model."""
     _ = options.budget_bytes, options.fixed_layout
+
+
+def _most_prompt_bytes(memory: str | None) -> int:
+    """The longest prompt that is read at all."""
+    budget_bytes = parse_size(memory) if memory else default_budget()
+    return min(max(PROMPT_LEAST_BYTES, budget_bytes // PROMPT_SHARE), PROMPT_MOST_BYTES)
 
 
 def _prompt_text(prompt: str | None, file: str | None, dash: str | None, most_bytes: int) -> str | None:
