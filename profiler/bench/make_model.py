@@ -158,7 +158,7 @@ def _open_writer(shape: Shape, kind: str) -> GGUFWriter:
         from gguf import GGUFWriter
     except ImportError as error:
         raise UsageError(
-            "writing models needs the Python package gguf", 'install it with: pip install "h2o-llm[bench]"'
+            "writing models needs the Python package gguf", "in the project's folder: pip install '.[bench]'"
         ) from error
     writer = GGUFWriter(None, shape.arch)
     writer.add_string("general.name", f"random {shape.arch}")

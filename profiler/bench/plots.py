@@ -60,7 +60,7 @@ def picture(path: Path, fill: Callable[[Axes], None]) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
-            "the plots need the Python package matplotlib", 'install it with: pip install "h2o-llm[bench]"'
+            "the plots need the Python package matplotlib", "in the project's folder: pip install '.[bench]'"
         ) from error
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
