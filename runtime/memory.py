@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from runtime.errors import EngineError
 from runtime.sizes import PAGE, page_down, page_up
@@ -19,7 +21,6 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-HUGE_PAGE = 2 * 2**20
 PROT_NONE = 0
 _CGROUPS = "/sys/fs/cgroup"
 _PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
@@ -27,6 +28,16 @@ _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_COLD = 4, 14, 15, 20
+
+
+def _huge_page_bytes() -> int:
+    try:
+        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 2 * 2**20
+
+
+HUGE_PAGE = _huge_page_bytes()
 
 
 def _mmap(address: int | None, n_bytes: int, prot: int, flags: int, fd: int = -1) -> int:
@@ -62,18 +73,29 @@ def drop_pages(start: int, end: int) -> None:
         inner_start, inner_end = -(-first // HUGE_PAGE) * HUGE_PAGE, last // HUGE_PAGE * HUGE_PAGE
         for edge_start, edge_end in ((first, min(inner_start, last)), (max(inner_end, first), last)):
             if edge_start < edge_end:
-                _libc.madvise(edge_start, edge_end - edge_start, _MADV_COLD)
-        _libc.madvise(first, last - first, _MADV_DONTNEED)
+                _advise(edge_start, edge_end, _MADV_COLD, optional=True)  # not before Linux 5.4
+        _advise(first, last, _MADV_DONTNEED)
+
+
+def _advise(start: int, end: int, advice: int, *, optional: bool = False) -> None:
+    """madvise on whole pages. optional: nothing is lost where the kernel does not know this advice."""
+    if _libc.madvise(start, end - start, advice) != 0:
+        error = ctypes.get_errno()
+        if not (optional and error == errno.EINVAL):
+            reason = os.strerror(error)
+            raise EngineError(
+                f"the system did not take an advice about memory ({advice}: {reason})", "report this, and your kernel"
+            )
 
 
 def huge_pages(start: int, end: int, *, wanted: bool) -> None:
     """Ask for huge pages between two addresses (multiples of the page size), or for small ones."""
-    if start < end:
-        _libc.madvise(start, end - start, _MADV_HUGEPAGE if wanted else _MADV_NOHUGEPAGE)
+    if start < end:  # a kernel can be built without huge pages
+        _advise(start, end, _MADV_HUGEPAGE if wanted else _MADV_NOHUGEPAGE, optional=True)
 
 
 class Region:
-    """Private anonymous memory: address space at once, pages when they are first written. Aligned to 2 MiB."""
+    """Private anonymous memory: address space at once, pages when they are first written. Aligned to huge pages."""
 
     def __init__(self, n_bytes: int, prot: int = _PROT_RW) -> None:
         self.n_bytes = max(page_up(n_bytes), PAGE)
@@ -205,17 +227,34 @@ def cgroup_folder() -> Path | None:
     for row in rows:
         _, controllers, path = row.split(":", 2)
         if "memory" in controllers.split(","):
-            root = Path(_CGROUPS + "/memory")
+            mount = _CGROUPS + "/memory"
         elif controllers == "" and Path(_CGROUPS + "/cgroup.controllers").exists():
-            root = Path(_CGROUPS)
+            mount = _CGROUPS
         else:
             continue
-        folder = Path(f"{root}{path}")
-        if path != "/" and folder.is_dir():
+        root, folder = Path(mount), _folder_below(mount, path)
+        if folder and folder != root and folder.is_dir():
             return folder
         if _limit_of(root) is not None:
             return root
     return None
+
+
+def _folder_below(mount: str, path: str) -> Path | None:
+    """The folder of a group below a mount point; None when it is not in there.
+
+    The kernel gives both the group's path and what is mounted relative to the process's namespace of groups, so that
+    either can begin with "..".
+    """
+    mounted: tuple[str, ...] = ("/",)
+    with suppress(OSError):
+        for row in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields = row.split()
+            if fields[4] == mount:
+                mounted = PurePosixPath(fields[3]).parts
+    parts = PurePosixPath(path).parts
+    rest = parts[len(mounted) :]
+    return Path(mount).joinpath(*rest) if parts[: len(mounted)] == mounted and ".." not in rest else None
 
 
 def _limit_of(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from runtime.errors import UsageError
@@ -19,7 +20,7 @@ UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-PAGE = 4096
+PAGE = max(4096, os.sysconf("SC_PAGE_SIZE"))  # of this system's memory, and at least what direct reads need
 MB = 10**6
 MIB = 2**20
 MOST_BYTES = 2**60

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
 from pathlib import Path
@@ -266,3 +268,88 @@ def test_limit_of_a_container(kernel, path):
     version_2(kernel, "", memory_max="100000000", memory_current="30000000", memory_stat="inactive_file 0\n")
     kernel("/proc/self/cgroup", f"0::{path}\n")
     assert memory.available_bytes() == 70_000_000 + OWN
+
+
+MOUNTED = "31 23 0:28 {} /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "mounted", "folder"),
+    [
+        ("/..", "/..", ""),
+        ("/../b", "/..", "/b"),
+        ("/../../a/b", "/../..", "/a/b"),
+        ("/a/b", "/", "/a/b"),
+        ("/docker/x/b", "/docker/x", "/b"),
+        ("/..", "/", ""),
+        ("/../b", "/", ""),
+    ],
+)
+def test_limit_of_a_group_seen_from_a_namespace(kernel, path, mounted, folder):
+    """Both paths are relative to the namespace; what is mounted may begin above it. The last two groups are out of
+    sight: the limit of what can be seen is the best that is known."""
+    version_2(kernel, "/elsewhere")
+    kernel("/proc/self/cgroup", f"0::{path}\n")
+    kernel("/proc/self/mountinfo", "1 1 0:1 / / rw - ext4 /dev/x rw\n" + MOUNTED.format(mounted))
+    kernel("/sys/fs/memory.max", "1")
+    for name, text in {
+        "memory.max": 100_000_000,
+        "memory.current": 30_000_000,
+        "memory.stat": "inactive_file 0",
+    }.items():
+        kernel(f"/sys/fs/cgroup{folder}/{name}", text)
+    assert memory.available_bytes() == 70_000_000 + OWN
+
+
+def test_a_group_of_version_1_seen_from_a_container(kernel):
+    version_1(kernel, "/docker/x")
+    kernel("/proc/self/mountinfo", "33 31 0:31 /docker/x /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n")
+    kernel("/sys/fs/cgroup/memory/memory.limit_in_bytes", 100_000_000)
+    kernel("/sys/fs/cgroup/memory/memory.usage_in_bytes", 30_000_000)
+    kernel("/sys/fs/cgroup/memory/memory.stat", "")
+    assert memory.available_bytes() == 70_000_000 + OWN
+
+
+# --- what the kernel answers --------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """libc whose madvise answers with an error."""
+
+    def __init__(self, advice, error):
+        self._libc, self._advice, self._error = memory._libc, advice, error
+
+    def __getattr__(self, name):
+        return getattr(self._libc, name)
+
+    def madvise(self, address, n_bytes, advice):
+        if advice == self._advice:
+            ctypes.set_errno(self._error)
+            return -1
+        return self._libc.madvise(address, n_bytes, advice)
+
+
+@pytest.mark.parametrize(
+    ("advice", "error"),
+    [
+        (memory._MADV_DONTNEED, errno.EINVAL),
+        (memory._MADV_DONTNEED, errno.ENOMEM),
+        (memory._MADV_COLD, errno.ENOMEM),
+        (memory._MADV_NOHUGEPAGE, errno.ENOMEM),
+    ],
+)
+def test_memory_that_the_kernel_keeps_is_an_error(region, monkeypatch, advice, error):
+    monkeypatch.setattr(memory, "_libc", Kernel(advice, error))
+    with pytest.raises(EngineError, match="advice about memory"):
+        region.use_huge_pages(0)
+        region.drop(0, region.n_bytes)
+
+
+@pytest.mark.parametrize("advice", [memory._MADV_COLD, memory._MADV_NOHUGEPAGE, memory._MADV_HUGEPAGE])
+def test_a_kernel_that_knows_less_is_none(region, monkeypatch, advice):
+    """MADV_COLD came with Linux 5.4, and a kernel can be built without huge pages."""
+    view(region.address, region.n_bytes)[:] = b"x" * region.n_bytes
+    monkeypatch.setattr(memory, "_libc", Kernel(advice, errno.EINVAL))
+    region.use_huge_pages(region.n_bytes)
+    region.drop(0, region.n_bytes)
+    assert bytes_in_memory([region.range]) == 0
