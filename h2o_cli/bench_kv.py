@@ -18,7 +18,15 @@ from h2o_cli.kv_layers import find_choice
 from h2o_cli.models import BUNDLED_MODEL
 from h2o_cli.output import Progress, emit, note, print_json, versions
 from runtime.errors import UsageError
-from runtime.kv.options import DEFAULT_SELECT, STORES, STRATEGIES, parse_layers, parse_strategy
+from runtime.kv.options import (
+    DEFAULT_SELECT,
+    DEFAULT_WAIT,
+    GUESSED_WAIT,
+    STORES,
+    STRATEGIES,
+    parse_layers,
+    parse_strategy,
+)
 
 if TYPE_CHECKING:
     from profiler.kv_eval.methods import Method
@@ -227,7 +235,7 @@ def _methods(model: EvalModel, wanted: Wanted) -> list[Method]:
         layers, wait = choice.layers, choice.wait if wait is None else wait
     elif not layers:
         note("no filter layers were found for this model yet: `h2o kv analyze` does that; the default ones are used")
-    wait = 1 if wait is None else wait
+    wait = (DEFAULT_WAIT if layers else GUESSED_WAIT) if wait is None else wait
     with model.engine(KvFilter(layers=layers, wait=wait), 256) as engine:
         assert engine.kv
         numbers, roles = engine.kv.cache.filterable, engine.kv.roles

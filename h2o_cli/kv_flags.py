@@ -14,6 +14,8 @@ from h2o_cli.kv_layers import find_choice
 from runtime.errors import UsageError
 from runtime.kv.options import (
     DEFAULT_KEEP,
+    GUESSED_WAIT,
+    LEAST_KEPT,
     METHODS,
     SELECTORS,
     STORES,
@@ -43,10 +45,14 @@ Switch = Annotated[
 Layers = Annotated[
     str | None, _option("--kv-layers", "I,J,..|auto", "Layers that select for those behind them. [default: auto]")
 ]
-Wait = Annotated[int | None, _option("--kv-wait", "N", "Layers behind each of them that see everything. [default: 1]")]
+Wait = Annotated[
+    int | None, _option("--kv-wait", "N", "Layers behind each of them that see everything. [default: 1; 0 with auto]")
+]
 Keep = Annotated[
     str | None,
-    _option("--kv-keep", "F|N", f"Selected positions: a share of the prompt or a count. [default: {DEFAULT_KEEP}]"),
+    _option(
+        "--kv-keep", "F|N", f"Selected positions: a share (at least {LEAST_KEPT}) or a count. [default: {DEFAULT_KEEP}]"
+    ),
 ]
 Select = Annotated[
     str | None,
@@ -113,11 +119,16 @@ class KvChoice:
     given: frozenset[str] = frozenset()
 
     def for_model(self, model_hash: int) -> KvFilter:
-        """The filter, with the layers, wait and selector that an analysis of this model found, where there was one."""
-        found = None if self.filter.layers else find_choice(model_hash)
-        if not found:
+        """The filter, with the layers, wait and selector that an analysis of this model found, where there was one.
+
+        Where there was none, the layers are guessed once the model is open.
+        """
+        if self.filter.layers:
             return replace(self.filter, folder=store_folder())
-        chosen: dict[str, Any] = {"layers": found.layers, "wait": found.wait, "select": found.select}
+        found = find_choice(model_hash)
+        chosen: dict[str, Any] = {"wait": GUESSED_WAIT}
+        if found:
+            chosen = {"layers": found.layers, "wait": found.wait, "select": found.select, "analyzed": True}
         kept = {name: value for name, value in chosen.items() if name not in self.given}
         return replace(self.filter, folder=store_folder(), **kept)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h2o_cli.models import BUNDLED_MODEL, profiles_folder
+from h2o_cli.output import warn
 
 if TYPE_CHECKING:
     from profiler.kv_eval.layers_file import LayerChoice
+    from runtime.kv.filter import Filter
 
 
 def find_choice(model_hash: int) -> LayerChoice | None:
@@ -22,6 +26,16 @@ def find_choice(model_hash: int) -> LayerChoice | None:
         if path.is_file():
             return load_choice(path)
     return None
+
+
+def warn_of_guess(kv: Filter, path: Path, n_ctx: int) -> None:
+    """Say that the filter layers are a guess, where they are one and a context of n_ctx tokens can be filtered."""
+    if kv.options.is_guess_in(n_ctx):
+        layers = ",".join(map(str, kv.roles.filters))
+        warn(
+            f"{path.name} was not analyzed, its filter layers {layers} are a guess: answers can be wrong",
+            f"find its own layers first: h2o kv analyze --quick {shlex.quote(str(path))}",
+        )
 
 
 def find_layers(model_hash: int) -> tuple[int, ...] | None:

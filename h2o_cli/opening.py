@@ -13,6 +13,7 @@ from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default
 from h2o_cli.first_plan import FROM_FILE, Chosen, FirstPlan
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
+from h2o_cli.kv_layers import warn_of_guess
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
 from h2o_cli.smallest import NEAR_BYTES, PROMPT, least_settings, measure, written
@@ -232,6 +233,8 @@ def open_session(
         if speculation:
             opened.callback(speculation.close)
         cleanup = opened.pop_all()
+    if engine.kv:
+        warn_of_guess(engine.kv, model.file.path, n_ctx)
     sampler = Sampler(options.sampling, engine.n_vocab, model.tokenizer.suppressed)
     watcher = PlanWatcher(model.first_plan.path, model.file.hash, generation=chosen.plan.generation)
     watcher.poll()  # what is in the file now has been looked at

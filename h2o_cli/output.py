@@ -52,6 +52,11 @@ def print_error(message: str, next_step: str = "") -> None:
     tell("\n".join(lines))
 
 
+def warn(message: str, next_step: str) -> None:
+    """Something that may be wrong with the answer that follows, and what to do about it."""
+    print_error(f"warning: {message}", next_step)
+
+
 def tell(text: str, end: str = "\n") -> None:
     """Text on standard error as it is. The work goes on where nobody can read it."""
     try:

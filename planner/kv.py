@@ -68,7 +68,7 @@ def kv_needs(profile: ModelProfile, use: KvUse, ctx_tokens: int) -> KvNeeds:
     if use.filter is None:
         return KvNeeds(kv_bytes)
     filterable = [layer.layer for layer in profile.kv.layers if layer.all_positions]
-    filters = use.filter.layers or default_filters(filterable)
+    filters = use.filter.layers or default_filters(filterable, use.filter.wait)
     roles = layer_roles(profile.model.n_layers, filters, use.filter.wait, filterable)
     needs = filter_needs(use.filter, roles, parts, filterable, profile.kv.n_heads)
     return KvNeeds(kv_bytes - needs.spared_bytes, needs.memory_bytes, profile.memory.filter_process_bytes)

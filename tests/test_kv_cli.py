@@ -42,8 +42,10 @@ def test_figures(run, tiny_model, store):
         0,
         "--json",
         "--kv-filter",
+        "--kv-layers",
+        0,
         "--kv-keep",
-        0.25,
+        10,
         "--kv-store",
         store,
     )
@@ -52,14 +54,45 @@ def test_figures(run, tiny_model, store):
     facts = json.loads(out)
     figures, n_prompt = facts["kv"], len(facts["prompt_tokens"])
     assert figures["store"] == store and figures["layers"] == [0] and figures["sparse_layers"] == [2, 3]
-    assert figures["prompt_rows"] == n_prompt and figures["kept_rows"] == n_prompt // 4
+    assert figures["prompt_rows"] == n_prompt and figures["kept_rows"] == 10
+    assert figures["layers_from"] == "given" and "guess" not in err
     row_bytes, n_past = 2 * 128 * 2, n_prompt + 3
-    kept_bytes = (n_prompt // 4 + 3) * 2 * row_bytes
+    kept_bytes = (10 + 3) * 2 * row_bytes
     stored_bytes = n_prompt * 2 * row_bytes
     assert figures["bytes_in_memory"] == n_past * 2 * row_bytes + kept_bytes + (stored_bytes if store == "ram" else 0)
     assert figures["bytes_on_disk"] == (stored_bytes if store == "disk" else 0)
     assert bool(figures["bytes_read_per_token"]) == (store == "disk")
     assert facts["ledger"]["filter_bytes"] > 0
+
+
+def test_layers_that_are_a_guess_are_said_to_be_one(run, tiny_model):
+    path = tiny_model("llama")
+    flags = ["-p", "a b c d " * 80, "-n", 4, "--ctx", 512, "--temp", 0, "--kv-filter"]
+    code, out, err = run(path, *flags, "--json")
+    assert code == 0, err
+    figures = json.loads(out)["kv"]
+    assert figures["layers_from"] == "guess" and figures["kept_rows"] == 256 < figures["prompt_rows"]
+    layers = ",".join(map(str, figures["layers"]))
+    assert f"warning: {path.name} was not analyzed, its filter layers {layers} are a guess" in err
+    assert f"h2o kv analyze --quick {path}" in err
+    code, _, err = run(path, *flags)
+    assert code == 0 and "layers, guessed" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("flags", [(), ("--kv-layers", "0"), ("--kv-store", "disk")])
+def test_a_short_prompt_is_answered_as_without_a_filter(run, bundled_model, flags):
+    same = [bundled_model, "-p", "Once there was a", "-n", 24, "--temp", 0, "--json", "--speculate", "off"]
+    plain = json.loads(run(*same)[1])
+    code, out, err = run(*same, "--kv-filter", *flags)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["kv"]["kept_rows"] == len(found["prompt_tokens"]) < 7
+    assert found["tokens"] == plain["tokens"]
+
+
+def test_nothing_is_guessed_where_nothing_is_left_out(run, tiny_model):
+    code, _, err = run(tiny_model("llama"), "-p", "a b c", "-n", 2, "--kv-filter")
+    assert code == 0 and "guess" not in err
 
 
 def test_without_a_filter_there_are_no_figures(run, tiny_model):
@@ -102,7 +135,7 @@ FIELDS = {
     "num_wait_load_layers": 0,
     "real_offload": True,
     "dense_more": True,
-    "num_of_selected_tokens": 0.25,
+    "num_of_selected_tokens": 5,
     "selector_cls": "exp",
     "window_size": 3,
 }

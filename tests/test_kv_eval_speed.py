@@ -92,7 +92,7 @@ def test_times_and_memory(tiny_model, tmp_path):
     assert 0 < found.ms_least <= found.ms_per_token
     assert found.kv_bytes < full.kv_bytes
     assert found.read_bytes > 0 == full.read_bytes
-    turns = run.turns([KvFilter(layers=(0,), wait=0, keep=keep) for keep in (0.5, 0.1)])
+    turns = run.turns([KvFilter(layers=(0,), wait=0, keep=keep, least=1) for keep in (0.5, 0.1)])
     for ratios in (turns.faster, turns.faster_again):
         assert set(ratios) == {"0.5", "0.1"}
         assert all(ratio > 0 for ratio in ratios.values())

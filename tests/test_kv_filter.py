@@ -60,7 +60,7 @@ def test_rows_that_are_not_chosen_are_not_read(tiny_model):
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 @pytest.mark.parametrize("plan", [RESIDENT, STREAMED])
-@pytest.mark.parametrize("options", [{"keep": 1.0}, {"keep": 0.1}, {"keep": 33, "block": 8}])
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"keep": 0.1, "least": 1}, {"keep": 33, "block": 8}])
 def test_a_store_on_disk_gives_the_same_bits(tiny_model, tmp_path, kv_type, plan, options):
     path = tiny_model("llama")
     in_ram = answer(path, plan, kv=KvFilter(**options), kv_type=kv_type)

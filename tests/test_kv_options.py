@@ -22,10 +22,29 @@ def test_roles_of_the_published_example():
 
 
 @pytest.mark.parametrize(
-    "n_layers, expected", [(32, (2, 8, 18)), (80, (5, 20, 45)), (8, (1,)), (4, (0,)), (16, (2, 8))]
+    "n_layers, wait, expected",
+    [(2, 0, (0,)), (3, 0, (0,)), (4, 0, (2,)), (4, 1, (0,)), (8, 0, (2, 4, 6)), (9, 0, (2, 4, 6)), (12, 1, (2, 5, 8))],
 )
-def test_default_filters(n_layers, expected):
-    assert default_filters(range(n_layers)) == expected
+def test_default_filters(n_layers, wait, expected):
+    assert default_filters(range(n_layers), wait) == expected
+
+
+@given(st.integers(2, 100), st.integers(0, 3))
+def test_the_guess_leaves_no_sparse_layer_far_behind_its_filter(n_layers, wait):
+    if n_layers <= wait + 1:
+        return
+    roles = layer_roles(n_layers, default_filters(range(n_layers), wait), wait)
+    assert roles.sparse
+    assert len(roles.filters) == 1 or all(layer - s.filter <= wait + 2 for s in roles.segments for layer in s.sparse)
+
+
+def test_who_chose_the_layers():
+    assert KvFilter().layers_from == "guess"
+    assert KvFilter(layers=(1,)).layers_from == "given"
+    assert KvFilter(layers=(1,), analyzed=True).layers_from == "analysis"
+    assert KvFilter().is_guess_in(257) and not KvFilter().is_guess_in(256)
+    assert not KvFilter(keep=1.0).is_guess_in(1000) and not KvFilter(layers=(1,)).is_guess_in(1000)
+    assert not KvFilter(method="full").is_guess_in(1000)
 
 
 @given(st.data())
@@ -98,8 +117,12 @@ def test_words_of_the_flags():
 
 
 def test_rows_of_a_budget():
-    assert KvFilter(keep=0.067).n_rows(1000) == 67
-    assert KvFilter(keep=0.1).n_rows(5) == 1  # never nothing
+    assert KvFilter(keep=0.067).n_rows(10000) == 670
+    assert KvFilter(keep=0.067).n_rows(1000) == 256  # a share is never less
+    assert KvFilter(keep=0.1).n_rows(5) == 5
+    assert KvFilter(keep=0.067, least=1).n_rows(1000) == 67
+    assert KvFilter(keep=0.1, least=1).n_rows(5) == 1  # never nothing
+    assert KvFilter(keep=3).n_rows(1000) == 3
     assert KvFilter(keep=4096).n_rows(100) == 100
     assert KvFilter(keep=1.0).n_rows(777) == 777
     assert KvFilter(keep=2, sinks=4, recent=4).n_rows(100) == 8

@@ -185,7 +185,9 @@ class Analysis:
     def _measure(self, samples: Sequence[_Sample], n_ctx: int, candidate: Candidate) -> Candidate:
         """The mean divergence of a candidate over all steps of the samples, and how many answers it leaves alone."""
         found, same = [], []
-        kv = KvFilter(layers=candidate.layers, wait=candidate.wait, keep=self._search.keep, select=candidate.select)
+        kv = KvFilter(
+            layers=candidate.layers, wait=candidate.wait, keep=self._search.keep, least=1, select=candidate.select
+        )
         with self._model.engine(kv, n_ctx) as engine:
             for sample in samples:
                 pairs = list(zip(sample.steps, forced(engine, sample.start, sample.answer), strict=True))

@@ -41,8 +41,8 @@ class Roles:
     n_dense: int
 
     def filter(self, keep: float, **changes: object) -> KvFilter:
-        """A filter with these roles. keep 1.0 keeps everything."""
-        fields = {"layers": self.layers, "wait": self.wait, "select": self.select, "keep": float(keep)}
+        """A filter with these roles. keep 1.0 keeps everything; a share is kept of short prompts, too."""
+        fields = {"layers": self.layers, "wait": self.wait, "select": self.select, "keep": float(keep), "least": 1}
         return KvFilter(**{**fields, **changes})  # type: ignore[arg-type]
 
 

@@ -71,6 +71,7 @@ def main() -> None:
             layers=parse_layers(flags.layers),
             wait=flags.wait,
             keep=keep,
+            least=1,
             select=flags.select,
             store=flags.store,
             strategy=strategy,

@@ -19,7 +19,7 @@ from runtime.kv.cache import OFF, Cache, V, find_cache
 from runtime.kv.dense import DenseAttention
 from runtime.kv.jobs import Stopped
 from runtime.kv.needs import filter_needs, turns
-from runtime.kv.options import WINDOWED, KvFilter
+from runtime.kv.options import GUESS, WINDOWED, KvFilter
 from runtime.kv.roles import Roles, default_filters, layer_roles
 from runtime.kv.scores import Floats, Scorer, queries
 from runtime.kv.selection import (
@@ -65,7 +65,7 @@ def open_filter(
     """
     options = settings.kv or KvFilter()
     cache = find_cache(source.groups, file, source.model)
-    filters = options.layers or default_filters(cache.filterable)
+    filters = options.layers or default_filters(cache.filterable, options.wait)
     roles = layer_roles(file.n_layers, filters, options.wait, cache.filterable)
     n_heads = int(abi.llama.llama_model_n_head(source.model))
     return Filter(options, cache, roles, Scorer(settings.n_threads, n_heads), stopped, skip)
@@ -144,7 +144,8 @@ class Filter:
     def summary(self) -> str:
         """One phrase for people."""
         share = f"{len(self._layers)} of {len(self.cache.layers)} layers"
-        return f"{self.kept_rows} of {self.stored} prompt positions attended in {share}"
+        guess = ", guessed" if self.options.layers_from == GUESS and self.kept_rows < self.stored else ""
+        return f"{self.kept_rows} of {self.stored} prompt positions attended in {share}{guess}"
 
     def figures(self) -> dict[str, Any]:
         """The figures of `--json`. Bytes per token are those of the decode passes since the last prompt."""
@@ -154,6 +155,7 @@ class Filter:
         return {
             "method": options.method,
             "layers": list(self.roles.filters),
+            "layers_from": options.layers_from,
             "wait": options.wait,
             "sparse_layers": sorted(self._layers),
             "keep": options.keep,

@@ -16,23 +16,29 @@ WINDOW = 16  # queries that "uniform" and "exp" look back
 READERS = 4
 LAZY_THRESHOLD = 0.4
 DEFAULT_KEEP = 0.1
+LEAST_KEPT = 256  # rows: a share of a short prompt would keep too few for any answer
 DEFAULT_SELECT = "last"
+DEFAULT_WAIT, GUESSED_WAIT = 1, 0
+GUESS = "guess"
 
 
 @dataclass(frozen=True)
 class KvFilter:
     """Which keys and values of a prompt a decode pass attends to, and where the others are. Rows are positions.
 
-    layers: the filter layers; empty: chosen for the model. wait: layers behind each filter layer that attend to
-    everything. keep: rows kept in the others, a fraction of the prompt (float) or a count (int). select: how scores
-    become a choice. sinks, recent: first and last rows of the prompt that are always kept, part of the budget. block:
-    rows that are chosen together. readers: threads that read a disk store. tail: most rows decoded in one answer (0: as
-    many as the context takes); more are taken back into the prompt. folder: where a disk store has its file.
+    layers: the filter layers; empty: chosen for the model. analyzed: an analysis found them. wait: layers behind each
+    filter layer that attend to everything. keep: rows kept in the others, a count (int) or a fraction of the prompt
+    (float), then at least `least` of them. select: how scores become a choice. sinks, recent: first and last rows of
+    the prompt that are always kept, part of the budget. block: rows that are chosen together. readers: threads that
+    read a disk store. tail: most rows decoded in one answer (0: as many as the context takes); more are taken back into
+    the prompt. folder: where a disk store has its file.
     """
 
     layers: tuple[int, ...] = ()
-    wait: int = 1
+    wait: int = DEFAULT_WAIT
     keep: float | int = DEFAULT_KEEP
+    least: int = LEAST_KEPT
+    analyzed: bool = False
     select: str = DEFAULT_SELECT
     store: str = "ram"
     strategy: str = "multi"
@@ -78,9 +84,20 @@ class KvFilter:
         """Rows of a prompt of n_prompt that a sparse layer attends to: the budget, at least what is always kept."""
         if self.strategy == "brutal":
             return n_prompt
-        wanted = self.keep if isinstance(self.keep, int) else int(self.keep * n_prompt)
+        wanted = self.keep if isinstance(self.keep, int) else max(int(self.keep * n_prompt), self.least)
         always = self.window if self.select in WINDOWED else 0
         return min(n_prompt, max(wanted, self.sinks + self.recent + always, 1))
+
+    @property
+    def layers_from(self) -> str:
+        """Who chose the filter layers: "given" by the user, found by an "analysis", or a "guess"."""
+        if not self.layers:
+            return GUESS
+        return "analysis" if self.analyzed else "given"
+
+    def is_guess_in(self, n_positions: int) -> bool:
+        """Whether a context of n_positions can be filtered by layers that are a guess."""
+        return self.layers_from == GUESS and self.method != "full" and self.n_rows(n_positions) < n_positions
 
 
 def _joined(layers: tuple[int, ...]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from runtime.errors import UsageError
 
-_ONE_FILTER_BELOW, _TWO_FILTERS_BELOW = 12, 24  # layers of a model
+_FEW = 3  # layers: two dense ones in front and a filter
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,14 @@ class Roles:
         return tuple(layer for segment in self.segments for layer in segment.sparse)
 
 
-def default_filters(layers: Sequence[int]) -> tuple[int, ...]:
-    """Filter layers for a model nothing is known of: 1, 2 or 3 of its filterable layers, most of them early.
+def default_filters(layers: Sequence[int], wait: int) -> tuple[int, ...]:
+    """Filter layers for a model nothing is known of: often enough that only one layer in wait + 2 is sparse.
 
-    32 layers give 2, 8, 18 (what OmniKV uses for Llama-3-8B), 80 give 5, 20, 45.
+    Which layers look things up differs from model to model, and a layer that does must not get its rows from one far
+    before it. In a model too small for that the first one filters.
     """
     n = len(layers)
-    if n < _ONE_FILTER_BELOW:
-        places = [n // 6]
-    elif n < _TWO_FILTERS_BELOW:
-        places = [n // 8, n // 2]
-    else:
-        places = [n // 16, n // 4, n * 9 // 16]
+    places = range(2, n - 1, wait + 2) if n > wait + _FEW else range(1)
     return tuple(layers[place] for place in places)
 
 
