@@ -11,8 +11,8 @@ from h2o_cli.cmd_profile import check_writable
 from h2o_cli.defaults import MOST_THREADS, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.models import profiles_folder, read_text, resolve_model
-from h2o_cli.output import Progress, emit, note, table, versions
-from runtime.errors import Cancelled, PromptError, UsageError
+from h2o_cli.output import Progress, duration, emit, note, table, versions
+from runtime.errors import Cancelled, ProfileError, PromptError, UsageError
 from runtime.kv.options import parse_keep
 from runtime.sizes import parse_size
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 EPILOG = """Examples:
 
 \b
-  h2o kv analyze model.gguf                  find the layers, keep them for `h2o run --kv-filter`
+  h2o kv analyze --quick model.gguf          find the layers, keep them for `h2o run --kv-filter`
+  h2o kv analyze model.gguf                  the same with more samples and more choices
   h2o kv analyze model.gguf --plot curves.png
   h2o kv analyze model.gguf --length 4000 --prompts 4 --checks 8
   h2o kv analyze model.gguf --text book.txt  sample prompts from a text of your own
 """
 _MOST_TEXT = 64 * 2**20
 _SHOWN = 8
+QUICK_S = 80.0  # two minutes with what is slower than estimated
 LEAST_HALVED = 256  # tokens of a prompt: half of fewer has no room for facts in a text
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Filter layers of a model.")
@@ -40,6 +42,9 @@ def kv() -> None:
     """Find out which layers of a model can choose the positions that others attend to."""
 
 
+Quick = Annotated[
+    bool, typer.Option("--quick", help="As many samples and choices as fit into about a minute and a half.")
+]
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
 Keep = Annotated[str, typer.Option("--keep", metavar="F", help="Share of the prompt that is kept.")]
 Length = Annotated[
@@ -79,11 +84,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 @app.command("analyze", epilog=EPILOG)
 def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
+    quick: Quick = False,
     keep: Keep = "0.1",
     length: Length = 1024,
     prompts: Prompts = 60,
     text: TextFile = None,
-    dense: Dense = 0.5,
+    dense: Dense = 0.6,
     filters: Filters = 3,
     checks: Checks = 20,
     most_kl: MostKl = 0.01,
@@ -115,12 +121,15 @@ def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
         most_dense=dense,
         most_filters=filters,
         checks=checks,
+        limit_s=QUICK_S if quick else 0.0,
         most_kl=most_kl,
         texts=_texts(text, length, prompts) if text else (),
         versions=tuple(versions().items()),
     )
-    found = _analyze(path, search, memory, threads)
+    found, stopped = _analyze(path, search, memory, threads)
     target = _save(found, output)
+    if stopped:
+        raise Cancelled(stopped)
     if plot:
         _draw(found, plot)
     if as_json:
@@ -143,7 +152,8 @@ def _texts(path: Path, length: int, n_prompts: int) -> tuple[str, ...]:
     return tuple(content[start : start + n_characters] for start in starts)
 
 
-def _analyze(path: Path, search: Search, memory: str | None, threads: int | None) -> LayerChoice:
+def _analyze(path: Path, search: Search, memory: str | None, threads: int | None) -> tuple[LayerChoice, int]:
+    """What was found, and the signal that ended the search early (0: none did)."""
     from profiler.kv_eval.analyze import Analysis
     from profiler.kv_eval.model import EvalModel
 
@@ -151,24 +161,46 @@ def _analyze(path: Path, search: Search, memory: str | None, threads: int | None
     model = EvalModel(path, n_threads=threads or default_threads(), budget_bytes=budget_bytes)
     try:
         analysis = Analysis(model, search)
-        with Progress(f"analyzing {path.name}", lambda: analysis.share), interrupts.ending(model.cancel):
-            found = analysis.run()
+        with interrupts.ending(model.cancel, patient=True):
+            with Progress("computing a sample prompt, to see how long it takes", lambda: 0.0):
+                left_s = analysis.begin()
+            work = analysis.work
+            note(
+                f"this takes about {duration(left_s)} ({work.n_prompts} sample prompts, {work.candidates} choices);"
+                " what is measured by then is kept when you end it with Ctrl-C"
+            )
+            with Progress(f"analyzing {path.name}", lambda: analysis.share):
+                found = analysis.run()
     finally:
         model.close()
-    stopped = interrupts.take()
-    if stopped:
-        raise Cancelled(stopped)
-    return found
+        stopped = interrupts.take()
+    return found, stopped
 
 
 def _save(found: LayerChoice, output: Path | None) -> Path:
+    """Write the result; one that was ended early does not replace a whole one. Where it is, or would have been."""
     from profiler.kv_eval.layers_file import layers_path, save_choice
 
     target = output or layers_path(profiles_folder(), found.model_hash)
     if output is None:
         check_writable(target, make_folder=True)
+    if not found.complete and _is_whole(target):
+        note(f"{target} holds a whole analysis, it stays as it is")
+        return target
     save_choice(found, target)
+    if not found.complete:
+        layers = ",".join(map(str, found.layers))
+        note(f"ended early: the best of {len(found.candidates)} choices, layers {layers}, is kept in {target}")
     return target
+
+
+def _is_whole(path: Path) -> bool:
+    from profiler.kv_eval.layers_file import load_choice
+
+    try:
+        return load_choice(path).complete
+    except ProfileError:
+        return False
 
 
 def _draw(found: LayerChoice, path: Path) -> None:
@@ -193,6 +225,17 @@ def summary(found: LayerChoice) -> str:
             f" ({found.keep:.0%} kept, {found.n_prompts} prompts, {found.n_steps} steps)",
             "",
             table(rows, right=(1, 3, 4, 5, 6)),
-            f"measured: {len(found.candidates)}; *: chosen, the smallest dense part that is good enough",
+            f"measured: {len(found.candidates)}; *: chosen, {_why(found)}",
         ]
+    )
+
+
+def _why(found: LayerChoice) -> str:
+    """How the choice was made, and what to expect of it."""
+    chosen = found.chosen
+    if chosen is None or chosen.kl <= found.most_kl:
+        return f"the smallest dense part with at most {found.most_kl:g} nats per token"
+    return (
+        f"the smallest divergence: none is good enough, at most {found.most_kl:g} nats per token,"
+        f" so answers will differ ({chosen.same:.0%} of the sample answers stayed the same)"
     )

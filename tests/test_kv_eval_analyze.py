@@ -1,13 +1,16 @@
 """`h2o kv analyze`: filter layers found, measured, kept and found again by a run."""
 
 import json
+import os
+import re
+import signal
 
 import numpy as np
 import pytest
 
 from h2o_cli import cmd_kv, kv_layers
 from h2o_cli.main import run_command
-from profiler.kv_eval.analyze import Search, choose, neighbours
+from profiler.kv_eval.analyze import Analysis, Search, choose, neighbours
 from profiler.kv_eval.layers_file import Candidate, load_choice
 from profiler.kv_eval.model import divergence, log_softmax
 from runtime.model_file import ModelFile
@@ -41,7 +44,8 @@ def test_layers_are_kept_where_a_run_finds_them(bundled_model, elsewhere, capsys
     assert all(0 <= c.same <= 1 for c in choice.candidates)
     assert choice.lengths == (160,)
     assert sorted(c.kl for c in choice.candidates) == [c.kl for c in choice.candidates]
-    assert all(c.dense_share <= 0.5 for c in choice.candidates)
+    assert all(c.dense_share <= 0.6 for c in choice.candidates)
+    assert choice.complete and choice.most_kl == 0.01
     assert np.all(np.diag(choice.similarity) >= np.max(choice.similarity, axis=0) - 1e-3)
     assert list(choice.curves) == [4, 8]
 
@@ -58,6 +62,77 @@ def test_json_file_text_and_plot(bundled_model, tmp_path, elsewhere, capsys):
     assert (choice.n_prompts, choice.lengths, choice.select) == (2, (256, 128), "uniform")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert not elsewhere.exists()
+
+
+def test_how_long_it_takes_is_said_first_and_quick_cuts_it(bundled_model, elsewhere, capsys, monkeypatch):
+    monkeypatch.setattr(cmd_kv, "QUICK_S", 0.001)
+    flags = ("--quick", "--length", 160, "--prompts", 9, "--checks", 12, "-t", 2)
+    assert run(bundled_model, *flags) == 0
+    said = re.search(r"takes about (\d+) s \((\d+) sample prompts, (\d+) choices\)", capsys.readouterr().err)
+    assert said
+    choice = kv_layers.find_choice(ModelFile.open(bundled_model).hash)
+    assert (int(said[2]), int(said[3])) == (choice.n_prompts, len(choice.candidates)) == (3, 2 * 2)
+
+
+def end_after(monkeypatch, n_measured):
+    """Ctrl-C while the next choice is measured."""
+    measure, calls = Analysis._measure, []
+
+    def measured(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == n_measured + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Analysis, "_measure", measured)
+
+
+def test_what_was_measured_is_kept_when_it_is_ended(bundled_model, elsewhere, capsys, monkeypatch):
+    end_after(monkeypatch, 3)
+    assert run(bundled_model, *QUICK) == 130
+    choice = kv_layers.find_choice(ModelFile.open(bundled_model).hash)
+    assert not choice.complete and len(choice.candidates) == 3
+    assert choice.chosen.kl == min(c.kl for c in choice.candidates)
+    err = capsys.readouterr().err
+    assert "ended early: the best of 3 choices" in err and str(elsewhere) in err
+
+
+def test_a_whole_analysis_is_not_replaced_by_a_part_of_one(bundled_model, elsewhere, capsys, monkeypatch):
+    assert run(bundled_model, *QUICK) == 0
+    before = kv_layers.find_choice(ModelFile.open(bundled_model).hash)
+    end_after(monkeypatch, 3)
+    assert run(bundled_model, *QUICK) == 130
+    assert kv_layers.find_choice(ModelFile.open(bundled_model).hash) == before
+    assert "stays as it is" in capsys.readouterr().err
+
+
+def test_nothing_is_kept_where_nothing_was_measured(bundled_model, elsewhere, monkeypatch):
+    end_after(monkeypatch, 0)
+    assert run(bundled_model, *QUICK) == 130
+    assert not list(elsewhere.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("most_kl", "said", "unsaid"),
+    [
+        (1000, "the smallest dense part with at most 1000 nats per token", "differ"),
+        (
+            0,
+            "the smallest divergence: none is good enough, at most 0 nats per token, so answers will differ",
+            "dense part",
+        ),
+    ],
+)
+def test_the_summary_says_why(bundled_model, elsewhere, capsys, most_kl, said, unsaid):
+    assert run(bundled_model, *QUICK, "--kl", most_kl) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said in last and unsaid not in last
+
+
+def test_the_guess_is_measured_too(bundled_model, elsewhere):
+    assert run(bundled_model, *QUICK, "--dense", 0.7) == 0
+    choice = kv_layers.find_choice(ModelFile.open(bundled_model).hash)
+    assert ((2, 4, 6), 0) in [(c.layers, c.wait) for c in choice.candidates]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +154,7 @@ def test_mistakes_are_one_line(bundled_model, flags, words, capsys):
     assert words in err
     assert "Traceback" not in err
     lines = [line for line in err.strip().splitlines() if " left" not in line]  # progress, on a slow machine
+    lines = [line for line in lines if "sample prompt" not in line]
     assert len(lines) <= 2
 
 

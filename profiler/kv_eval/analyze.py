@@ -5,29 +5,44 @@ full attention judges them, with every selector, and a local search goes on from
 on more prompts. The choice is the smallest part of dense layers whose divergence is at most `most_kl`; where none is
 that good, the smallest divergence. Recording and similarity are
 OmniKV's (ICLR 2025); the rule is this project's own.
+
+The first sample says how long all of it takes, and how much of it fits where the time is limited.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
 
 from profiler.kv_eval.layers_file import SCHEMA, Candidate, LayerChoice
-from profiler.kv_eval.model import EvalModel, Floats, Start, begin, check_length, divergence, forced, log_softmax
+from profiler.kv_eval.model import (
+    OWN_TOKENS,
+    EvalModel,
+    Floats,
+    Start,
+    begin,
+    check_length,
+    divergence,
+    forced,
+    log_softmax,
+    start_of,
+)
 from profiler.kv_eval.needles import ANSWER_TOKENS, NEEDLE, RECALL, make_trials
 from profiler.kv_eval.similarity import curves, mean_similarity, propose, served_by, similarity
-from runtime.errors import ModelError, UsageError
-from runtime.kv.options import KvFilter
+from profiler.kv_eval.time_needed import Costs, Work, fitted, seconds
+from runtime.errors import Cancelled, ModelError, UsageError
+from runtime.kv.options import GUESSED_WAIT, KvFilter
+from runtime.kv.roles import default_filters
 
 SELECTS = ("softmax", "last")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _ROOM = ANSWER_TOKENS + 8
-_FIRST_PART = 3  # a third of the samples for every candidate, all of them for the best
-_FINALISTS = 8
 _PARENTS = 2  # of the best candidates, the neighbours are tried
 
 
@@ -37,17 +52,20 @@ class Search:
 
     selects: the selectors that are tried. most_dense: largest part of the layers that may be dense. checks: filter
     layers that are measured, with every selector. texts: prompts of the user's own; without them needle prompts are
-    made, others than those of `h2o bench kv` unless the seed is the same.
+    made, others than those of `h2o bench kv` unless the seed is the same. finalists: how many of the best are measured
+    on all prompts. limit_s: prompts, checks and finalists are cut to what fits into so many seconds (0: they are not).
     """
 
     lengths: tuple[int, ...] = (1024, 512)
     n_prompts: int = 60
     keep: float = 0.1
     selects: tuple[str, ...] = SELECTS
-    most_dense: float = 0.5
+    most_dense: float = 0.6
     most_filters: int = 3
     waits: tuple[int, ...] = (0, 1)
     checks: int = 20
+    finalists: int = 8
+    limit_s: float = 0.0
     most_kl: float = 0.01
     seed: int = 2025
     texts: tuple[str, ...] = ()
@@ -56,38 +74,72 @@ class Search:
 
 @dataclass
 class _Sample:
-    """A prompt, what the model says with full attention, and its log-probabilities [n_vocab] at every step."""
+    """A prompt, what the model says with full attention, and its log-probabilities [n_vocab] at every step.
+
+    costs: seconds for the prompt and for the answer.
+    """
 
     start: Start
     answer: list[int]
+    costs: tuple[float, float]
     steps: list[Floats] = field(default_factory=list)
 
 
 class Analysis:
-    """One search on one model. `share` says how much is done."""
+    """One search on one model: `begin`, then `run`. `share` says how much is done."""
 
     def __init__(self, model: EvalModel, search: Search) -> None:
         self._model, self._search = model, search
-        self._done = 0
         self._numbers: tuple[int, ...] = ()
+        self._matrices: list[Floats] = []
         self._matrix: Floats = np.zeros((0, 0), np.float32)
+        self._measured: list[Candidate] = []
+        self._costs = Costs(0.0, 0.0, 0.0)
+        self._n_ctx = self._recorded = self._answered = 0
+
+    @property
+    def work(self) -> Work:
+        """What is to be done."""
+        search = self._search
+        return Work(search.n_prompts, search.checks, len(search.selects), search.finalists)
 
     @property
     def share(self) -> float:
         """Part of the work that is done, 0 to 1."""
-        n, n_checks = self._search.n_prompts, self._search.checks * len(self._search.selects)
-        return self._done / (n + first_part(n) * n_checks + n * min(n_checks, _FINALISTS))
+        weight = 1 + self._costs.prompt_s / self._costs.answer_s if self._costs.answer_s else 1.0
+        work = self.work
+        return (self._recorded * weight + self._answered) / (work.n_prompts * weight + work.answers)
 
-    def run(self) -> LayerChoice:
-        """Do everything. Raises H2OError."""
+    def begin(self) -> float:
+        """Compute the first sample and cut the work to limit_s; about how many seconds `run` takes. Raises H2OError."""
         check_length(self._model, max(self._search.lengths) + _ROOM)
         prompts = self._prompts()
         self._search = replace(self._search, n_prompts=len(prompts))
-        n_ctx = -(-(max(map(len, prompts)) + _ROOM) // 256) * 256
-        samples, matrices = self._record(self._model.starts(prompts, n_ctx), n_ctx)
-        self._matrix = np.mean(matrices, axis=0)
-        measured = self._measure_all(samples, n_ctx)
-        return self._result(measured, len(matrices))
+        self._n_ctx = -(-(max(map(len, prompts)) + _ROOM) // 256) * 256
+        layer, open_s = self._any_layer(prompts[0][:1])
+        self._samples = self._record(prompts, layer)
+        self._first = next(self._samples)
+        self._costs = Costs(*self._first.costs, open_s)
+        if self._search.limit_s:
+            work = fitted(self.work, self._costs, self._search.limit_s)
+            self._search = replace(self._search, n_prompts=work.n_prompts, checks=work.checks, finalists=work.finalists)
+        return max(0.0, seconds(self.work, self._costs) - sum(self._first.costs))
+
+    def run(self) -> LayerChoice:
+        """Do everything. What was measured until then is the result where it is cancelled. Raises H2OError."""
+        try:
+            with contextlib.closing(self._samples):
+                rest = itertools.islice(self._samples, self._search.n_prompts - 1)
+                samples = [sample for sample in (self._first, *rest) if sample.answer]
+            if not samples:
+                raise UsageError("the model ends every answer at once: there are no scores", "give other --prompts")
+            self._matrix = np.mean(self._matrices, axis=0)
+            self._measure_all(samples)
+        except Cancelled:
+            if not self._measured:
+                raise
+            return self._result(complete=False)
+        return self._result(complete=True)
 
     def _prompts(self) -> list[list[int]]:
         """Sample prompts; the first of them are of all lengths, tasks and depths, too."""
@@ -106,50 +158,55 @@ class Analysis:
         mixed = [of_kind[place] for place in places for of_kind in trials]
         return [model.tokenizer.encode(trial.prompt) for trial in mixed[: search.n_prompts]]
 
-    def _record(self, starts: Sequence[Start], n_ctx: int) -> tuple[list[_Sample], list[Floats]]:
+    def _record(self, prompts: Sequence[list[int]], filter_layer: int) -> Generator[_Sample]:
         """Answers with full attention, and a similarity matrix for every decode step."""
-        samples, matrices = [], []
+        room = self._model.states_bytes
         seen: dict[int, Floats] = {}
-        with self._model.engine(KvFilter(layers=self._any_layer(n_ctx), wait=0, method="full"), n_ctx) as engine:
+        nothing = KvFilter(layers=(filter_layer,), wait=0, method="full")
+        with self._model.engine(nothing, self._n_ctx) as engine:
             assert engine.kv
-            self._numbers = engine.kv.cache.filterable
-            if len(self._numbers) < 2:
-                raise ModelError("this model has fewer than two layers that see all positions", "run without a filter")
             engine.kv.watch(self._numbers, lambda layer, scores: seen.__setitem__(layer, scores.copy()))
-            for start in starts:
+            for prompt in prompts:
+                began_s = time.perf_counter()
+                start = start_of(engine, prompt) if room > 0 and len(prompt) > OWN_TOKENS else Start(prompt)
+                room -= len(start.state or ())
+                computed_s = time.perf_counter()
                 begin(engine, start)
-                sample = _Sample(start, self._model.answer(engine, ANSWER_TOKENS)[:-1])
-                engine.truncate(len(start.prompt))
-                for token in sample.answer:
+                answer = self._model.answer(engine, ANSWER_TOKENS)[:-1]
+                sample = _Sample(start, answer, (computed_s - began_s, time.perf_counter() - computed_s))
+                engine.truncate(len(prompt))
+                for token in answer:
                     engine.forward([token])
                     sample.steps.append(log_softmax(engine.logits()))
                     scores = np.stack([seen[layer] for layer in self._numbers])
-                    matrices.append(similarity(scores, max(1, int(self._search.keep * scores.shape[1]))))
-                if sample.answer:
-                    samples.append(sample)
-                self._done += 1
-        if not matrices:
-            raise UsageError("the model ends every answer at once: there are no scores", "give other --prompts")
-        return samples, matrices
+                    self._matrices.append(similarity(scores, max(1, int(self._search.keep * scores.shape[1]))))
+                self._recorded += 1
+                yield sample
 
-    def _any_layer(self, n_ctx: int) -> tuple[int, ...]:
-        """A layer that may filter, for an engine that filters nothing."""
-        with self._model.engine(KvFilter(wait=0), n_ctx) as engine:
+    def _any_layer(self, tokens: Sequence[int]) -> tuple[int, float]:
+        """A layer that may filter, for an engine that filters nothing; and the seconds that opening one takes."""
+        began_s = time.perf_counter()
+        with self._model.engine(KvFilter(wait=0), self._n_ctx) as engine:
             assert engine.kv
-            return engine.kv.cache.filterable[:1]
+            self._numbers = engine.kv.cache.filterable
+            engine.forward(tokens)  # reads the weights
+        if len(self._numbers) < 2:
+            raise ModelError("this model has fewer than two layers that see all positions", "run without a filter")
+        return self._numbers[0], time.perf_counter() - began_s
 
     # --- proposals ----------------------------------------------------------------------------------------------
 
-    def _measure_all(self, samples: Sequence[_Sample], n_ctx: int) -> list[Candidate]:
+    def _measure_all(self, samples: Sequence[_Sample]) -> None:
         """All checks on the first samples, then the best of them on all samples. The best come first."""
-        n_first = first_part(len(samples))
-        measured = list(self._measure_first(samples[:n_first], n_ctx))
-        measured.sort(key=_by_divergence)
-        best = [self._measure(samples, n_ctx, candidate) for candidate in measured[:_FINALISTS]]
-        return sorted(best, key=_by_divergence) + measured[_FINALISTS:]
+        first = samples[: self.work.n_first]
+        for candidate in self._measure_first(first):
+            self._measured.append(candidate)
+        self._measured.sort(key=_by_divergence)
+        for i, candidate in enumerate(self._measured[: self._search.finalists]):
+            self._measured[i] = self._measure(samples, candidate)
 
-    def _measure_first(self, samples: Sequence[_Sample], n_ctx: int) -> Iterator[Candidate]:
-        """Half of the checks for what similarity proposes, the others around the best of all until then."""
+    def _measure_first(self, samples: Sequence[_Sample]) -> Iterator[Candidate]:
+        """The guess, half of the checks for what similarity proposes, the others around the best of all until then."""
         search, numbers = self._search, self._numbers
         most_dense = int(search.most_dense * len(numbers))
         proposals = propose(
@@ -161,6 +218,9 @@ class Analysis:
                 "raise --dense",
             )
         ranked = [(proposal.layers, proposal.wait) for proposal in proposals]
+        guess = default_filters(numbers, GUESSED_WAIT)
+        if sum(who < 0 for who in served_by(numbers, guess, GUESSED_WAIT)) <= most_dense:
+            ranked.insert(0, (guess, GUESSED_WAIT))
         measured: dict[tuple[int, ...], list[Candidate]] = {}
         while len(measured) < search.checks:
             untried = [way for way in ranked if served_by(numbers, *way) not in measured]
@@ -172,34 +232,36 @@ class Analysis:
             if not untried:
                 break
             way = untried[0]
-            measured[served_by(numbers, *way)] = [
-                self._measure(samples, n_ctx, self._candidate(*way, select)) for select in search.selects
-            ]
-            yield from measured[served_by(numbers, *way)]
+            tried = measured[served_by(numbers, *way)] = []
+            for select in search.selects:
+                tried.append(self._measure(samples, self._candidate(*way, select)))
+                yield tried[-1]
 
     def _candidate(self, layers: tuple[int, ...], wait: int, select: str) -> Candidate:
         by = served_by(self._numbers, layers, wait)
         alike = min(1.0, mean_similarity(self._matrix, self._numbers, layers, wait))
         return Candidate(layers, wait, select, dense_share=sum(who < 0 for who in by) / len(by), similarity=alike)
 
-    def _measure(self, samples: Sequence[_Sample], n_ctx: int, candidate: Candidate) -> Candidate:
+    def _measure(self, samples: Sequence[_Sample], candidate: Candidate) -> Candidate:
         """The mean divergence of a candidate over all steps of the samples, and how many answers it leaves alone."""
         found, same = [], []
         kv = KvFilter(
             layers=candidate.layers, wait=candidate.wait, keep=self._search.keep, least=1, select=candidate.select
         )
-        with self._model.engine(kv, n_ctx) as engine:
+        with self._model.engine(kv, self._n_ctx) as engine:
             for sample in samples:
                 pairs = list(zip(sample.steps, forced(engine, sample.start, sample.answer), strict=True))
                 found += [divergence(full, other) for full, other in pairs]
                 same.append(all(full.argmax() == other.argmax() for full, other in pairs))
-                self._done += 1
+                self._answered += 1
         figures = {"kl": float(np.mean(found)), "same": float(np.mean(same)), "n_prompts": len(samples)}
         return msgspec.structs.replace(candidate, **figures)
 
-    def _result(self, measured: list[Candidate], n_steps: int) -> LayerChoice:
+    def _result(self, *, complete: bool) -> LayerChoice:
         search, file = self._search, self._model.file
-        chosen = choose(measured[:_FINALISTS], search.most_kl)
+        n_best = search.finalists if complete else len(self._measured)
+        measured = sorted(self._measured[:n_best], key=_by_divergence) + self._measured[n_best:]
+        chosen = choose(measured[:n_best], search.most_kl)
         return LayerChoice(
             schema=SCHEMA,
             model_hash=file.hash,
@@ -211,7 +273,9 @@ class Analysis:
             keep=search.keep,
             lengths=search.lengths,
             n_prompts=search.n_prompts,
-            n_steps=n_steps,
+            n_steps=len(self._matrices),
+            most_kl=search.most_kl,
+            complete=complete,
             layer_numbers=self._numbers,
             similarity=tuple(_shares(row) for row in self._matrix),
             curves={n: _shares(curve) for n, curve in curves(self._matrix).items()},
@@ -222,11 +286,6 @@ class Analysis:
 
 def _shares(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(round(min(max(float(value), 0.0), 1.0), 4) for value in values)
-
-
-def first_part(n_prompts: int) -> int:
-    """How many of the sample prompts every candidate is measured on."""
-    return -(-n_prompts // _FIRST_PART)
 
 
 def choose(candidates: Sequence[Candidate], most_kl: float) -> Candidate:

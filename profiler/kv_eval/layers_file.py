@@ -48,6 +48,7 @@ class LayerChoice(msgspec.Struct, frozen=True):
     keep: share of the prompt that the similarities and divergences are for; lengths: of the sample prompts, in tokens.
     similarity[a][b]: mass of layer b's scores on layer a's best rows, mean over n_steps decode steps. curves: n -> mean
     of similarity[a][a .. a+n-1] for every a. layer_numbers: the layers of the matrix, those that see all positions.
+    most_kl: what was good enough, nats per token (0: not known). complete: the analysis was not ended early.
     """
 
     schema: int
@@ -66,12 +67,20 @@ class LayerChoice(msgspec.Struct, frozen=True):
     curves: dict[int, tuple[Share, ...]]
     candidates: tuple[Candidate, ...]
     versions: dict[str, str]
+    most_kl: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    complete: bool = True
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"schema {self.schema} is not {SCHEMA}")
         if list(self.layers) != sorted(set(self.layers)) or self.layers[-1] >= self.n_layers:
             raise ValueError(f"the filter layers {list(self.layers)} are no rising list below {self.n_layers}")
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """What was measured of the choice; None where it was not (a file written by hand)."""
+        wanted = (self.layers, self.wait, self.select)
+        return next((c for c in self.candidates if (c.layers, c.wait, c.select) == wanted), None)
 
 
 def layers_path(folder: Path, model_hash: int) -> Path:

@@ -24,7 +24,7 @@ from runtime.tokenizer import Tokenizer
 Floats = npt.NDArray[np.float32]
 UBATCH = 256
 _WINDOW_PIECES = 2
-_OWN_TOKENS = 2  # last tokens of a prompt that every engine computes itself: one alone would be a decode pass
+OWN_TOKENS = 2  # last tokens of a prompt that every engine computes itself: one alone would be a decode pass
 _STATES_PART = 4  # a fourth of the budget may hold states
 
 
@@ -67,13 +67,18 @@ class EvalModel:
         """Tokens of a text, without a begin-of-text token."""
         return len(self.tokenizer.encode(text, add_special=False))
 
+    @property
+    def states_bytes(self) -> int:
+        """How much of the budget may hold computed prompts."""
+        return self._budget_bytes // _STATES_PART
+
     def starts(self, prompts: Sequence[list[int]], n_ctx: int) -> list[Start]:
         """Prompts computed once, for engines of n_ctx positions to begin with."""
-        room = self._budget_bytes // _STATES_PART
+        room = self.states_bytes
         found = []
         with self.engine(None, n_ctx) as engine:
             for prompt in prompts:
-                start = start_of(engine, prompt) if room > 0 and len(prompt) > _OWN_TOKENS else Start(prompt)
+                start = start_of(engine, prompt) if room > 0 and len(prompt) > OWN_TOKENS else Start(prompt)
                 room -= len(start.state or ())
                 found.append(start)
         return found
@@ -119,7 +124,7 @@ def check_length(model: EvalModel, n_tokens: int) -> None:
 def start_of(engine: Engine, prompt: list[int]) -> Start:
     """Compute a prompt but for its last tokens, and keep that for other engines."""
     engine.truncate(0)
-    engine.forward(prompt[:-_OWN_TOKENS])
+    engine.forward(prompt[:-OWN_TOKENS])
     n_bytes = abi.llama.llama_state_seq_get_size(engine.context, 0)
     state = (ctypes.c_uint8 * n_bytes)()
     abi.llama.llama_state_seq_get_data(engine.context, state, n_bytes, 0)
@@ -129,13 +134,13 @@ def start_of(engine: Engine, prompt: list[int]) -> Start:
 def begin(engine: Engine, start: Start) -> None:
     """Compute a prompt anew, or only its end where its beginning is known and the engine need not see all of it."""
     engine.truncate(0)
-    known = start.prompt[:-_OWN_TOKENS]
+    known = start.prompt[:-OWN_TOKENS]
     if start.state is not None and not _needs_prompts(engine.settings.kv):
         abi.llama.llama_state_seq_set_data(engine.context, start.state, len(start.state), 0)
         engine.n_past = len(known)
     elif known:
         engine.forward(known)
-    engine.forward(start.prompt[-_OWN_TOKENS:])
+    engine.forward(start.prompt[-OWN_TOKENS:])
 
 
 def _needs_prompts(kv: KvFilter | None) -> bool:
