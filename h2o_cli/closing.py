@@ -86,6 +86,8 @@ def closing_line(session: Session, statistics: Statistics) -> str:
         parts += _speed(session, statistics, statistics.decode_ms_per_token)
     if session.engine.kv:
         parts.append((3, session.engine.kv.summary))
+        if session.engine.kv.guesses:
+            parts.append((0, "filter layers guessed"))
     parts.append((0, f"peak {_whole(peak_bytes())} of {_whole(session.budget_bytes)} MB"))
     parts.append((2, _kept(session)))
     return f"h2o: {fit(parts, WIDTH - len('h2o: '))}"

@@ -38,7 +38,7 @@ SLOW = Statistics(
 
 def test_two_lines_of_eighty_columns_whatever_there_is_to_say(monkeypatch):
     monkeypatch.setattr(closing, "predicted_ms", lambda _session: 12300.0)
-    kv = Some(summary="1234 of 12345 prompt positions attended in 22 of 24 layers")
+    kv = Some(summary="1234 of 12345 prompt positions attended in 22 of 24 layers", guesses=True)
     lines = closing.closing_line(session(layout=Layout.PREFIX, kv=kv), SLOW).split("\n")
     assert len(lines) == 2
     assert max(map(len, lines)) <= 80

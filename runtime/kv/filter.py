@@ -144,8 +144,12 @@ class Filter:
     def summary(self) -> str:
         """One phrase for people."""
         share = f"{len(self._layers)} of {len(self.cache.layers)} layers"
-        guess = ", guessed" if self.options.layers_from == GUESS and self.kept_rows < self.stored else ""
-        return f"{self.kept_rows} of {self.stored} prompt positions attended in {share}{guess}"
+        return f"{self.kept_rows} of {self.stored} prompt positions attended in {share}"
+
+    @property
+    def guesses(self) -> bool:
+        """Whether positions are left out, and who chooses them is a guess."""
+        return self.options.layers_from == GUESS and self.kept_rows < self.stored
 
     def figures(self) -> dict[str, Any]:
         """The figures of `--json`. Bytes per token are those of the decode passes since the last prompt."""
