@@ -61,9 +61,8 @@ $(CHAT_MODEL): | setup
 	@rm $(CHAT_FOLDER)/*.whl
 	@touch $@
 
-# Two files of tests at a time: much of their time is waiting.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def outlook_of(
         1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
         budget,
         footprint.floor_bytes,
-        footprint.ledger(budget, arm.pinned_bytes, arm.window_bytes),
+        footprint.ledger(budget, arm.pinned_bytes, arm.window_bytes, full=not wanted.budget_bytes),
         kv=kv,
     )
 

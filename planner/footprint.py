@@ -15,9 +15,10 @@ from runtime.sizes import MB, format_size
 class Footprint:
     """Bytes the process needs besides weights that can be streamed.
 
-    compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it. kv_bytes is without keys and
-    values that a disk store spares; filter_bytes: what filtering them takes beside the cache. known_floor_bytes: the
-    smallest budget where a run has said it (0: not).
+    compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it. kv_bytes is for a full context,
+    without keys and values that a disk store spares; later_bytes is the part of it that an answer does not need at its
+    beginning: weights are there until it does. filter_bytes: what filtering takes beside the cache.
+    known_floor_bytes: the smallest budget where a run has said it (0: not).
     """
 
     process_bytes: int
@@ -29,10 +30,11 @@ class Footprint:
     prompt_bytes: int = 0
     filter_bytes: int = 0
     known_floor_bytes: int = 0
+    later_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
-        """What every plan needs for a token: process, KV cache, filter, compute buffers, small tensors, margin."""
+        """What every plan needs for a token: process, full KV cache, filter, compute buffers, small tensors, margin."""
         return (
             self.process_bytes
             + self.kv_bytes
@@ -50,28 +52,32 @@ class Footprint:
         return budget_for(self.fixed_bytes + self.prompt_bytes + self.smallest_window_bytes)
 
     def available_bytes(self, budget_bytes: int) -> int:
-        """Bytes for resident weights and the window. Raises BudgetError below the floor."""
+        """Bytes for resident weights and the window at the beginning. Raises BudgetError below the floor."""
         if budget_bytes < self.floor_bytes:
             raise BudgetError(
                 f"{format_size(budget_bytes)} is too small for this model",
                 f"the smallest budget that works is -m {-(-self.floor_bytes // MB)}",
                 self.floor_bytes,
             )
-        return max(usable_bytes(budget_bytes) - self.fixed_bytes, self.smallest_window_bytes)
+        left = max(usable_bytes(budget_bytes) - self.fixed_bytes, self.smallest_window_bytes)
+        return left + self.later_bytes
 
-    def ledger(self, budget_bytes: int, pinned_bytes: int, window_bytes: int) -> dict[str, int]:
-        """Part -> bytes; the parts add up to the budget. filter_bytes is there where there is a filter."""
-        usable = usable_bytes(budget_bytes)
+    def ledger(self, budget_bytes: int, pinned_bytes: int, window_bytes: int, *, full: bool = False) -> dict[str, int]:
+        """Part -> bytes; the parts add up to the budget. filter_bytes is there where there is a filter.
+
+        Keys and values are those of the beginning of an answer; full: of a full context.
+        """
+        usable, later_bytes = usable_bytes(budget_bytes), 0 if full else self.later_bytes
         return {
             "process_bytes": self.process_bytes,
-            "kv_bytes": self.kv_bytes,
+            "kv_bytes": self.kv_bytes - later_bytes,
             **({"filter_bytes": self.filter_bytes} if self.filter_bytes else {}),
             "compute_bytes": self.compute_bytes,
             "small_tensor_bytes": self.small_tensor_bytes,
             "margin_bytes": self.margin_bytes + budget_bytes - usable,
             "resident_bytes": pinned_bytes,
             "window_bytes": window_bytes,
-            "free_bytes": usable - self.fixed_bytes - pinned_bytes - window_bytes,
+            "free_bytes": usable - self.fixed_bytes + later_bytes - pinned_bytes - window_bytes,
         }
 
 
@@ -108,4 +114,5 @@ def measure_footprint(
         prompt_bytes=whole - compute_bytes,
         filter_bytes=needs.filter_bytes,
         known_floor_bytes=floor_bytes,
+        later_bytes=needs.later_bytes,
     )

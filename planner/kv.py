@@ -10,8 +10,10 @@ from runtime.errors import ProfileError, UsageError
 from runtime.kv.needs import filter_needs
 from runtime.kv.options import KvFilter
 from runtime.kv.roles import default_filters, layer_roles
+from runtime.ledger import touched_bytes
 
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
+EARLY_POSITIONS = 256  # a prompt and the beginning of its answer: what a plan is made for
 _F16_BYTES = 2
 _BLOCKS = {"f16": (1, 2), "f32": (1, 4), "q8_0": (32, 34)}  # elements and bytes of a block
 
@@ -32,11 +34,15 @@ class KvUse:
 
 @dataclass(frozen=True)
 class KvNeeds:
-    """Bytes: llama.cpp's cache without what a disk store spares, a filter's own memory, and its code."""
+    """Bytes: llama.cpp's cache without what a disk store spares, a filter's own memory, and its code.
+
+    later_bytes: the part of kv_bytes that positions from EARLY_POSITIONS on take: weights leave for them.
+    """
 
     kv_bytes: int
     filter_bytes: int = 0
     process_bytes: int = 0
+    later_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,18 @@ def kv_needs(profile: ModelProfile, use: KvUse, ctx_tokens: int) -> KvNeeds:
             raise ProfileError(f"{profile.model.name} has no keys and values that can be filtered", PROFILE_AGAIN)
         return KvNeeds(_row_bytes(profile.kv_bytes_per_token, use.kv_type) * padded(ctx_tokens))
     parts = _parts(profile.kv, use.kv_type, padded(ctx_tokens))
-    kv_bytes = sum(part.n_cells * part.row_bytes for both in parts.values() for part in both)
+    rows = [part for both in parts.values() for part in both]
+    kv_bytes = sum(part.n_cells * part.row_bytes for part in rows)
+    early_bytes = sum(touched_bytes(part.row_bytes, part.n_cells, EARLY_POSITIONS) for part in rows)
     if use.filter is None:
-        return KvNeeds(kv_bytes)
+        return KvNeeds(kv_bytes, later_bytes=max(0, kv_bytes - early_bytes))
     filterable = [layer.layer for layer in profile.kv.layers if layer.all_positions]
     filters = use.filter.layers or default_filters(filterable, use.filter.wait)
     roles = layer_roles(profile.model.n_layers, filters, use.filter.wait, filterable)
     needs = filter_needs(use.filter, roles, parts, filterable, profile.kv.n_heads)
-    return KvNeeds(kv_bytes - needs.spared_bytes, needs.memory_bytes, profile.memory.filter_process_bytes)
+    kv_bytes -= needs.spared_bytes
+    later_bytes = max(0, kv_bytes - early_bytes)
+    return KvNeeds(kv_bytes, needs.memory_bytes, profile.memory.filter_process_bytes, later_bytes)
 
 
 def _parts(kv: KvProfile, kv_type: str, n_cells: int) -> Mapping[int, Sequence[_Rows]]:

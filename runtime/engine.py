@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from runtime import llama_abi as abi
+from runtime.cache_memory import STEP, CacheMemory, growing_rows
 from runtime.context import Context
 from runtime.embedding import RowTable
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
@@ -64,6 +65,7 @@ class Engine:
     ) -> None:
         """Take over weights that are being read already (see head_start), or begin to read now."""
         self.file, self.settings, self.plan = file, settings, plan
+        self.ledger: Ledger
         self.n_past = 0
         self.plan_changes = 0
         self.guest: Engine | None = None  # a draft model's, which is cancelled with this one
@@ -72,6 +74,8 @@ class Engine:
         self._model = model
         self.kv: Filter | None = None
         self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
+        self._room = 0  # positions that memory is laid out for; what is behind them takes none
+        self._placed: tuple[frozenset[int], int, bool] | None = None  # resident pieces, window, repacked or not
         self._fits = False  # weights and what any pass needs, both at once
         self._n_computing = 0  # tokens of the pass that runs
         self._weights = weights or open_weights(file, settings)
@@ -100,6 +104,7 @@ class Engine:
         self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
         uses = (_PROMPT, _TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
         self._ledgers = {use: self._fixed_ledger(use) for use in uses}
+        self._room = self._cache.steps(self.settings.n_ubatch)
         self.apply(plan)
         if self.settings.prefetch_input:
             for table in self._tables:
@@ -114,6 +119,8 @@ class Engine:
                 opened.callback(self._context.close)
                 self._pass_memory = PassMemory(self.file, self.settings, self._context, self._one_row_bytes(n_tokens))
                 self._context.align_scratch(self._pass_memory.scratch_bytes)
+                buffers = self._context.buffers
+                self._cache = CacheMemory(buffers.kv_bytes, growing_rows(buffers.caches, self.file.architecture))
                 self.kv = self.nodes.kv = self._open_filter()
                 if self.kv:
                     opened.callback(self.kv.close)
@@ -145,11 +152,11 @@ class Engine:
         return open_filter(self.settings, self.file, source, lambda: self.nodes.stop, self.nodes.skip)
 
     def _fixed_ledger(self, use: Use) -> Ledger:
-        """The ledger without weights."""
-        passes, buffers = self._pass_memory, self._context.buffers
+        """The ledger of a full context, without weights."""
+        passes = self._pass_memory
         return Ledger(
             process_bytes=self._process_bytes,
-            kv_bytes=buffers.kv_bytes - (self.kv.spared_bytes if self.kv else 0),
+            kv_bytes=self._kv_bytes(self._cache.n_cells),
             compute_bytes=passes.compute(use),
             embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self._tables),
             sampler_bytes=self._context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
@@ -157,6 +164,11 @@ class Engine:
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
             cache_bytes=self.settings.depth * self._store.files.cached_bytes,
         )
+
+    def _kv_bytes(self, n_positions: int) -> int:
+        """What n_positions take of the cache."""
+        spared = self.kv.spared_bytes if self.kv else 0
+        return min(self._cache.n_bytes - spared, self._cache.bytes_for(n_positions))
 
     # --- plans --------------------------------------------------------------------------------------------------
 
@@ -167,18 +179,25 @@ class Engine:
         """
         if plan.budget_bytes:
             self._largest_ledger.weights_bytes(plan.budget_bytes, smallest_window(self.file))
-        self._lay_out(plan, self._use)
+        self._lay_out(plan, self._use, min(self._room, self._cache.steps(self.n_past or self.settings.n_ubatch)))
         self._asked_plan = plan
         self.plan_changes += 1
 
-    def _lay_out(self, plan: Plan, use: Use) -> None:
-        """Share out what the budget leaves for weights in passes of this kind. After an error nothing has changed."""
+    def _lay_out(self, plan: Plan, use: Use, room: int, *, again: bool = False) -> None:
+        """Share out what the budget leaves for weights in passes of this kind, with room for so many positions.
+
+        again: the plan is in force already, so where there is less for weights some leave and none comes. After an
+        error nothing has changed.
+        """
+        if room < self._room:
+            self._cache.drop_behind(room)
         fixed, total = self._ledgers[use], streamable_bytes(self.file)
         window, limit = window_bytes(self.file, plan), total
         usable = usable_bytes(plan.budget_bytes)
         fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
         if plan.budget_bytes:
-            fixed = replace(fixed, margin_bytes=fixed.margin_bytes + plan.budget_bytes - usable)
+            margin = fixed.margin_bytes + plan.budget_bytes - usable
+            fixed = replace(fixed, kv_bytes=self._kv_bytes(room), margin_bytes=margin)
             left = plan.budget_bytes - fixed.fixed_bytes
             if left >= total:
                 window, limit = 0, total
@@ -186,27 +205,33 @@ class Engine:
                 window = min(window, left)
                 limit = left - window
             plan = replace(plan, pinned_bytes=max(limit, 1))
-        resident = resident_pieces(self.file, plan, limit, self._store.wanted)
+        there = self._store.wanted
+        leave = again and limit < self.ledger.resident_bytes
+        resident = resident_pieces(self.file, plan, limit, there, among=there if leave else None)
         streamed = sum(p.span_bytes for p in self.file.pieces if p.number not in resident)
         window = min(page_down(window), streamed)
         pinned = total - streamed
-        try:
-            self._store.apply(resident, window, spoilt=self.nodes.spoilt_by(resident))
-        except Cancelled:
-            self.forget_cancel()
-            raise
-        self.nodes.forget(resident)
-        self._use, self._fits = use, fits
-        largest = smallest_window(self.file, resident)
-        self.nodes.watch_all(
-            repack=self.settings.repack and streamed == 0 and fits,
-            boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)),
-        )
+        placed = resident, window, self.settings.repack and streamed == 0 and fits
+        if not again or placed != self._placed:
+            self._place(*placed)
+        self._use, self._room, self._fits = use, room, fits
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
         self.plan = replace(plan, k=layers_in(self.file, pinned) if plan.budget_bytes else plan.k)
         self.streamed_bytes = streamed
         for table in self._tables:
             table.resize(self._pass_memory.embedding(table.tensor, long=use.long))
+
+    def _place(self, resident: frozenset[int], window: int, repack: bool) -> None:
+        """Have these pieces in memory, rearranged or not, and the others come through the window."""
+        try:
+            self._store.apply(resident, window, spoilt=self.nodes.spoilt_by(resident))
+        except Cancelled:
+            self.forget_cancel()
+            raise
+        self._placed = resident, window, repack
+        self.nodes.forget(resident)
+        largest = smallest_window(self.file, resident)
+        self.nodes.watch_all(repack=repack, boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)))
 
     def make_room(self, draft_bytes: int) -> None:
         """Between two passes: a draft model takes so many bytes from now on, weights have the rest.
@@ -218,7 +243,7 @@ class Engine:
         try:
             if self._asked_plan.budget_bytes:
                 self._largest_ledger.weights_bytes(self._asked_plan.budget_bytes, smallest_window(self.file))
-            self._lay_out(self._asked_plan, self._use)
+            self._lay_out(self._asked_plan, self._use, self._room, again=True)
         except H2OError:
             self._ledgers = before
             raise
@@ -236,7 +261,8 @@ class Engine:
         budget, ledger = self._asked_plan.budget_bytes, self._ledgers[_TOKEN]
         if not budget:
             return 0
-        need = ledger.fixed_bytes - ledger.draft_bytes + streamable_bytes(self.file)
+        later = ledger.kv_bytes - self._kv_bytes(self._room)
+        need = ledger.fixed_bytes - ledger.draft_bytes - later + streamable_bytes(self.file)
         return max(0, draft_bytes - max(0, usable_bytes(budget) - need))
 
     # --- computing ----------------------------------------------------------------------------------------------
@@ -253,7 +279,7 @@ class Engine:
                 f"{self.n_past + len(tokens)} tokens do not fit a context of {self.settings.n_ctx}", "raise --ctx"
             )
         sizes = self.pass_sizes(len(tokens))
-        self._prepare(max(sizes), n_logits)
+        self._prepare(max(sizes), n_logits, self.n_past + len(tokens))
         self._store.expect_passes([i == len(sizes) - 1 for i in range(len(sizes))])
         start = 0
         for i, size in enumerate(sizes):
@@ -266,9 +292,9 @@ class Engine:
         """The tokens of each pass that n_tokens take."""
         return pass_sizes(n_tokens, min(self.settings.n_ubatch, self.settings.n_ctx), self._context.n_tokens)
 
-    def _prepare(self, n_tokens: int, n_logits: int) -> None:
-        """Lay the memory out for passes of at most n_tokens: weights make room for a prompt and for the logits of
-        drafted tokens, and come back after them.
+    def _prepare(self, n_tokens: int, n_logits: int, n_positions: int) -> None:
+        """Lay the memory out for passes of at most n_tokens that end with n_positions in the cache: weights make room
+        for a prompt, for the logits of drafted tokens and for keys and values, and come back when those are gone.
 
         Where there is room for everything, what was touched stays for the next time.
         """
@@ -276,16 +302,17 @@ class Engine:
         use = Use(long=n_tokens > max(SHORT_PASS, rows), rows=rows)
         if use.long:
             use = _PROMPT if rows == 1 else self._everything
+        room = self._cache.steps(n_positions)
         if self._fits and self.streamed_bytes == 0:
-            self._touched = use.with_(self._touched)
+            self._touched, self._room = use.with_(self._touched), max(room, self._room)
             return
         if use.with_(self._touched) != use:
             self._context.drop_scratch()
         self._touched = use
-        if use != self._use:
-            if self._asked_plan.budget_bytes:
-                self._lay_out(self._asked_plan, use)
-            self._use = use
+        if self._room - STEP <= room <= self._room:  # no step back for each draft that was wrong
+            room = self._room
+        if (use, room) != (self._use, self._room) and self._asked_plan.budget_bytes:
+            self._lay_out(self._asked_plan, use, room, again=True)
 
     def _pass(self, tokens: Sequence[int], n_logits: int) -> None:
         """One pass through all layers."""

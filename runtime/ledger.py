@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.errors import BudgetError
-from runtime.sizes import MB, PAGE, format_size
+from runtime.sizes import MB, PAGE, format_size, page_up
 
 MARGIN_BYTES = 8 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
 POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
@@ -109,3 +109,8 @@ def below_floor(budget_bytes: int, floor_bytes: int) -> BudgetError:
 def embedding_rows_bytes(row_bytes: int, n_tokens: int) -> int:
     """Memory for the embedding rows of n_tokens, in whole pages."""
     return n_tokens * (row_bytes // PAGE + 2) * PAGE
+
+
+def touched_bytes(row_bytes: int, n_cells: int, n_positions: int) -> int:
+    """The most bytes of memory that the first n_positions of n_cells rows take: whole pages, from any address."""
+    return min(row_bytes * n_cells, page_up(row_bytes * n_positions) + PAGE)

@@ -44,28 +44,33 @@ def layers_in(model: ModelFile, pinned_bytes: int) -> int:
 
 
 def resident_pieces(
-    model: ModelFile, plan: Plan, limit_bytes: int | None = None, keep: frozenset[int] = frozenset()
+    model: ModelFile,
+    plan: Plan,
+    limit_bytes: int | None = None,
+    keep: frozenset[int] = frozenset(),
+    among: frozenset[int] | None = None,
 ) -> frozenset[int]:
     """The numbers of the pieces that stay in memory under this plan, together at most limit_bytes.
 
-    Among equals the pieces in `keep` (there already) are preferred.
+    Among equals the pieces in `keep` (there already) are preferred. among: no others are chosen (None: of all).
     """
     target = plan.pinned_bytes or k_layers_worth(model, plan.k, plan.layout)
     if limit_bytes is not None:
         target = min(target, limit_bytes)
-    if target >= streamable_bytes(model):
+    if target >= streamable_bytes(model) and among is None:
         return frozenset(piece.number for piece in model.pieces)
+    allowed = frozenset(piece for piece in model.pieces if among is None or piece.number in among)
     if plan.layout is Layout.BALANCED:
-        chosen = _balanced(model, target, keep)
+        chosen = _balanced(model, target, keep, allowed)
     else:
         k = plan.k if not plan.pinned_bytes else max(plan.k, layers_in(model, target))
         order = whole_layers(model.n_layers, k, plan.layout)
-        chosen = _fill([p for i in order for p in model.layers[i].pieces], target)
+        chosen = _fill([p for i in order for p in model.layers[i].pieces if p in allowed], target)
     if plan.pinned_bytes:
-        chosen = _fill(model.head.pieces, target, chosen)
-        chosen = _fill((p for layer in model.layers for p in layer.pieces), target, chosen)
+        chosen = _fill((p for p in model.head.pieces if p in allowed), target, chosen)
+        chosen = _fill((p for layer in model.layers for p in layer.pieces if p in allowed), target, chosen)
     if plan.pinned_bytes and plan.layout is Layout.BALANCED:
-        chosen = _exchange(model, target, chosen)
+        chosen = _exchange(allowed, target, chosen)
     return frozenset(piece.number for piece in chosen)
 
 
@@ -84,14 +89,14 @@ def _fill(candidates: Iterable[Piece], target: int, chosen: frozenset[Piece] = f
     return frozenset(taken)
 
 
-def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[Piece]:
+def _balanced(model: ModelFile, target: int, keep: frozenset[int], allowed: frozenset[Piece]) -> frozenset[Piece]:
     """The same share of every layer and of the head: what one layer cannot take exactly, the next ones make up for.
 
     When everything in `keep` fits, it stays and only what is missing is shared out. Small tensors are taken first: few
     large ones are then streamed, and every read costs the computation a part of a core.
     """
     share = target / streamable_bytes(model)
-    kept = {piece for piece in model.pieces if piece.number in keep}
+    kept = {piece for piece in allowed if piece.number in keep}
     if sum(piece.span_bytes for piece in kept) > target:
         kept = set()
     room = target - sum(piece.span_bytes for piece in kept)
@@ -102,7 +107,7 @@ def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[
         used += sum(piece.span_bytes for piece in group.pieces if piece in kept)
         closed: set[str] = set()
         for piece in sorted(group.pieces, key=lambda p: (p.number not in keep, +p.tensor.n_bytes, p.number)):
-            if piece in kept or piece.tensor.name in closed:
+            if piece in kept or piece not in allowed or piece.tensor.name in closed:
                 continue
             if used + piece.span_bytes <= share * seen and piece.span_bytes <= room:
                 chosen.add(piece)
@@ -113,11 +118,11 @@ def _balanced(model: ModelFile, target: int, keep: frozenset[int]) -> frozenset[
     return frozenset(chosen)
 
 
-def _exchange(model: ModelFile, target: int, chosen: frozenset[Piece]) -> frozenset[Piece]:
+def _exchange(allowed: frozenset[Piece], target: int, chosen: frozenset[Piece]) -> frozenset[Piece]:
     """chosen, with some tensors exchanged for larger ones, each time the one that leaves least of the target unused."""
     taken = set(chosen)
     room = target - sum(piece.span_bytes for piece in taken)
-    whole = [piece for piece in model.pieces if piece.n_rows == piece.tensor.n_rows]
+    whole = sorted((p for p in allowed if p.n_rows == p.tensor.n_rows), key=lambda p: p.number)
     for _ in range(_MOST_EXCHANGES):
         inside = {piece.span_bytes: piece for piece in whole if piece in taken}
         outside = {piece.span_bytes: piece for piece in whole if piece not in taken}

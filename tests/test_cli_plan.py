@@ -11,6 +11,7 @@ from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profil
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan, write_plan
+from runtime.sizes import PAGE
 
 KEYS = {
     "k",
@@ -145,12 +146,12 @@ def test_kv_type_and_filter(plan, plan_json, kv_profile, plan_file):
     flags = ("-c", kv_profile, "-m", 400, "--ctx", 16384)
     plain, half = plan_json(*flags), plan_json(*flags, "--kv-type", "q8_0")
     assert (plain["kv_type"], plain["kv_filter"]) == ("f16", None)
-    assert plain["ledger"]["kv_bytes"] == 16384 * 10240
-    assert half["ledger"]["kv_bytes"] == plain["ledger"]["kv_bytes"] * 34 // 64
+    assert plain["ledger"]["kv_bytes"] == 256 * 10240 + 20 * PAGE  # of the first positions, in whole pages
+    assert half["ledger"]["kv_bytes"] == 256 * 10240 * 34 // 64 + 20 * PAGE
+    assert plain["floor_bytes"] - half["floor_bytes"] == pytest.approx(16384 * 10240 * 30 / 64, abs=MB)
     filtered = plan_json(*flags, "--kv-filter", "--kv-store", "disk", "--kv-keep", "0.05", "--kv-layers", "1", "-n", 10)
     wanted = {"method": "omnikv", "layers": [1], "wait": 1, "keep": 0.05, "select": "last", "store": "disk"}
     assert filtered["kv_filter"] == wanted
-    assert filtered["ledger"]["kv_bytes"] == 16384 * 1024 * 3  # layers 0 to 2 are dense
     assert sum(filtered["ledger"].values()) == 400 * MB
     assert filtered["floor_bytes"] < plain["floor_bytes"] - 90 * MB
     assert "keys and values read from the disk" in plan(*flags, "--kv-filter", "--kv-store", "disk")[1]

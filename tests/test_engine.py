@@ -230,7 +230,7 @@ def test_tiles_of_a_rearranged_matrix_are_read_anew_when_some_are_streamed(tiny_
         if not any(weight.address in opened.nodes._repacker._plain for weight in tiled):
             pytest.skip("llama.cpp rearranges nothing on this processor")
         opened.truncate(0)
-        monkeypatch.setattr("runtime.engine.resident_pieces", lambda *_: everything - {tiles[1].number})
+        monkeypatch.setattr("runtime.engine.resident_pieces", lambda *_, **__: everything - {tiles[1].number})
         opened.apply(Plan(0, 1))
         logits, tokens = greedy(opened, [5, 6, 7], 4)
         assert opened._store.is_resident(tiles[0])
