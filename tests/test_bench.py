@@ -515,7 +515,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(UsageError, match=r"h2o-llm\[bench\]"):
+    with pytest.raises(UsageError, match=r"pip install '.*\[bench\]'"):
         draw(fixed_rows(), [], tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from runtime.memory import resident_bytes
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import write_plan
-from runtime.plan_watcher import PlanWatcher
+from runtime.plan_watcher import LOOK_EVERY_S, PlanWatcher
 from runtime.residency import streamable_bytes
 
 MB = 10**6
@@ -58,6 +59,8 @@ def test_memory_follows_a_plan_of_another_process(model, tmp_path):
         def before_token(i):
             if i in (5, 20):
                 write_elsewhere(path, high, model_hash)
+            if i == 5:
+                time.sleep(LOOK_EVERY_S)  # so much later at most a file that appears is found
             if i == 12:
                 write_elsewhere(path, low, model_hash)
             plan = watcher.poll()
