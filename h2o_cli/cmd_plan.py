@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from h2o_cli import kv_flags as flag
 from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_budget
-from h2o_cli.models import ROOT, need_profile, resolve_model
+from h2o_cli.models import ROOT, find_profile, need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
+from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
 from runtime.errors import BudgetError, DiskError, EngineError, ModelError, PlanError, ProfileError, UsageError
 from runtime.ledger import below_floor
 from runtime.plan import Layout, Plan
-from runtime.plan_file import default_plan_path, read_plan, write_plan
+from runtime.plan_file import default_plan_path, read_plan
 from runtime.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ EPILOG = """Examples:
   h2o plan --live                 try plans on the process that is running, keep the fastest
   h2o plan -c profile.json -m 1GB --json
   h2o plan -m 400 --ctx 16384 --kv-filter --kv-store disk    for a run with the same flags
+  h2o plan --source -c four-keys.json -m 400 -s kw.bin --compat    as the source system plans, in its file
 """
 
 
@@ -49,6 +52,7 @@ class PlanOptions:
     kv_type: str = "f16"
     kv: flag.KvChoice | None = None
     kv_flags: flag.KvFlags = field(default_factory=flag.KvFlags)
+    compat: bool = False
     n_predict: int = N_PREDICT
 
 
@@ -58,10 +62,22 @@ Memory = Annotated[
     typer.Option("-m", "--memory", metavar="SIZE", help="Memory of a process: 400 (MB), 1.5GB. [default: 60 %]"),
 ]
 Profile = Annotated[
-    Path | None, typer.Option("-c", "--profile", metavar="PROFILE", help="A profile from `h2o profile`.")
+    Path | None,
+    typer.Option(
+        "-c", "--profile", metavar="PROFILE", help="A profile from `h2o profile`, or the source system's four keys."
+    ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("-s", "--plan-file", metavar="PLANFILE", help="Write the plan there.")]
 ByHand = Annotated[str | None, typer.Option("--set", metavar="K,W", help="K layers resident, a window of W layers.")]
+Compat = Annotated[
+    bool, typer.Option("--compat", help="Write the source system's file of 8 bytes (k and w only); needs -s.")
+]
+Source = Annotated[bool, typer.Option("--source", help="Plan as the source system does; -m counts layers only.")]
+Explore = Annotated[float, typer.Option("--c", metavar="C", help="With --source: weight of exploring.")]
+Episodes = Annotated[int, typer.Option("--episodes", metavar="N", help="With --source: plays in all.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="S", help="With --source: order of first plays. [default: k, then w]")
+]
 Show = Annotated[bool, typer.Option("--show", help="Show the plan in the plan file, write nothing.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Show the plans that were compared.")]
 Live = Annotated[bool, typer.Option("--live", help="Try plans on the running process, keep the fastest.")]
@@ -87,6 +103,11 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ctx: Ctx = None,
     predict: Predict = N_PREDICT,
     json: Json = False,
+    compat: Compat = False,
+    source: Source = False,
+    c: Explore = 1.0,
+    episodes: Episodes = 500,
+    seed: Seed = None,
     kv_type: KvType = "f16",
     kv_filter: flag.Switch = False,
     kv_layers: flag.Layers = None,
@@ -106,16 +127,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     The plan goes into the plan file; `h2o run` takes it over, also while it is running.
     """
     flags = flag.KvFlags.of(locals())
-    if show and (by_hand or memory):
-        raise UsageError("--show writes no plan", "leave out -m and --set, or --show")
-    if live and (show or by_hand):
-        raise UsageError("--live finds the plan by itself", "leave out --set and --show, or --live")
-    if explain and (show or by_hand):
-        raise UsageError("--explain shows what the planner compared", "leave out --show and --set, or --explain")
-    if predict < -1:
-        raise UsageError(f"-n {predict} is not possible", "give 0 or more, or -1 for no limit")
-    if ctx is not None and ctx < 1:
-        raise UsageError(f"--ctx {ctx} is not possible", "give 1 or more")
+    _check_flags(locals())
     options = PlanOptions(
         budget_bytes=parse_size(memory) if memory else 0,
         plan_file=plan_file or default_plan_path(),
@@ -126,19 +138,55 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         kv=flag.choose_filter(flags, flag.read_kv_config(kv_config)),
         kv_flags=flags,
         n_predict=predict,
+        compat=compat,
     )
-    if show:
+    if source:
+        search = SourceSearch(profile, model, memory or "", c, episodes, seed)
+        plan_as_source(search, options.plan_file, compat=compat, json=json)
+    elif show:
         _show(options, profile, model, json=json)
     elif live:
         _live(options, _load(profile, model), explain=explain, json=json)
+    elif options.by_hand and profile is None and not _has_profile(model, compat=compat):
+        set_by_hand(options.by_hand, options.layout, options.plan_file, model, compat=compat, json=json)
     else:
         _make(options, _load(profile, model), explain=explain, json=json)
+
+
+def _check_flags(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for flags that do not go together, and for numbers that are not possible."""
+    show, live, by_hand = given["show"], given["live"], given["by_hand"]
+    if show and (by_hand or given["memory"]):
+        raise UsageError("--show writes no plan", "leave out -m and --set, or --show")
+    if live and (show or by_hand):
+        raise UsageError("--live finds the plan by itself", "leave out --set and --show, or --live")
+    if given["explain"] and (show or by_hand):
+        raise UsageError("--explain shows what the planner compared", "leave out --show and --set, or --explain")
+    if given["source"] and (show or live or by_hand or given["explain"] or not given["memory"]):
+        raise UsageError("--source finds a plan for -m", "give -m, leave out --show, --live, --explain and --set")
+    if given["compat"] and (show or live or not given["plan_file"]):
+        raise UsageError("--compat writes a file of 8 bytes", "name it with -s, leave out --show and --live")
+    if given["compat"] and given["layout"] not in ("auto", Layout.PREFIX.label):
+        raise UsageError("a file of 8 bytes knows no layout but prefix", "leave out --layout or --compat")
+    if given["predict"] < -1:
+        raise UsageError(f"-n {given['predict']} is not possible", "give 0 or more, or -1 for no limit")
+    if given["ctx"] is not None and given["ctx"] < 1:
+        raise UsageError(f"--ctx {given['ctx']} is not possible", "give 1 or more")
+
+
+def _has_profile(model: str | None, *, compat: bool) -> bool:
+    """Whether there is a profile of the model; what is written for any model (--compat, none named) needs none."""
+    if compat and model is None:
+        return False
+    from runtime.model_file import ModelFile
+
+    return find_profile(ModelFile.open(resolve_model(model)).hash) is not None
 
 
 def _make(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: bool) -> None:
     """Decide, write the plan file, and say so."""
     outlook, choice = _decide(profile, options)
-    written = write_plan(options.plan_file, outlook.plan)
+    written = write(options.plan_file, outlook.plan, compat=options.compat)
     outlook = replace(outlook, plan=written)
     if json:
         print_json(as_json(outlook, profile, options.plan_file))
@@ -146,7 +194,7 @@ def _make(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: b
     emit(report(outlook, profile) + "\n")
     if explain and choice:
         emit("\n" + explain_choice(choice) + "\n")
-    note(f"plan {written.generation} written to {options.plan_file}")
+    note(written_text(written, options.plan_file))
 
 
 def _live(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: bool) -> None:
@@ -167,13 +215,14 @@ def _parse_set(text: str) -> tuple[int, int]:
 def _load(path: Path | None, model: str | None) -> ModelProfile:
     """The profile named, or the one of the model. Raises ProfileError."""
     from profiler.model_profile import load_profile
+    from profiler.source_format import load_foreign
 
     if path is None:
         from runtime.model_file import ModelFile
 
         file = ModelFile.open(resolve_model(model))
         return load_profile(need_profile(file.hash, str(file.path))).checked(file.paths)
-    return load_profile(path)
+    return load_foreign(path)
 
 
 def _context(options: PlanOptions, profile: ModelProfile) -> int:
@@ -222,8 +271,12 @@ def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choic
     floor = _floor(options, profile)
     if budget < floor:
         raise below_floor(budget, floor)
+    if not profile.knows_memory and budget < profile.memory.min_window_bytes:
+        least = format_size(profile.memory.min_window_bytes)
+        raise BudgetError(f"{format_size(budget)} does not hold one layer of {least}", "raise -m")
+    layout = Layout.PREFIX if options.compat else options.layout
     choice = choose(
-        profile, budget, ctx_tokens=ctx, ubatch_tokens=LEAST_UBATCH, layout=options.layout, kv=kv, floor_bytes=floor
+        profile, budget, ctx_tokens=ctx, ubatch_tokens=LEAST_UBATCH, layout=layout, kv=kv, floor_bytes=floor
     )
     outlook = Outlook(
         choice.plan,
@@ -237,7 +290,7 @@ def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choic
         choice.method,
         kv,
     )
-    return outlook, choice
+    return outlook.known(profile), choice
 
 
 def _budget_in(path: Path, model_hash: int) -> int:
@@ -254,16 +307,16 @@ def _by_hand(profile: ModelProfile, options: PlanOptions, budget: int) -> Outloo
     from planner.arms import set_arm
 
     k, w = options.by_hand or (0, 1)
-    n_layers = profile.model.n_layers
-    if k > n_layers or not 1 <= w <= n_layers:
-        raise UsageError(f"--set {k},{w} is not possible", f"the model has {n_layers} layers: K from 0, W from 1")
+    check_layers(k, w, profile.model.n_layers)
     layout = Layout.PREFIX if options.layout is None else options.layout
     wanted = Plan(k, w, layout, model_hash=profile.model.hash)
     arm = set_arm(profile, k, w, layout)
     kv = _kv_use(options, profile.model.hash)
     outlook = outlook_of(profile, wanted, arm, budget, _context(options, profile), kv, _floor(options, profile))
-    if options.budget_bytes and outlook.ledger and outlook.ledger["free_bytes"] < 0:
-        need = options.budget_bytes - outlook.ledger["free_bytes"]
+    weights = arm.pinned_bytes + arm.window_bytes
+    free = (outlook.ledger or {}).get("free_bytes", options.budget_bytes - weights)
+    if options.budget_bytes and free < 0:
+        need = options.budget_bytes - free
         raise BudgetError(
             f"k={k}, w={w} needs {format_size(need)}, more than {format_size(options.budget_bytes)}",
             "raise -m or lower K and W",

@@ -21,15 +21,11 @@ from profiler.model_profile import (
     LayerProfile,
     ModelProfile,
     Spread,
-    decode_profile,
-    read_whole,
     save_profile,
 )
 from profiler.source_format import (
-    decode_source,
     export_source,
-    import_source,
-    parse_log,
+    load_foreign,
     save_source,
 )
 from runtime.errors import Cancelled, UsageError
@@ -89,7 +85,7 @@ def profile(
         check_writable(file, make_folder=output is None)
     resident_release_s = None
     if import_file:
-        found = read_foreign(import_file)
+        found = load_foreign(import_file)
     else:
         budget_bytes = parse_size(memory) if memory else 0
         measurement = Measurement(
@@ -142,16 +138,6 @@ def check_writable(path: Path | None, *, make_folder: bool) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", "give another file with -o") from None
-
-
-def read_foreign(path: Path) -> ModelProfile:
-    """A profile from the source system's JSON or log, or one of our own. Raises ProfileError."""
-    data = read_whole(path)
-    if not data.lstrip().startswith(b"{"):
-        return parse_log(data.decode(errors="replace")).to_profile(path.stem)
-    if b'"schema"' in data:
-        return decode_profile(data, str(path))
-    return import_source(decode_source(data, str(path)), path.stem)
 
 
 # --- the summary ----------------------------------------------------------------------------------------------------

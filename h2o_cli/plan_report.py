@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,13 @@ class Outlook:
     kv: KvUse | None = None  # how keys and values are kept, where that is known
     live: dict[str, Any] | None = None  # what --live adds to the JSON object
 
+    def known(self, profile: ModelProfile) -> Outlook:
+        """Without what the profile cannot know: one of the source system has layers only."""
+        if profile.knows_memory:
+            return self
+        weights = {part: n for part, n in (self.ledger or {}).items() if part in ("resident_bytes", "window_bytes")}
+        return replace(self, floor_bytes=0, ttft_s=None, ledger=weights)
+
 
 def outlook_of(
     profile: ModelProfile, wanted: Plan, arm: Arm, budget: int, ctx: int, kv: KvUse | None = None, floor_bytes: int = 0
@@ -59,7 +66,7 @@ def outlook_of(
         footprint.floor_bytes,
         footprint.ledger(budget, arm.pinned_bytes, arm.window_bytes, full=not wanted.budget_bytes),
         kv=kv,
-    )
+    ).known(profile)
 
 
 def as_json(outlook: Outlook, profile: ModelProfile | None, path: Path) -> dict[str, Any]:
@@ -73,7 +80,7 @@ def as_json(outlook: Outlook, profile: ModelProfile | None, path: Path) -> dict[
         "predicted_ttft_s": outlook.ttft_s,
         "limit_ms_per_token": outlook.limit_ms,
         "budget_bytes": outlook.budget_bytes,
-        "floor_bytes": outlook.floor_bytes,
+        "floor_bytes": outlook.floor_bytes or None,
         "ledger": outlook.ledger or {},
         "model": profile.model.path if profile else None,
         "plan_file": str(path),
@@ -99,11 +106,11 @@ def report(outlook: Outlook, profile: ModelProfile | None) -> str:
     lines = [f"plan: k={chosen.k} layers resident, window w={chosen.w}, layout {chosen.layout.label}{where}"]
     if outlook.budget_bytes:
         lines.append(f"budget: {format_size(outlook.budget_bytes)}")
-    if outlook.ms_per_token and outlook.ttft_s is not None and outlook.limit_ms is not None:
+    if outlook.ms_per_token and outlook.limit_ms is not None:
         share = outlook.limit_ms / outlook.ms_per_token
+        first = "" if outlook.ttft_s is None else f", first token after {outlook.ttft_s:.2f} s"
         lines += [
-            f"predicted: {outlook.ms_per_token:.1f} ms per token ({1000 / outlook.ms_per_token:.1f} tokens/s), "
-            f"first token after {outlook.ttft_s:.2f} s",
+            f"predicted: {outlook.ms_per_token:.1f} ms per token ({1000 / outlook.ms_per_token:.1f} tokens/s){first}",
             f"limit: {outlook.limit_ms:.1f} ms per token ({share:.0%} of it reached)",
         ]
     if outlook.kv and outlook.kv.filter and outlook.kv.filter.store == "disk":
@@ -112,6 +119,8 @@ def report(outlook: Outlook, profile: ModelProfile | None) -> str:
         lines.append(f"measured: {outlook.live['measured_ms_per_token']:.1f} ms per token")
     if outlook.floor_bytes:
         lines.append(f"smallest budget: -m {-(-outlook.floor_bytes // MB)}")
+    if profile and not profile.knows_memory:
+        lines.append("not in this profile: process, KV cache, head and embedding (measure with `h2o profile MODEL`)")
     if outlook.ledger:
         rows = [(part.removesuffix("_bytes").replace("_", " "), format_size(n)) for part, n in outlook.ledger.items()]
         lines += ["memory:", *(f"  {line}" for line in table(rows, right=(1,)).split("\n"))]

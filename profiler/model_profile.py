@@ -203,6 +203,11 @@ class ModelProfile(msgspec.Struct, frozen=True):
             raise ProfileError("it was measured with buffered reads, a run reads directly", PROFILE_AGAIN)
         return self
 
+    @property
+    def knows_memory(self) -> bool:
+        """Whether what a process takes was measured; a profile of the source system has the layers only."""
+        return self.memory.process_bytes > 0
+
     def check_model(self, model_hash: int) -> None:
         """Raise ProfileError unless this profile is of the model with that hash (0 on either side: unknown, passes)."""
         if model_hash and self.model.hash and model_hash != self.model.hash:

@@ -1,13 +1,15 @@
 """The H2O source system's profile: its four-key JSON and the log lines it is made from.
 
 Its "MB" are MiB (2^20 bytes) cut to whole numbers, its times whole milliseconds. t_compute was measured on the
-prompt, so an imported profile uses it for decode and prefill alike. Head, embedding, KV and process are not in it.
+prompt, so an imported profile uses it for decode and prefill alike. Head, embedding, KV and process are not in it, so
+it knows no smallest budget.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import msgspec
 
@@ -22,6 +24,7 @@ from profiler.model_profile import (
     ModelInfo,
     ModelProfile,
     Spread,
+    decode_profile,
     read_whole,
     write_whole,
 )
@@ -92,6 +95,16 @@ class SourceLog(msgspec.Struct, frozen=True):
 def load_source(path: str | os.PathLike[str]) -> SourceProfile:
     """The source system's JSON file. Raises ProfileError."""
     return decode_source(read_whole(path), str(path))
+
+
+def load_foreign(path: str | os.PathLike[str]) -> ModelProfile:
+    """A profile from the source system's JSON or log, or one of our own. Raises ProfileError."""
+    data, name = read_whole(path), Path(path).stem
+    if not data.lstrip().startswith(b"{"):
+        return parse_log(data.decode(errors="replace")).to_profile(name)
+    if b'"schema"' in data:
+        return decode_profile(data, str(path))
+    return import_source(decode_source(data, str(path)), name)
 
 
 def decode_source(data: bytes, path: str) -> SourceProfile:
@@ -195,5 +208,5 @@ def _profile(
         kv_bytes_per_token=0,
         kv=None,
         memory=MemoryProfile(0, 0, 0, 0, 0, max(sizes), 0),
-        floor_bytes=max(sizes),
+        floor_bytes=0,
     )

@@ -1,17 +1,16 @@
 import random
-from pathlib import Path
 
 import pytest
+from source_profiles import SOURCE_PROFILES
 from test_model_profile import make_profile
 
 from planner.arms import Arm, h2o_arms, source_arms
 from planner.bandit import Ucb1, noisy_pull
 from planner.exact import best_arm, best_source_arm
 from planner.simulator import source_token_ms, token_s
-from profiler.source_format import SourceProfile, load_source
+from profiler.source_format import SourceProfile
 from runtime.plan import Layout
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
 SHARES = [share / 10 for share in range(1, 11)]
 OWN = {
     "disk-bound": SourceProfile(800, (90,) * 24, (15,) * 23 + (7,), (20,) * 24),
@@ -19,7 +18,7 @@ OWN = {
     "compute-bound": SourceProfile(850, (200,) * 16, (600,) * 16, (70,) * 16),
     "unequal": SourceProfile(840, tuple(range(22, 118, 4)), tuple(range(32, 152, 5)), tuple(range(8, 32))),
 }
-SOURCES = {**OWN, **{path.stem: load_source(path) for path in sorted(SHARED.glob("*.json"))}}
+SOURCES = {**OWN, **SOURCE_PROFILES}
 
 
 def repeated(source, n):
@@ -37,7 +36,7 @@ def source_pull(source, rng=None, sd=0.0):
     return pull
 
 
-LARGE = repeated(SOURCES.get("qwen2.5-1.5b-instruct-fp16", OWN["disk-bound"]), 3)
+LARGE = repeated(SOURCES["qwen2.5-1.5b-f16"], 3)
 
 
 @pytest.mark.parametrize("name", SOURCES)

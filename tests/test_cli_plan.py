@@ -1,13 +1,17 @@
 import json
+import struct
 from dataclasses import replace
 
 import msgspec
 import pytest
+from source_profiles import SOURCE_PROFILES
 from test_model_profile import make_profile
+from test_source_format import log_text
 
 from h2o_cli import main as cli
 from h2o_cli import models
 from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profile
+from profiler.source_format import save_source
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan, write_plan
@@ -231,6 +235,113 @@ def test_impossible_plans(flags, code, said, plan, profile, plan_file):
     assert found[:2] == (code, "")
     assert said in found[2]
     assert not plan_file.exists()
+
+
+# --- for users of the source system ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_keys(tmp_path):
+    """four_keys(name): the JSON file of a profile of the source system."""
+
+    def make(name):
+        save_source(SOURCE_PROFILES[name], tmp_path / f"{name}.json")
+        return tmp_path / f"{name}.json"
+
+    return make
+
+
+@pytest.mark.parametrize("name", SOURCE_PROFILES)
+def test_a_four_key_profile_is_taken_as_it_is(name, plan, plan_json, four_keys, plan_file):
+    """What it cannot know is not claimed: no smallest budget, no parts of the process, no time to the first token."""
+    path, source = four_keys(name), SOURCE_PROFILES[name]
+    budget = sum(source.layer_sizes) * 2**20 // 2
+    found = plan_json("-c", path, "-m", f"{budget}B")
+    assert (found["floor_bytes"], found["predicted_ttft_s"]) == (None, None)
+    assert found["ledger"].keys() == {"resident_bytes", "window_bytes"}
+    assert 0.9 * budget < sum(found["ledger"].values()) <= budget
+    assert found["predicted_ms_per_token"] >= found["limit_ms_per_token"] * (1 - 1e-9) > 0
+    assert read_plan(plan_file).model_hash == 0
+    out = plan("-c", path, "-m", f"{budget}B")[1]
+    assert "not in this profile: process, KV cache" in out
+    assert "smallest budget" not in out and "first token" not in out
+    code, _, err = plan("-c", path, "-m", 20)
+    assert code == 1 and "does not hold one layer" in err
+
+
+def test_a_log_is_taken_too(plan_json, tmp_path):
+    (tmp_path / "run.log").write_text(log_text())
+    assert plan_json("-c", tmp_path / "run.log", "-m", 50)["k"] == 1
+
+
+def test_by_hand_without_a_profile(plan, plan_json, profiles, tiny_model, plan_file):
+    model = tiny_model("qwen2")
+    found = plan_json(model, "--set", "3,2")
+    assert (found["k"], found["w"], found["layout"], found["predicted_ms_per_token"]) == (3, 2, "prefix", None)
+    assert read_plan(plan_file) == Plan(3, 2, model_hash=ModelFile.open(model).hash, generation=1)
+    code, _, err = plan(model, "--set", "5,1")
+    assert code == 2 and "the model has 4 layers" in err
+    assert plan(model, "-m", 300)[0] == 1
+
+
+def test_compat_writes_eight_bytes(plan, plan_json, profile, four_keys, tmp_path, plan_file):
+    path = tmp_path / "kw.bin"
+    assert plan("--set", "30,4", "-s", path, "--compat")[0] == 0
+    assert path.read_bytes() == struct.pack("=ii", 30, 4)
+    found = plan_json("-c", profile, "-m", 300, "-s", path, "--compat")
+    assert path.read_bytes() == struct.pack("=ii", found["k"], found["w"])
+    assert found["layout"] == "prefix"
+    assert not plan_file.exists()
+    write_plan(tmp_path / "full.bin", Plan(1, 1))
+    code, _, err = plan("--set", "3,4", "-s", tmp_path / "full.bin", "--compat")
+    assert code == 1 and "is not an 8-byte plan file" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "k", "w", "token_ms"),
+    [
+        ("qwen2.5-1.5b-f16", 0.25, 5, 2, 1895),
+        ("qwen2.5-1.5b-f16", 0.5, 11, 3, 1405),
+        ("qwen2.5-1.5b-f16", 0.75, 17, 4, 930),
+        ("qwen2.5-0.5b-f16", 0.5, 8, 4, 843),
+    ],
+)
+def test_the_source_systems_plan(name, memory, k, w, token_ms, plan, plan_json, four_keys, tmp_path):
+    size = int(memory * sum(SOURCE_PROFILES[name].layer_sizes))
+    flags = ("--source", "-c", four_keys(name), "-s", tmp_path / "kw.bin", "--compat")
+    found = plan_json(*flags, "-m", size)
+    assert (found["k"], found["w"], round(found["predicted_ms_per_token"])) == (k, w, token_ms)
+    assert (tmp_path / "kw.bin").read_bytes() == struct.pack("=ii", k, w)
+    assert plan_json(*flags, "-m", f"{size}MiB")["k"] == k
+    few = plan_json(*flags, "-m", size, "--episodes", 5)
+    assert (few["arms_played"], few["k"]) == (5, 0)
+    assert few["optimum"]["k"] == k
+    assert f"not played: k={k} w={w}" in plan(*flags, "-m", size, "--episodes", 5)[1]
+    drawn = [plan_json(*flags, "-m", size, "--episodes", 5, "--seed", seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    often, seldom = (plan_json(*flags, "-m", size, "--c", c)["plays_of_best"] for c in (1, 100_000))
+    assert often > seldom
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--source", "-c", "P"), 2, "--source finds a plan for -m"),
+        (("--source", "-c", "P", "-m", "9", "--explain"), 2, "--source finds a plan for -m"),
+        (("--source", "-c", "P", "-m", "9"), 1, "less than the first layer"),
+        (("--source", "-c", "P", "-m", "900", "--episodes", "0"), 2, "--episodes 0"),
+        (("--source", "-c", "P", "-m", "900", "--c", "-1"), 2, "--c -1"),
+        (("--compat", "-c", "P", "-m", "900"), 2, "name it with -s"),
+        (("--compat", "-c", "P", "-m", "900", "-s", "F", "--layout", "even"), 2, "no layout but prefix"),
+        (("-c", "P", "--set", "3,2", "-m", "100"), 1, "k=3, w=2 needs"),
+    ],
+    ids=str,
+)
+def test_impossible_in_the_source_systems_way(flags, code, said, plan, four_keys, tmp_path):
+    paths = {"P": four_keys("qwen2.5-1.5b-f16"), "F": tmp_path / "kw.bin"}
+    found = plan(*(paths.get(flag, flag) for flag in flags))
+    assert found[:2] == (code, "")
+    assert said in found[2] and "next:" in found[2]
 
 
 def test_show(plan, plan_json, profile, plan_file):

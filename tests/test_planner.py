@@ -1,11 +1,11 @@
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from source_profiles import SOURCE_PROFILES
 from test_model_profile import make_profile
 
 from planner.arms import Arm, h2o_arms, pinned_per_unit, whole_layers
@@ -15,15 +15,13 @@ from planner.footprint import measure_footprint, streamable_bytes
 from planner.kv import KvUse
 from planner.simulator import limit_s, source_token_ms, token_s
 from profiler.model_profile import KvLayer, KvProfile
-from profiler.source_format import SourceProfile, import_source, load_source
+from profiler.source_format import SourceProfile, import_source
 from runtime.errors import BudgetError, ProfileError, UsageError
 from runtime.kv.options import KvFilter
 from runtime.ledger import POSITION_BYTES
 from runtime.plan import Layout
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
-QWEN_1_5B = SHARED / "qwen2.5-1.5b-instruct-fp16.json"
-QWEN_0_5B = SHARED / "qwen2.5-0.5b-instruct-fp16_config.json"
+QWEN_1_5B, QWEN_0_5B = SOURCE_PROFILES["qwen2.5-1.5b-f16"], SOURCE_PROFILES["qwen2.5-0.5b-f16"]
 CTX = {"ctx_tokens": 100, "ubatch_tokens": 50}
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -42,9 +40,8 @@ def profiles(draw):
 # --- the source system ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not QWEN_1_5B.exists(), reason="the source system's profiles are not beside the checkout")
 @pytest.mark.parametrize(
-    ("path", "repeats", "share", "k", "w", "token_ms"),
+    ("one", "repeats", "share", "k", "w", "token_ms"),
     [
         (QWEN_1_5B, 1, 0.25, 5, 2, 1895),
         (QWEN_1_5B, 1, 0.50, 11, 3, 1405),
@@ -54,8 +51,7 @@ def profiles(draw):
         (QWEN_1_5B, 3, 0.50, 35, 7, 4078),
     ],
 )
-def test_known_optima(path, repeats, share, k, w, token_ms):
-    one = load_source(path)
+def test_known_optima(one, repeats, share, k, w, token_ms):
     source = SourceProfile(one.io_speed, one.layer_sizes * repeats, one.t_compute * repeats, one.t_release * repeats)
     best = best_source_arm(source, share * sum(source.layer_sizes))
     assert (best.arm, round(best.token_ms)) == (Arm(k, w), token_ms)

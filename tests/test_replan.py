@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from source_profiles import SOURCE_PROFILES
 from test_model_profile import make_profile
 from test_plan_stats import MODEL, PROCESS
 
@@ -31,7 +32,7 @@ from planner.replan import (
 )
 from planner.simulator import decode_rates, token_s
 from profiler.model_profile import save_profile
-from profiler.source_format import import_source, load_source
+from profiler.source_format import import_source
 from runtime import plan_stats
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
@@ -39,7 +40,6 @@ from runtime.plan_file import read_plan, write_plan
 
 ROOT = Path(__file__).parents[1]
 H2O = [sys.executable, "-m", "h2o_cli.main"]
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
 MB = 10**6
 SHARES = (0.3, 0.6, 0.85)
 FOREIGN = Plan(1, 2, model_hash=MODEL)
@@ -125,10 +125,9 @@ def test_within_two_percent_of_the_best_arm_in_under_40_pulls(noise, n_worse, wo
     assert sum(regret > 0.02 for regret in regrets) <= n_worse
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the source system's profiles are not beside the checkout")
-@pytest.mark.parametrize("path", sorted(SHARED.glob("*.json")), ids=lambda path: path.stem)
-def test_profiles_of_the_source_system(path):
-    profile = import_source(load_source(path))
+@pytest.mark.parametrize("name", SOURCE_PROFILES)
+def test_profiles_of_the_source_system(name):
+    profile = import_source(SOURCE_PROFILES[name])
     for share in SHARES:
         for seed in range(2):
             assert_within(Machine(profile, share, noise=0.04, seed=seed))

@@ -1,6 +1,5 @@
-from pathlib import Path
-
 import pytest
+from source_profiles import SOURCE_PROFILES
 
 from profiler.source_format import (
     SourceProfile,
@@ -13,7 +12,6 @@ from profiler.source_format import (
 from runtime.errors import ProfileError
 from runtime.sizes import MIB
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "h2o_configs"
 SMALL = SourceProfile(692, (28, 28, 30), (37, 36, 12), (9, 0, 10))
 
 
@@ -40,9 +38,9 @@ def test_import_is_mib_and_milliseconds():
     assert (first.decode_compute_s.mean, first.release_s.mean) == (0.037, 0.009)
 
 
-@pytest.mark.parametrize("path", sorted(SHARED.glob("*.json")) or [None], ids=lambda p: p.name if p else "none")
-def test_shipped_profiles_survive_the_round_trip(path, tmp_path):
-    source = load_source(path) if path else SMALL
+@pytest.mark.parametrize("name", SOURCE_PROFILES)
+def test_shipped_profiles_survive_the_round_trip(name, tmp_path):
+    source = SOURCE_PROFILES[name]
     assert export_source(import_source(source)) == source
     save_source(source, tmp_path / "out.json")
     assert load_source(tmp_path / "out.json") == source
