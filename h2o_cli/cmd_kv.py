@@ -55,7 +55,8 @@ TextFile = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Cut sample prompts from this text; default: needles.")
 ]
 Dense = Annotated[
-    float, typer.Option("--dense", metavar="F", min=0, max=1, help="Largest part of the layers that stays dense.")
+    float,
+    typer.Option("--dense", metavar="F", min=0, max=1, help="Largest part of the layers that stays dense, rounded."),
 ]
 Filters = Annotated[int, typer.Option("--filters", metavar="N", min=1, help="Most filter layers.")]
 Checks = Annotated[int, typer.Option("--checks", metavar="N", min=1, help="Choices that are measured per selector.")]
@@ -171,6 +172,9 @@ def _analyze(path: Path, search: Search, memory: str | None, threads: int | None
             )
             with Progress(f"analyzing {path.name}", lambda: analysis.share):
                 found = analysis.run()
+    except Cancelled:
+        note("nothing was measured yet, so nothing is kept")
+        raise
     finally:
         model.close()
         stopped = interrupts.take()

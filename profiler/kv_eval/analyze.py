@@ -95,7 +95,7 @@ class Analysis:
         self._matrix: Floats = np.zeros((0, 0), np.float32)
         self._measured: list[Candidate] = []
         self._costs = Costs(0.0, 0.0, 0.0)
-        self._n_ctx = self._recorded = self._answered = 0
+        self._n_ctx = self._recorded = self._answered = self._opened = 0
 
     @property
     def work(self) -> Work:
@@ -106,9 +106,10 @@ class Analysis:
     @property
     def share(self) -> float:
         """Part of the work that is done, 0 to 1."""
-        weight = 1 + self._costs.prompt_s / self._costs.answer_s if self._costs.answer_s else 1.0
-        work = self.work
-        return (self._recorded * weight + self._answered) / (work.n_prompts * weight + work.answers)
+        costs, whole_s = self._costs, seconds(self.work, self._costs)
+        recorded_s = self._recorded * (costs.prompt_s + costs.answer_s)
+        measured_s = self._answered * costs.answer_s + self._opened * costs.open_s
+        return (recorded_s + measured_s) / whole_s if whole_s else 0.0
 
     def begin(self) -> float:
         """Compute the first sample and cut the work to limit_s; about how many seconds `run` takes. Raises H2OError."""
@@ -208,7 +209,7 @@ class Analysis:
     def _measure_first(self, samples: Sequence[_Sample]) -> Iterator[Candidate]:
         """The guess, half of the checks for what similarity proposes, the others around the best of all until then."""
         search, numbers = self._search, self._numbers
-        most_dense = int(search.most_dense * len(numbers))
+        most_dense = round(search.most_dense * len(numbers))
         proposals = propose(
             self._matrix, numbers, most_dense=most_dense, most_filters=search.most_filters, waits=search.waits
         )
@@ -249,6 +250,7 @@ class Analysis:
             layers=candidate.layers, wait=candidate.wait, keep=self._search.keep, least=1, select=candidate.select
         )
         with self._model.engine(kv, self._n_ctx) as engine:
+            self._opened += 1
             for sample in samples:
                 pairs = list(zip(sample.steps, forced(engine, sample.start, sample.answer), strict=True))
                 found += [divergence(full, other) for full, other in pairs]
