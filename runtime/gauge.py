@@ -11,7 +11,8 @@ _MARGIN = 0.05  # predicted gain below which one token per pass is better: predi
 _LOSS_SHARE = 0.01  # of all time that may be lost to drafts that did not pay
 _PLAIN_EVERY = 64  # passes after which one without a draft is made, to know what it costs
 _WORTH_TAKING = 3  # times its cost that a draft model has to save before it takes memory from the weights
-_GAIN_TAKING = 1.35  # and the least speed it has to promise, as what is seen of a few tokens is a rough guess
+_GAIN_TAKING = 1.2  # and the least speed it has to promise
+_DOUBT = 0.25  # in what one token tells of that: it may be right so much less often
 _LEAST_SEEN = 3  # tokens of an answer that tell whether it will
 _UNSURE = 6  # observations that what was seen without the draft model counts for
 _TRIAL_TOKENS = 3  # drafted in a trial of a drafter that did not pay
@@ -162,7 +163,8 @@ class Gauge:
         """Whether a drafter that is not in memory should be, for n_left tokens and drafts of at most `most`."""
         if self._pass_s is None or self._n_odds < _LEAST_SEEN or self._total_s < self._not_before_s:
             return False
-        gain = max(self._gains(0, min(n_left, most)))
+        doubt = _DOUBT / math.sqrt(min(self._n_odds, _MEMORY))
+        gain = max(self._gains(0, min(n_left, most), doubt))
         saved_s = n_left * self._pass_s.value * (1 - 1 / gain)
         return gain > _GAIN_TAKING and saved_s > _WORTH_TAKING * self._visit_s()
 
@@ -174,7 +176,7 @@ class Gauge:
 
     def pays_to_go(self, n_left: int, most: int) -> bool:
         """Whether the drafter should give its place back to the weights."""
-        gain = max(self._gains(0, min(n_left, most)))
+        gain = max(self._gains(0, min(n_left, most), -_DOUBT / math.sqrt(_MEMORY)))
         lost_s = n_left * self._pass_s.value * (1 / gain - 1) if self._pass_s else 0.0
         return gain < 1 - _MARGIN and lost_s > self._visit_s() - self._coming_s
 
@@ -215,15 +217,15 @@ class Gauge:
         wait = max(_PLAIN_EVERY, (self._ratio(n) - 1) / (_LOSS_SHARE / 2))
         return n if self._since_draft >= wait else 0
 
-    def _gains(self, grade: int, most: int) -> list[float]:
+    def _gains(self, grade: int, most: int, doubt: float = 0.0) -> list[float]:
         """Tokens per time with 1 to `most` drafted tokens, as multiples of those without."""
-        return [self._tokens(grade, n) / self._ratio(n) for n in range(1, most + 1)]
+        return [self._tokens(grade, n, doubt) / self._ratio(n) for n in range(1, most + 1)]
 
-    def _tokens(self, grade: int, n: int) -> float:
-        """Tokens expected of a pass with n drafted ones."""
-        right = self._next.value
+    def _tokens(self, grade: int, n: int, doubt: float = 0.0) -> float:
+        """Tokens expected of a pass with n drafted ones. doubt: they are right so much less often than is known."""
+        right = min(1.0, max(0.0, self._next.value - doubt))
         rest = n if right > 0.999 else (1 - right**n) / (1 - right)
-        return 1 + self._first_right(grade).value * rest
+        return 1 + min(1.0, max(0.0, self._first_right(grade).value - doubt)) * rest
 
     def _first_right(self, grade: int) -> Mean:
         if grade not in self._first:

@@ -107,11 +107,11 @@ def speeds(right, n_tokens):
 
 
 def test_text_that_is_hard_to_guess_is_hardly_slower():
-    assert min(speeds(0.1, 64) + speeds(0.37, 64)) >= 0.97
-    for right in (0.5, 0.6, 0.7):
-        found = speeds(right, 64)
-        assert sum(found) / len(found) >= 0.97
-        assert found[0] >= 0.85
+    for right in (0.1, 0.37, 0.5, 0.55):
+        assert speeds(right, 64)[0] >= 0.97
+    found = speeds(0.7, 64)
+    assert sum(found) / len(found) > 1.1
+    assert found[0] >= 0.85
 
 
 @pytest.mark.parametrize("seed", range(4))
