@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.errors import DiskError
+from runtime.errors import LIMITS, DiskError
 from runtime.memory import view
 from runtime.sizes import MIB, PAGE, page_down
 
@@ -54,7 +54,8 @@ class WeightFiles:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: only what is asked for comes
             direct = _open_direct(path, flags, fd) if self.mode == DIRECT else None
         except OSError as error:
-            raise DiskError(f"{path}: {error.strerror}", "check the file and its permissions") from None
+            next_step = LIMITS.get(error.errno or 0, "check the file and its permissions")
+            raise DiskError(f"{path}: {error.strerror}", next_step) from None
         if direct is None:
             self.mode = BUFFERED
         else:

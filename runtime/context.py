@@ -39,6 +39,9 @@ class Context:
         with ContextBuffers() as self.buffers:
             pointer = abi.llama.llama_init_from_model(model.pointer, parameters)
         if not pointer:
+            self.buffers.free()
+            if self.buffers.error:
+                raise self.buffers.error
             reason = (abi.take_log() or ["no reason given"])[-1]
             raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
         self.pointer = int(pointer)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import cast
 
 from runtime import llama_abi as abi
-from runtime.aligned_io import WeightFiles
 from runtime.engine import Engine
 from runtime.errors import H2OError, ModelError
-from runtime.head_start import Weights
+from runtime.head_start import open_weights
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
 from runtime.loads import NONE, Numbers
@@ -21,7 +22,6 @@ from runtime.plan import Plan
 from runtime.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import FULL_TILES, Settings
-from runtime.small_tensors import SmallTensors
 
 LONGEST, SHORTEST = 3, 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -132,17 +132,15 @@ class DraftModel:
         """Load everything but the weights. Raises H2OError."""
         self.file, self._settings, self._note = file, settings, note
         self._closed = False
-        self.hollow = HollowModel(file)
         settings = replace(settings, n_logits=1, n_ubatch=min(FULL_TILES, settings.n_ubatch))
         self._whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
-        try:
-            files = WeightFiles(file.paths)
-            self._store = _LateStore(file, files, depth=settings.depth)
-            weights = Weights(self._store, SmallTensors(file, files))
+        with ExitStack() as opened:
+            self.hollow = HollowModel(file)
+            opened.callback(self.hollow.free)
+            weights = open_weights(file, settings, _LateStore)
+            self._store = cast(_LateStore, weights.store)
             self.engine = Engine(file, self.hollow, self._whole, settings, note, weights)
-        except H2OError:
-            self.hollow.free()
-            raise
+            opened.pop_all()
 
     @property
     def n_bytes(self) -> int:

@@ -14,6 +14,17 @@ H2OError                    the work failed (exit 1)
 
 from __future__ import annotations
 
+import errno
+
+LIMITS = {
+    errno.EFBIG: "raise `ulimit -f`",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "end other programs: the system has no more open files",
+    errno.ENOSPC: "free some space on the disk",
+}
+"""What to do when the system gives no more of something."""
+NO_PROC = "mount it: mount -t proc proc /proc"
+
 
 class H2OError(Exception):
     """A failure with one line that says what happened and one that says what to do next."""

@@ -36,14 +36,14 @@ class Weights:
         return ended
 
 
-def open_weights(file: ModelFile, settings: Settings) -> Weights:
-    """The small tensors, and a store that reads nothing yet. Raises DiskError."""
+def open_weights(file: ModelFile, settings: Settings, kind: type[LayerStore] = LayerStore) -> Weights:
+    """The small tensors, and a store (of this kind) that reads nothing yet. Raises DiskError."""
     files = WeightFiles(file.paths, sizes=file.file_sizes)
     with ExitStack() as opened:
         opened.callback(files.close)
         small = SmallTensors(file, files)  # many short reads, each of which would wait for the long ones of the stream
         opened.callback(small.free)
-        store = LayerStore(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
+        store = kind(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
         opened.pop_all()
     return Weights(store, small)
 

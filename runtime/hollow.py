@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import llama_abi as abi
-from runtime.errors import EngineError, ModelError
+from runtime.errors import LIMITS, NO_PROC, DiskError, EngineError, H2OError, ModelError
 from runtime.memory import Region, trim_heap, view
 from runtime.model_file import ModelFile
 
@@ -32,16 +32,32 @@ class _HeaderCopies:
         self._fds: list[int] = []
         self.paths: list[bytes] = []
         for path, header_bytes, file_bytes in zip(model.paths, model.data_offsets, model.file_sizes, strict=True):
-            fd = os.memfd_create("h2o-header", os.MFD_CLOEXEC)
-            self._fds.append(fd)
-            self.paths.append(f"/proc/self/fd/{fd}".encode())
-            source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                for offset in range(0, header_bytes, _CHUNK):
-                    os.write(fd, os.pread(source, min(_CHUNK, header_bytes - offset), offset))
-                os.ftruncate(fd, file_bytes)
-            finally:
-                os.close(source)
+                self._copy(path, header_bytes, file_bytes)
+            except BaseException as error:
+                self.close()
+                if isinstance(error, OSError):
+                    raise EngineError(
+                        f"the header of {path} cannot be copied ({error.strerror})", LIMITS.get(error.errno or 0, "")
+                    ) from None
+                raise
+
+    def _copy(self, path: Path, header_bytes: int, file_bytes: int) -> None:
+        fd = os.memfd_create("h2o-header", os.MFD_CLOEXEC)
+        self._fds.append(fd)
+        self.paths.append(f"/proc/self/fd/{fd}".encode())
+        if not os.path.exists(self.paths[-1]):
+            raise EngineError("there is no /proc here, which this program needs", NO_PROC)
+        with open(path, "rb", buffering=0) as source:
+            done = 0
+            while done < header_bytes:
+                part = source.read(min(_CHUNK, header_bytes - done))
+                if not part:
+                    raise DiskError(f"{path} became shorter while it was opened", "run again when it is complete")
+                while part:
+                    n_written = os.write(fd, part)
+                    done, part = done + n_written, part[n_written:]
+        os.ftruncate(fd, file_bytes)
 
     def cut(self) -> None:
         """End the files behind their headers: mapping them fills no more memory."""
@@ -51,6 +67,7 @@ class _HeaderCopies:
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
+        self._fds.clear()
 
 
 class _WeightBuffers:
@@ -63,6 +80,7 @@ class _WeightBuffers:
         self.regions: list[Region] = []
         self.buffers: list[int] = []
         self.weights: dict[str, list[int]] = {}
+        self.error: H2OError | None = None  # why no buffer could be given: nothing passes through C
         self._begin: Callable[[], None] | None = begin
         self._name_text = ctypes.create_string_buffer(b"h2o")
         self._name = abi.GetName(self._get_name)
@@ -84,7 +102,11 @@ class _WeightBuffers:
         return ctypes.addressof(self._name_text)
 
     def _alloc_buffer(self, buffer_type: int, n_bytes: int) -> int:
-        region = Region(n_bytes)
+        try:
+            region = Region(n_bytes)
+        except H2OError as error:
+            self.error = error
+            return 0
         address = abi.ggml_backend_cpu_buffer_from_ptr(region.address, n_bytes)
         buffer = abi.Buffer.from_address(address)
         buffer.init_tensor = ctypes.cast(self._init, ctypes.c_void_p)
@@ -122,9 +144,12 @@ class HollowModel:
         self.weights = self._buffers.weights
         try:
             self.pointer = self._load(model, headers.paths)
+            self._buffers.seal()
+        except BaseException:
+            self._buffers.free()
+            raise
         finally:
             headers.close()
-            self._buffers.seal()
         trim_heap()
 
     def _load(self, model: ModelFile, paths: Sequence[bytes]) -> Any:
@@ -143,8 +168,11 @@ class HollowModel:
             names = (ctypes.c_char_p * len(paths))(*paths)
             pointer = abi.llama.llama_model_load_from_splits(names, len(paths), parameters)
         if not pointer:
+            if self._buffers.error:
+                raise self._buffers.error
             raise _load_error(model, dict(zip(paths, model.paths, strict=True)))
         if not self.weights:
+            abi.llama.llama_model_free(pointer)
             raise EngineError("llama.cpp placed no weight in our buffers", "report this model")
         return pointer
 
@@ -175,6 +203,7 @@ class ContextBuffers:
 
     def __init__(self) -> None:
         self.regions: list[Region] = []
+        self.error: H2OError | None = None  # why no buffer could be given
         self.kv_bytes = 0
         self.caches: list[dict[str, int]] = []
         self._buffers: list[int] = []
@@ -198,8 +227,12 @@ class ContextBuffers:
             abi.Buffer.from_address(address).init_tensor = None  # not for every node of every graph
 
     def _alloc_buffer(self, buffer_type: int, n_bytes: int) -> int:
-        region = Region(n_bytes)
-        region.use_huge_pages(0)
+        try:
+            region = Region(n_bytes)
+            region.use_huge_pages(0)
+        except H2OError as error:
+            self.error = error
+            return 0
         self.regions.append(region)
         address = abi.ggml_backend_cpu_buffer_from_ptr(region.address, n_bytes)
         buffer = abi.Buffer.from_address(address)

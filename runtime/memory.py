@@ -45,7 +45,8 @@ def _mmap(address: int | None, n_bytes: int, prot: int, flags: int, fd: int = -1
     if found == _MAP_FAILED or found is None:
         reason = os.strerror(ctypes.get_errno())
         raise EngineError(
-            f"the system gave no address space ({n_bytes} bytes: {reason})", "lower -m or raise `ulimit -v`"
+            f"the system gave no address space ({n_bytes} bytes: {reason})",
+            "lower -m, or raise `ulimit -v` and `ulimit -d`",
         )
     return int(found)
 
@@ -139,6 +140,8 @@ class Region:
         if self.n_bytes:
             _libc.munmap(self.address, self.n_bytes)
             self.n_bytes = 0
+
+    close = free
 
 
 def view(address: int, n_bytes: int) -> memoryview:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runtime import llama_abi as abi
 from runtime.checks import check_parts, check_splits, check_type
-from runtime.errors import ModelError
+from runtime.errors import LIMITS, ModelError
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
 try:
@@ -194,7 +194,7 @@ def _check_file(path: Path) -> int:
     try:
         status = path.stat()
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}", choose) from None
+        raise ModelError(f"{path}: {error.strerror}", LIMITS.get(error.errno or 0, choose)) from None
     if stat.S_ISDIR(status.st_mode):
         raise ModelError(f"{path} is a directory", choose)
     if not stat.S_ISREG(status.st_mode):
@@ -205,7 +205,7 @@ def _check_file(path: Path) -> int:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}", choose) from None
+        raise ModelError(f"{path}: {error.strerror}", LIMITS.get(error.errno or 0, choose)) from None
     if magic != b"GGUF":
         raise ModelError(
             f"{path} is not a GGUF file", "convert it with llama.cpp's convert_hf_to_gguf.py, or give another file"

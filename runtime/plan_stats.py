@@ -119,7 +119,7 @@ class StatsWriter:
     def close(self) -> None:
         """Remove the file: nobody is measuring any more."""
         if self._fd >= 0:
-            with suppress(OSError):
+            with suppress(OSError, PlanError):  # something else is there now: it is left alone
                 if self._is_ours():
                     os.unlink(self.path)
         self._release()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
 from runtime.hollow import HollowModel
@@ -21,8 +23,12 @@ class SmallTensors:
             self._offsets[info.name] = end
             end += -(-info.n_bytes // 64) * 64
         self._region = Region(end or PAGE)
-        self._region.use_huge_pages(0)
-        self._read(sorted(file.small_tensors, key=lambda info: (info.file, info.offset)), files)
+        try:
+            self._region.use_huge_pages(0)
+            self._read(sorted(file.small_tensors, key=lambda info: (info.file, info.offset)), files)
+        except BaseException:
+            self._region.free()
+            raise
 
     def place(self, model: HollowModel) -> None:
         """Point the model's tensors at them."""
@@ -32,7 +38,10 @@ class SmallTensors:
 
     def _read(self, tensors: list[TensorInfo], files: WeightFiles) -> None:
         """Through a bounce buffer, neighbours in the file together."""
-        bounce = Region(2 * 2**20)
+        with closing(Region(2 * 2**20)) as bounce:
+            self._read_through(bounce, tensors, files)
+
+    def _read_through(self, bounce: Region, tensors: list[TensorInfo], files: WeightFiles) -> None:
         have = (-1, 0, 0)  # file and range now in the bounce buffer
         for info in tensors:
             offset = self._offsets[info.name]
@@ -48,7 +57,6 @@ class SmallTensors:
                 target = view(self._region.address + offset + done, part)
                 target[:] = view(bounce.address + place - have[1], part)
                 done += part
-        bounce.free()
 
     def free(self) -> None:
         """Unmap; the model must not compute afterwards."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runtime import llama_abi as abi
 from runtime.engine import Engine
-from runtime.errors import Cancelled, UsageError
+from runtime.errors import Cancelled, EngineError, UsageError
 from runtime.hollow import HollowModel
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.model_file import ModelFile
@@ -127,7 +127,8 @@ def start_of(engine: Engine, prompt: list[int]) -> Start:
     engine.forward(prompt[:-OWN_TOKENS])
     n_bytes = abi.llama.llama_state_seq_get_size(engine.context, 0)
     state = (ctypes.c_uint8 * n_bytes)()
-    abi.llama.llama_state_seq_get_data(engine.context, state, n_bytes, 0)
+    if abi.llama.llama_state_seq_get_data(engine.context, state, n_bytes, 0) != n_bytes:
+        raise EngineError("llama.cpp did not give the state of a prompt", "give a smaller --length")
     return Start(prompt, state)
 
 
@@ -136,7 +137,8 @@ def begin(engine: Engine, start: Start) -> None:
     engine.truncate(0)
     known = start.prompt[:-OWN_TOKENS]
     if start.state is not None and not _needs_prompts(engine.settings.kv):
-        abi.llama.llama_state_seq_set_data(engine.context, start.state, len(start.state), 0)
+        if not abi.llama.llama_state_seq_set_data(engine.context, start.state, len(start.state), 0):
+            raise EngineError("llama.cpp did not take back the state of a prompt", "give a smaller --length")
         engine.n_past = len(known)
     elif known:
         engine.forward(known)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,21 @@ class Filter:
         stopped: Stopped,
         skip: Callable[[int], object],
     ) -> None:
+        with ExitStack() as opened:
+            opened.callback(scorer.close)
+            self._open(options, cache, roles, scorer, stopped, opened)
+            self._opened = opened.pop_all()
+        self._skip = skip
+
+    def _open(
+        self,
+        options: KvFilter,
+        cache: Cache,
+        roles: Roles,
+        scorer: Scorer,
+        stopped: Stopped,
+        opened: ExitStack,
+    ) -> None:
         self.options, self.roles, self.cache = options, roles, cache
         self._scorer = scorer
         parts = {n: layer.parts for n, layer in cache.layers.items()}
@@ -97,6 +113,7 @@ class Filter:
                 n_cells = max(cache.layers[layer].parts[0].n_cells for layer in roles.sparse)
                 self._heavy = {layer: HeavyHitters(n_cells) for layer in roles.sparse}
             self._sparse = SparseRows(options, cache, segments, stopped, scorer.n_threads)
+            opened.callback(self._sparse.close)
         self._layers = frozenset(self._sparse.layers) if self._sparse else frozenset()
         self._own = self._sparse.own if self._sparse else set()
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
@@ -108,7 +125,8 @@ class Filter:
         dense = [n for n in cache.filterable if n not in roles.sparse]
         values = {n: cache.layers[n].parts[V] for n in dense if turns(options, cache.layers[n].parts[V])}
         self._dense = DenseAttention(scorer.n_threads, values) if values else None
-        self._skip = skip
+        if self._dense:
+            opened.callback(self._dense.close)
         self._pass = Pass()
         self._stored = 0
         self._asked: dict[int, int] = {}  # nodes to be reported -> layer
@@ -247,11 +265,7 @@ class Filter:
 
     def close(self) -> None:
         """Free everything."""
-        if self._sparse:
-            self._sparse.close()
-        if self._dense:
-            self._dense.close()
-        self._scorer.close()
+        self._opened.close()
 
     # --- nodes --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from runtime.errors import EngineError, H2OError
+from runtime.threads import start_threads
 
 _LOOK_S = 0.1  # how often a wait looks whether it shall end
 _CLOSE_S = 5.0
@@ -61,9 +62,8 @@ class Jobs:
 
     def __init__(self, n_threads: int) -> None:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._run, daemon=True, name=f"kv-{i}") for i in range(n_threads)]
-        for thread in self._threads:
-            thread.start()
+        self._n_threads = n_threads
+        self._threads = start_threads(n_threads, "kv", self._run, self._stop)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -75,10 +75,13 @@ class Jobs:
         self._queue.put(job)
         return job
 
+    def _stop(self) -> None:
+        for _ in range(self._n_threads):
+            self._queue.put(None)
+
     def close(self) -> bool:
         """End the threads; False: one of them still hangs and may touch memory."""
-        for _ in self._threads:
-            self._queue.put(None)
+        self._stop()
         for thread in self._threads:
             thread.join(_CLOSE_S)
         return not any(thread.is_alive() for thread in self._threads)

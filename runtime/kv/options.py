@@ -15,6 +15,7 @@ METHODS = ("omnikv", "full", "sinks", "heavy", "random")
 WINDOW = 16  # queries that "uniform" and "exp" look back
 READERS = 4
 LAZY_THRESHOLD = 0.4
+_MOST = 2**31 - 1
 DEFAULT_KEEP = 0.1
 LEAST_KEPT = 256  # rows: a share of a short prompt would keep too few for any answer
 DEFAULT_SELECT = "last"
@@ -112,6 +113,8 @@ def _check_name(flag: str, value: str, names: tuple[str, ...]) -> None:
 def _check_count(flag: str, value: int, least: int) -> None:
     if value < least:
         raise UsageError(f"{flag} {value} is not possible", f"give {least} or more")
+    if value > _MOST:
+        raise UsageError(f"{flag} {value} is more than any context has", "give a smaller number")
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

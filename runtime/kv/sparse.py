@@ -6,6 +6,8 @@ the buffers, behind the chosen rows, until the next prompt comes and takes them 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from runtime import llama_abi as abi
 from runtime.errors import EngineError
 from runtime.kv.cache import OFF, Cache, K, V
@@ -39,13 +41,20 @@ class SparseRows:
         self._selections: list[Selection] = []
         self._mask = Mask(self._n_cells)
         self._slot: PromptSlot | None = None
-        disk = DiskStore(cache, self.layers, options) if options.store == "disk" else None
-        self.store: Store = disk or RamStore(cache, self.layers, options, n_threads)
-        jobs = Jobs(self.store.n_threads)
-        if disk:
-            self._slot = PromptSlot(disk, self.layers, jobs, stopped)
-        compact = {n: Compact(cache.layers[n], self._n_cells) for n in self.layers}
-        self._buffers = Buffers(compact, self.store, jobs, stopped)
+        with ExitStack() as opened:
+            disk = DiskStore(cache, self.layers, options) if options.store == "disk" else None
+            self.store: Store = disk or RamStore(cache, self.layers, options, n_threads)
+            opened.callback(self.store.close)
+            jobs = Jobs(self.store.n_threads)
+            opened.callback(jobs.close)
+            if disk:
+                self._slot = PromptSlot(disk, self.layers, jobs, stopped)
+            compact = {}
+            for n in self.layers:
+                compact[n] = Compact(cache.layers[n], self._n_cells)
+                opened.callback(compact[n].free)
+            self._buffers = Buffers(compact, self.store, jobs, stopped)
+            opened.pop_all()
 
     # --- figures ------------------------------------------------------------------------------------------------
 
