@@ -77,9 +77,11 @@ def predicted_ms(session: Session) -> float | None:
     return 1000 * token_s(profile, Arm(plan.k, plan.w, plan.layout, ledger.resident_bytes, ledger.window_bytes))
 
 
-def closing_line(session: Session, statistics: Statistics) -> str:
-    """The figures of an answer, for people: at most two lines of 80 columns."""
+def closing_line(session: Session, statistics: Statistics, *, cut: bool = False) -> str:
+    """The figures of an answer, for people: at most two lines of 80 columns. cut: -n ended the answer."""
     parts = [(0, f"{statistics.n_tokens} token{'' if statistics.n_tokens == 1 else 's'}")]
+    if cut:
+        parts.append((0, "cut by -n"))
     if statistics.ttft_s is not None:
         parts.append((0, f"first {_digits(statistics.ttft_s, 2)} s"))
     if statistics.decode_ms_per_token and statistics.tokens_per_s:
@@ -99,7 +101,7 @@ def _speed(session: Session, statistics: Statistics, measured_ms: float) -> list
     beside = f" (predicted {_digits(predicted)})" if predicted else ""
     parts = [
         (0, f"then {_digits(measured_ms)} ms each{beside}"),
-        (1, f"{_digits(statistics.tokens_per_s or 0)} tokens/s"),
+        (3, f"{_digits(statistics.tokens_per_s or 0)} tokens/s"),
     ]
     if statistics.bytes_asked_per_token:
         parts.append((1, f"{format_size(statistics.bytes_read_per_token or 0)} read each"))

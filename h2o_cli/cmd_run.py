@@ -21,7 +21,7 @@ from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_se
 from h2o_cli.output import Progress, emit, note, print_json, styled, tell
 from h2o_cli.smallest import CHAT, CONVERSATION, PROMPT
 from runtime.errors import DiskError, EngineError, PromptError, UsageError
-from runtime.generate import Request, Step, check_prompt, generate
+from runtime.generate import LENGTH, Request, Step, check_prompt, generate
 from runtime.meter import Meter
 from runtime.sampler import Sampling
 from runtime.sizes import parse_size
@@ -279,7 +279,8 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
         print_json(facts | figures(session, statistics, meter_start_s))
     else:
         emit("\n")
-        tell(styled(closing_line(session, statistics), "dim"))
+        cut = finish == LENGTH and 0 < request.n_predict <= len(tokens)
+        tell(styled(closing_line(session, statistics, cut=cut), "dim"))
     signal_number = interrupts.take()
     return 128 + signal_number if signal_number else 0
 

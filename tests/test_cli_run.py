@@ -124,7 +124,7 @@ def test_text_on_standard_output_figures_on_standard_error(tiny_model, run):
     same = run(model, "-p", PROMPT, "-n", 5, "--temp", 0, "--json")[1]
     assert code == 0
     assert out == json.loads(same)["text"] + "\n"
-    assert err.startswith("h2o: 5 tokens, first ")
+    assert err.startswith("h2o: 5 tokens, cut by -n, first ")
     assert len(err.splitlines()) <= 2
     assert "\x1b" not in err
 
