@@ -142,10 +142,11 @@ class Gauge:
         self._first_right(0).see(right)
         self._next.see(right)
 
-    def see_other(self, seconds: float, n_tokens: int = 0) -> None:
-        """Time that went into the drafter's coming and going, and the tokens it gave."""
+    def see_other(self, seconds: float, n_tokens: int = 0, *, for_drafts: bool = True) -> None:
+        """Time that went into no usual pass, and the tokens it gave. for_drafts: the drafter's coming and going."""
         self._total_s += seconds
-        self.saved_s += n_tokens * (self._pass_s.value if self._pass_s else 0.0) - seconds
+        if for_drafts and self._pass_s:
+            self.saved_s += n_tokens * self._pass_s.value - seconds
 
     # --- a drafter that takes the place of weights ------------------------------------------------------------------
 

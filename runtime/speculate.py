@@ -105,6 +105,7 @@ class Speculation:
         self.drafting_s = 0.0  # for the last pass
         self._reading_s = self._bytes_per_s = 0.0
         self._is_usual = True  # the pass: it reads no weights that will stay
+        self._has_left = False  # the drafter, just now: weights take its place
 
     def begin(self) -> None:
         """A new answer begins."""
@@ -172,7 +173,7 @@ class Speculation:
             if n_left > 0 and gauge.pays_to_go(n_left, self.most):
                 lodging.leave()
                 gauge.goes()
-                self._is_usual = False
+                self._is_usual, self._has_left = False, True
             return lodging.is_taken
         if self._bytes_per_s:
             gauge.price(lodging.pass_bytes / self._bytes_per_s, lodging.n_bytes / self._bytes_per_s)
@@ -198,8 +199,9 @@ class Speculation:
             self._gauge.see_drafted(self._took, n_drafted, len(tokens))
             self._gauge.see_right(self._grade, len(tokens) - 1, n_drafted)
         elif self.drafter.lodging and (self.drafter.lodging.is_taken or not self._is_usual):
-            self._is_usual = True
-            self._gauge.see_other(self._took.seconds, len(tokens))
+            for_drafts = self.drafter.lodging.is_taken or self._has_left
+            self._gauge.see_other(self._took.seconds, len(tokens), for_drafts=for_drafts)
+            self._is_usual, self._has_left = True, False
         else:
             self._gauge.see_plain(self._took)
             self._follow(tokens[0])

@@ -146,6 +146,13 @@ def test_a_copy_that_belies_the_odds_costs_little_time():
     assert disk.answer(speculation_on(disk), 800)[1] < 1.05 * disk.plain_s(800)
 
 
+def test_what_is_not_used_costs_nothing():
+    disk = Disk(0.1)
+    speculation = speculation_on(disk)
+    disk.answer(speculation, 64)
+    assert speculation.saved_s == 0
+
+
 def test_it_does_not_come_for_a_few_tokens():
     disk = Disk(0.9)
     disk.answer(speculation_on(disk), 6)
