@@ -58,6 +58,7 @@ class WeightFiles:
             raise DiskError(f"{path}: {error.strerror}", next_step) from None
         if direct is None:
             self.mode = BUFFERED
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # pages of read-ahead by others would start it here
         else:
             os.close(fd)
             self._fds[-1] = fd = direct

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 
 import pytest
 from cgroups import memory_limit
@@ -79,9 +80,12 @@ def flags_of(fd):
 
 def test_buffered_reads_leave_nothing_and_never_hold_much(data, memory, monkeypatch):
     real, held = os.posix_fadvise, []
-    files = WeightFiles([data], BUFFERED)
     fd = os.open(data, os.O_RDONLY)
     make_cold(fd)
+    for offset in range(0, 2 * MIB, 4096):  # the kernel reads ahead of this, and marks where it would go on
+        os.pread(fd, 4096, offset)
+    time.sleep(0.2)
+    files = WeightFiles([data], BUFFERED)
 
     def fadvise(of, offset, n_bytes, advice):
         held.append(cached_bytes(fd, 0, SIZE))
