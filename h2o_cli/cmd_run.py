@@ -243,7 +243,7 @@ def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[Sequence[
         from runtime.chat import Chat, Message
 
         chat = Chat(model.tokenizer, note)
-        text, stop = chat.text([Message("user", text)]), stop + chat.stop
+        text, stop = chat.text([Message("user", text)], most), stop + chat.stop
     if not options.max_context:
         return model.tokenizer.encode(text, parse_special=options.chat, most=most), stop
     tokens = array("i")

