@@ -79,7 +79,8 @@ def predicted_ms(session: Session) -> float | None:
 
 def closing_line(session: Session, statistics: Statistics, *, cut: bool = False) -> str:
     """The figures of an answer, for people: at most two lines of 80 columns. cut: -n ended the answer."""
-    parts = [(0, f"{statistics.n_tokens} token{'' if statistics.n_tokens == 1 else 's'}")]
+    parts = [] if session.model.is_named else [(0, f"model {session.model.file.path.name}")]
+    parts.append((0, f"{statistics.n_tokens} token{'' if statistics.n_tokens == 1 else 's'}"))
     if cut:
         parts.append((0, "cut by -n"))
     if statistics.ttft_s is not None:

@@ -16,7 +16,7 @@ from h2o_cli import kv_flags as kv
 from h2o_cli.closing import closing_line, figures
 from h2o_cli.defaults import N_PREDICT, default_budget
 from h2o_cli.interrupts import interrupts
-from h2o_cli.models import read_text, resolve_model
+from h2o_cli.models import DEFAULT_MODEL, read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import Progress, emit, note, print_json, styled, tell
 from h2o_cli.smallest import CHAT, CONVERSATION, PROMPT
@@ -41,7 +41,9 @@ EPILOG = """Examples:
   h2o run model.gguf -p "Hi" --json | jq .text
 """
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"Path of a GGUF file. {DEFAULT_MODEL}")
+]
 Dash = Annotated[str | None, typer.Argument(metavar="-", show_default=False, help="Read the prompt from stdin.")]
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="Read the prompt from a file.")]
@@ -154,9 +156,11 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
     text = _prompt_text(prompt, file, dash, _most_prompt_bytes(memory))
     config = kv.read_kv_config(kv_config)
+    named = model or (config.model if config else None)
     options = RunOptions.of(
         given,
-        model=resolve_model(model or (config.model if config else None)),
+        model=resolve_model(named),
+        is_named=named is not None,
         kind=CONVERSATION if text is None else CHAT if chat or (config and config.chat) else PROMPT,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
         stop=tuple(stop or ()),

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_MODEL = ROOT / "model_configs" / "bundled" / "h2o-stories-q8_0.gguf"
 LAST_MODEL = "last-model"
 _HASH_KEY = re.compile(rb'"hash":\s*(\d+)')
+DEFAULT_MODEL = "[default: H2O_MODEL, else the model profiled last, else the one that comes with h2o]"
 GIVE_MODEL = "give the path of a GGUF file, or set H2O_MODEL"
 
 

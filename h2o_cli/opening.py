@@ -53,9 +53,13 @@ REPACK = ("auto", "off")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the flags of `h2o run` say; None: not given. kind: of run, as the smallest budget knows them."""
+    """What the flags of `h2o run` say; None: not given.
+
+    is_named: the user named the model. kind: of run, as the smallest budget knows them.
+    """
 
     model: Path
+    is_named: bool = True
     kind: str = PROMPT
     n_predict: int | None = None
     memory: str | None = None
@@ -131,6 +135,7 @@ class OpenModel:
         """Begin to read the weights, and load llama.cpp's side meanwhile."""
         start = time.perf_counter()
         self.weights: Weights | None = None
+        self.is_named = options.is_named
         with interrupts.held():
             self.file = ModelFile.open(options.model)
             self.profile = _profile(self.file, note)

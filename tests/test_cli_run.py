@@ -14,6 +14,7 @@ import reference
 from test_model_profile import make_profile
 
 from h2o_cli import main as cli
+from h2o_cli.models import remember_model
 from profiler.model_profile import save_profile
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
@@ -179,6 +180,19 @@ def test_context_beyond_the_model_is_told(tiny_model, run):
     code, _, err = run(tiny_model("qwen2"), "-p", "a", "-n", 1, "--ctx", 1024)
     assert code == 0
     assert "--ctx 1024 is more than the 512 tokens this model was made for" in err
+
+
+def test_a_model_that_was_not_named_is_in_the_closing_line(tiny_model, run, monkeypatch):
+    """H2O_MODEL comes first, then the model profiled last, then the one that comes with the program."""
+    named, other = tiny_model("qwen2"), tiny_model("llama")
+    assert "model " not in run(named, "-p", PROMPT, "-n", 2)[2]
+    monkeypatch.setattr("h2o_cli.models.BUNDLED_MODEL", named)
+    assert f"h2o: model {named.name}," in run("-p", PROMPT, "-n", 2)[2]
+    remember_model(other)
+    assert f"h2o: model {other.name}," in run("-p", PROMPT, "-n", 2)[2]
+    monkeypatch.setenv("H2O_MODEL", str(named))
+    assert f"h2o: model {named.name}," in run("-p", PROMPT, "-n", 2)[2]
+    assert "H2O_MODEL, else the model profiled last" in " ".join(run("-h")[1].split())
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
