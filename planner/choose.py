@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from planner.bandit import ArmStatistics, BanditResult
 
 BESIDE = 0.85  # of the profile's disk speed: what is left of it beside a computation
-NEAR = 1.08  # an arm that streams less may be simulated to take this many times the fastest one's time
+NEAR = 1.05  # an arm that streams less may be simulated to take this many times the fastest one's time
 MOST_PLAYED_ARMS = 32  # in the bandit's run that is shown beside the exact search
 EPISODES = 120
 CONFIRM_ARMS = 4
