@@ -16,6 +16,7 @@ from runtime.sizes import MB, page_down
 from runtime.small_tensors import SmallTensors
 
 _GUESSED_PROCESS_BYTES = 80 * MB
+_LEAST_PROCESS_BYTES = 40 * MB  # with more left than this, all weights may fit in the end
 _GUESSED_HEADER_COPIES = 9  # llama.cpp's vocabulary takes about this many times its bytes in the file
 
 
@@ -66,8 +67,9 @@ def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
     total = streamable_bytes(file)
     if 0 < limit < total:
         resident = resident_pieces(file, replace(plan, pinned_bytes=limit), limit)
+        most = max(plan.pinned_bytes, usable_bytes(plan.budget_bytes) - _LEAST_PROCESS_BYTES - MARGIN_BYTES)
         try:
-            weights.store.apply(resident, window, everything=plan.pinned_bytes >= total)
+            weights.store.apply(resident, window, everything=most >= total)
         except BaseException:
             weights.close()
             raise

@@ -20,7 +20,8 @@ from runtime.head_start import head_start
 from runtime.kv.options import KvFilter
 from runtime.memory import Region
 from runtime.model_file import ModelFile
-from runtime.plan import Plan
+from runtime.plan import Layout, Plan
+from runtime.residency import streamable_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB
 
@@ -245,3 +246,14 @@ def test_what_the_process_takes_is_looked_up_once(tiny_model, monkeypatch):
     with engine(tiny_model("llama"), Plan(0, 1, budget_bytes=10**9)) as opened:
         assert opened.ledger.process_bytes == 50 * MB
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("more_mb", "everything"), [(70, True), (30, False)])
+def test_a_head_start_has_huge_pages_where_all_weights_may_fit(bundled_model, monkeypatch, more_mb, everything):
+    asked = []
+    monkeypatch.setattr("runtime.head_start.LayerStore.apply", lambda *_, **more: asked.append(more["everything"]))
+    monkeypatch.setattr("runtime.head_start.guessed_room", lambda file, _: streamable_bytes(file) // 2)
+    file = ModelFile.open(bundled_model)
+    plan = Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=streamable_bytes(file) + more_mb * MB)
+    head_start(file, plan, Settings()).close()
+    assert asked == [everything]
