@@ -61,8 +61,9 @@ $(CHAT_MODEL): | setup
 	@rm $(CHAT_FOLDER)/*.whl
 	@touch $@
 
+# Two files of tests at a time: much of their time is waiting.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

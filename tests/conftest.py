@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Threads that spin while they wait take the cores of whatever runs beside the tests.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 

@@ -98,13 +98,13 @@ def test_more_tokens_than_the_tail_takes_become_part_of_the_prompt(tiny_model):
 
 
 def test_memory_falls_by_the_rows_that_are_not_kept(tiny_model, tmp_path):
-    """4 of 6 layers are in a file: their 49 MB are not in memory, the rows kept are in both cases."""
-    shape = "llama:layers=6,dim=512,ffn=256,heads=8,kv_heads=8,vocab=512,ctx=8192"
-    path, n, row_bytes, n_sparse = tiny_model(shape), 6000, 2 * 512 * 2, 4
+    """4 of 6 layers are in a file: their 41 MB are not in memory, the rows kept are in both cases."""
+    shape = "llama:layers=6,dim=1024,ffn=256,heads=8,kv_heads=8,vocab=512,ctx=4096"
+    path, n, row_bytes, n_sparse = tiny_model(shape), 2500, 2 * 1024 * 2, 4
     tokens, used = [7 + (i * 37) % 200 for i in range(n)], {}
     for store in ("ram", "disk"):
         kv = KvFilter(layers=(0,), keep=0.1, store=store, folder=str(tmp_path))
-        with engine(path, Plan(6, 1, pinned_bytes=10**9), n_ctx=8192, n_ubatch=512, n_threads=THREADS, kv=kv) as opened:
+        with engine(path, Plan(6, 1, pinned_bytes=10**9), n_ctx=4096, n_ubatch=512, n_threads=THREADS, kv=kv) as opened:
             opened.forward(tokens)
             for _ in range(3):
                 opened.forward([5])
@@ -114,7 +114,7 @@ def test_memory_falls_by_the_rows_that_are_not_kept(tiny_model, tmp_path):
             if store == "disk":
                 assert opened.kv.figures()["bytes_on_disk"] == n * row_bytes * n_sparse
     assert used["ram"] - used["disk"] == pytest.approx(n * row_bytes * n_sparse, rel=0.05)
-    assert ledger.kv_bytes == pytest.approx(8192 * row_bytes * 2, rel=0.01)
+    assert ledger.kv_bytes == pytest.approx(4096 * row_bytes * 2, rel=0.01)
 
 
 # --- failures -------------------------------------------------------------------------------------------------------

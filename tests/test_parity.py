@@ -146,9 +146,9 @@ def test_prefetched_input_embedding_is_read_once(tiny_model):
     check(path, Plan(1, 1), 70, prefetch_input=True, reference=llama_reference(path))
     with engine(path, Plan(4, 1, Layout.BALANCED, pinned_bytes=10**9), prefetch_input=True) as opened:
         greedy(opened, prompt_of(3), 2)
-        before = opened.bytes_read
+        before = opened.counters.bytes_read
         opened.forward([100, 300, 500])
-        assert opened.bytes_read == before
+        assert opened.counters.bytes_read == before
         assert opened.ledger.embedding_bytes >= opened.file.row_tables[0].n_bytes
 
 
