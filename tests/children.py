@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,3 +114,8 @@ def _open_all():
 
 if __name__ == "__main__":
     {"run": _run_all, "open": _open_all}[sys.argv[1]]()
+
+
+def without_progress(err):
+    """Lines of standard error that are not about the time of work that takes longer than two seconds."""
+    return [line for line in err.strip().splitlines() if not re.search(r"% after |takes about |sample prompt", line)]

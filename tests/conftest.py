@@ -40,9 +40,15 @@ def user_folders(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_prompt_is_short(monkeypatch):
-    """Dense layers of a filter attend by products behind the short prompts of tests, too."""
-    monkeypatch.setattr("runtime.kv.dense.LEAST_ROWS", 0)
+def no_prompt_is_short(request, monkeypatch):
+    """Dense layers of a filter attend by products behind the short prompts of tests, too; `usual_rows` undoes that."""
+    if "usual_rows" not in request.fixturenames:
+        monkeypatch.setattr("runtime.kv.dense.LEAST_ROWS", 0)
+
+
+@pytest.fixture
+def usual_rows():
+    """Dense layers attend as they do outside of tests."""
 
 
 @pytest.fixture(scope="session")

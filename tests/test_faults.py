@@ -22,6 +22,7 @@ from runtime.errors import DiskError
 from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.plan_file import write_plan
+from runtime.sizes import PAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTY = [sys.executable, str(ROOT / "tests" / "faulty.py")]
@@ -182,6 +183,24 @@ def test_reading_behind_a_new_end(mode, own_model):
         os.truncate(own_model, size)
         with pytest.raises(DiskError, match="became shorter"):
             files.read(0, 4096, address, 4096)
+    files.close()
+
+
+@pytest.mark.parametrize("n_bytes", [4096, 5000, 8191, 8193])
+def test_a_short_read_goes_on_at_a_page(n_bytes, own_model, monkeypatch):
+    """Direct reads take no other offsets and addresses."""
+    files, read = WeightFiles([own_model], DIRECT), os.preadv
+    memory = ctypes.create_string_buffer(12 * PAGE)
+    address = -(-ctypes.addressof(memory) // PAGE) * PAGE
+
+    def odd(fd, parts, offset):
+        assert offset % PAGE == 0
+        got = read(fd, parts, offset)
+        return min(got, max(n_bytes, PAGE))
+
+    monkeypatch.setattr(os, "preadv", odd)
+    files.read(0, PAGE, address, 10 * PAGE)
+    assert ctypes.string_at(address, 10 * PAGE) == own_model.read_bytes()[PAGE : 11 * PAGE]
     files.close()
 
 

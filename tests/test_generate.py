@@ -157,6 +157,25 @@ def test_possible_stop_texts_are_held_back(text, stop, pieces):
     assert "".join(seen) == "".join(pieces)
 
 
+class Words(Letters):
+    """A tokenizer with one token, a whole text."""
+
+    class _Decoder(Letters._Decoder):
+        def feed(self, token):
+            return token
+
+    def decoder(self):
+        return self._Decoder()
+
+
+@pytest.mark.parametrize("stop", [("d", "b"), ("b", "d"), ("cd", "bc"), ("d", "bcd")])
+def test_an_answer_ends_before_the_first_stop_text_whatever_their_order(stop):
+    stops = StopFilter(Words(), stop)
+    assert stops.feed("abcde") == "a"
+    assert stops.stopped
+    assert stops.finish() == ""
+
+
 # --- sequences ------------------------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,22 @@ def test_few_rows(tiny_model, monkeypatch):
             check(opened, recorder, layer, 2e-2)
 
 
+@pytest.mark.usefixtures("usual_rows")
+def test_llama_cpp_attends_to_fewer_than_a_thousand_rows(tiny_model):
+    shape = "llama:layers=4,dim=256,ffn=512,heads=4,kv_heads=2,vocab=512,ctx=2048,tied=0"
+    kv = KvFilter(keep=30, layers=(0,), wait=1)
+    with engine(tiny_model(shape), RESIDENT, n_ctx=2048, n_ubatch=512, kv=kv) as opened:
+        recorder, turned = Recorder(opened), opened.kv._dense._turned
+        opened.forward([7 + (i * 37) % 200 for i in range(1000)])
+        opened.forward([5])
+        assert [turned[layer]._n_rows for layer in (0, 1)] == [0, 0]
+        check(opened, recorder, 0, 2e-2)
+        opened.forward([9] * 30)
+        opened.forward([5])
+        assert [turned[layer]._n_rows for layer in (0, 1)] == [1032, 1032]
+        check(opened, recorder, 0, 1e-3)
+
+
 def test_a_budget_that_becomes_smaller_than_the_prompt(tiny_model):
     """llama.cpp attends while all rows are kept, products from then on, and llama.cpp again after a cut."""
     with engine(tiny_model("llama"), RESIDENT, n_ubatch=64, kv=KvFilter(keep=320)) as opened:

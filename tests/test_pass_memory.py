@@ -40,6 +40,13 @@ def test_memory_never_makes_a_pass_shorter_than_a_tile_of_attention(n_tokens, n_
     assert [size for size in sizes if size < 64] == [size for size in of_llama_cpp if size < 64]
 
 
+@pytest.mark.parametrize("n_ubatch", [100, 128, 200, 512])
+def test_a_small_budget_makes_no_context_for_shorter_passes(n_ubatch, tiny_model, monkeypatch):
+    monkeypatch.setattr("runtime.engine.Engine.apply", lambda *_: None)
+    with engine(tiny_model("llama"), Plan(0, 1, budget_bytes=1), n_ubatch=n_ubatch) as opened:
+        assert opened.pass_sizes(n_ubatch) == [n_ubatch] * (n_ubatch <= 128) or min(opened.pass_sizes(n_ubatch)) >= 64
+
+
 def logits_after_prompt(opened):
     opened.forward(PROMPT)
     first = opened.logits().copy()
