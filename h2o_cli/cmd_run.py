@@ -81,7 +81,8 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="
 ChatFlag = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 LayoutName = Annotated[
-    str, typer.Option("--layout", help="What stays in memory: auto, prefix, even (whole layers), balanced.")
+    str,
+    typer.Option("--layout", metavar="auto|prefix|even|balanced", help="What stays in memory (even: whole layers)."),
 ]
 PrefetchInput = Annotated[
     bool, typer.Option("--prefetch-input", help="Keep the input embedding in memory instead of reading rows of it.")
@@ -89,13 +90,17 @@ PrefetchInput = Annotated[
 Repack = Annotated[
     str,
     typer.Option(
-        "--repack", help="auto: a model that fits computes with llama.cpp's rearranged weights; off: with plain ones."
+        "--repack",
+        metavar="auto|off",
+        help="auto: a model that fits computes with llama.cpp's rearranged weights; off: with plain ones.",
     ),
 ]
-KvType = Annotated[str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")]
+KvType = Annotated[
+    str, typer.Option("--kv-type", metavar="f16|q8_0", help="Precision of keys and values; q8_0: half the memory.")
+]
 
 Speculate = Annotated[
-    str, typer.Option("--speculate", help="Guess tokens ahead from the text so far where it pays: auto, off.")
+    str, typer.Option("--speculate", metavar="auto|off", help="Guess tokens ahead from the text so far where it pays.")
 ]
 
 Draft = Annotated[

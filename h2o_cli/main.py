@@ -14,7 +14,7 @@ from typer.core import TyperGroup, TyperOption
 
 from h2o_cli import hints
 from h2o_cli.interrupts import interrupts
-from h2o_cli.output import ReaderGone, print_error, silence_stdout
+from h2o_cli.output import ReaderGone, note, print_error, silence_stdout
 from runtime.errors import LIMITS, NO_PROC, Cancelled, EngineError, H2OError, UsageError
 
 COMMANDS = {
@@ -118,10 +118,27 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+def _install_completion(wanted: bool) -> None:
+    if wanted:
+        from h2o_cli.completion import install
+
+        note(install(typer.main.get_command(app)))
+        raise typer.Exit()
+
+
 @app.callback(help="Run GGUF models inside the memory you have: layers stream from disk.", epilog=EXAMPLES)
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=_install_completion,
+            is_eager=True,
+            help="Complete commands, flags and models at the Tab key (bash, zsh, fish).",
+        ),
     ] = False,
 ) -> None:
     pass
