@@ -131,7 +131,7 @@ def test_weights_that_cannot_be_opened_leave_nothing_behind(part, tiny_model, mo
     def fail(*_, **__):
         raise DiskError("no more of that")
 
-    name = {"small": "runtime.aligned_io.WeightFiles.read", "store": "runtime.head_start.LayerStore"}
+    name = {"small": "runtime.aligned_io.WeightFiles.read", "store": "runtime.layer_store.LayerStore.__init__"}
     monkeypatch.setattr(name.get(part, "runtime.layer_store.LayerStore.apply"), fail)
     monkeypatch.setattr("runtime.head_start._GUESSED_PROCESS_BYTES", 0)
     before = what_is_open()
