@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_threads
-from h2o_cli.first_plan import FROM_FILE, Chosen, FirstPlan
+from h2o_cli.first_plan import DEFAULT, FROM_FILE, Chosen, FirstPlan
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
 from h2o_cli.kv_layers import warn_of_guess
@@ -315,7 +315,7 @@ def _open_inside(
 
 def _open_engine(model: OpenModel, chosen: Chosen, settings: Settings, note: Callable[[str], None]) -> Engine:
     """The engine; a budget too small for the logits of long drafts has short ones, and then no look-up."""
-    most = settings.n_logits
+    settings, most = replace(settings, fit_window=chosen.origin == DEFAULT), settings.n_logits
     least, *more = sorted({most, rows_for(2, most), most if settings.draft_bytes else 1})
     for n_logits in reversed(more):
         try:

@@ -12,6 +12,7 @@ from planner.footprint import streamable_bytes
 from profiler.model_profile import ModelProfile
 from profiler.source_format import SourceProfile
 from runtime.plan import Layout
+from runtime.residency import overlapping_window
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,11 @@ def h2o_arms(profile: ModelProfile, available_bytes: int, layouts: tuple[Layout,
 
 
 def narrowest_window(profile: ModelProfile, available_bytes: int) -> int:
-    """Bytes of the smallest window worth having: two of the largest pieces, so that one is read while another is
-    computed; less where they would take more than half of what there is."""
+    """Bytes of the smallest window worth having: one in which reads and computation overlap; less where that would
+    take more than half of what there is."""
     least = profile.memory.min_window_bytes
-    return min(available_bytes, max(least, min(2 * least, available_bytes // 2)))
+    wanted = overlapping_window(least, profile.disk.bytes_per_s.mean)
+    return min(available_bytes, max(least, min(wanted, available_bytes // 2)))
 
 
 def _balanced_arms(profile: ModelProfile, available_bytes: int, windows: range) -> list[Arm]:

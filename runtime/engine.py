@@ -25,7 +25,14 @@ from runtime.model_file import ModelFile
 from runtime.nodes import Nodes
 from runtime.pass_memory import PassMemory, Use, pass_sizes, rows_for
 from runtime.plan import Plan
-from runtime.residency import layers_in, resident_pieces, smallest_window, streamable_bytes, window_bytes
+from runtime.residency import (
+    layers_in,
+    overlapping_window,
+    resident_pieces,
+    smallest_window,
+    streamable_bytes,
+    window_bytes,
+)
 from runtime.settings import FULL_TILES, SHORT_PASS, Settings
 from runtime.sizes import page_down
 
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 
     from runtime.kv.filter import Filter
 
+_SSD_BYTES_PER_S = 2e9
 _ROOM_PIECES = 2  # of the largest size: less room than that for weights, and shorter passes are better
 _PROMPT, _TOKEN = Use(long=True), Use(long=False)
 
@@ -105,10 +113,18 @@ class Engine:
         uses = (_PROMPT, _TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
         self._ledgers = {use: self._fixed_ledger(use) for use in uses}
         self._room = self._cache.steps(self.settings.n_ubatch)
-        self.apply(plan)
+        self.apply(self._with_fitting_window(plan) if self.settings.fit_window else plan)
         if self.settings.prefetch_input:
             for table in self._tables:
                 table.fetch(range(table.tensor.n_rows), self._store)
+
+    def _with_fitting_window(self, plan: Plan) -> Plan:
+        """The plan with a window for the disk as it was while the model was opened: reads into memory that is touched
+        for the first time come half as fast as later ones. A disk that has read nothing yet is taken for an SSD."""
+        read, busy_s = self._store.bytes_read, self._store.busy_s
+        rate = 2 * read / busy_s if busy_s else _SSD_BYTES_PER_S
+        fitting = min(overlapping_window(smallest_window(self.file), rate), plan.budget_bytes // 4)
+        return replace(plan, window_bytes=max(plan.window_bytes, fitting))
 
     def _open_context(self, plan: Plan) -> None:
         """A context for passes as long as the prompt needs them and the budget allows."""

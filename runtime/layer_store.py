@@ -202,7 +202,7 @@ class LayerStore:
                 place += 1
             if place == len(order):
                 return True
-            return (load := self._loads.get(order[place])) is not None and load.chunks_left == 0
+            return bool((load := self._loads.get(order[place])) and load.chunks_left == 0 and not load.error)
 
     def computed(self) -> None:
         """Everything asked for so far has been computed with: give its slots back to the readers."""

@@ -8,6 +8,7 @@ from runtime.model_file import Layer, ModelFile, Piece
 from runtime.plan import Layout, Plan
 from runtime.sizes import PAGE
 
+_IN_FLIGHT_S = 0.0005  # about the time from asking for a read to its end, on an SSD
 _MOST_EXCHANGES = 4  # the first ones gain most
 
 
@@ -139,6 +140,15 @@ def _exchange(allowed: frozenset[Piece], target: int, chosen: frozenset[Piece]) 
 def smallest_window(model: ModelFile, resident: frozenset[int] = frozenset()) -> int:
     """Bytes of the smallest ring that can stream what is not resident: its largest piece."""
     return max((p.span_bytes for p in model.pieces if p.number not in resident), default=0)
+
+
+def overlapping_window(largest: int, disk_bytes_per_s: float) -> int:
+    """Bytes of a window that lets the disk work on while pieces of up to `largest` bytes are computed.
+
+    Two such pieces, one read while the other is computed, and as many as the disk delivers while a read is on its way:
+    with fewer in flight it rests between two reads. (A window of 3.7 pieces is one of 3.)
+    """
+    return largest * (2 + round(_IN_FLIGHT_S * disk_bytes_per_s / largest)) if largest else 0
 
 
 def window_bytes(model: ModelFile, plan: Plan) -> int:

@@ -18,6 +18,7 @@ class Settings:
     n_ubatch: prompt tokens per pass, as llama.cpp cuts them; the engine makes them fewer where the budget needs it.
     prefetch_input: keep the whole input embedding in memory instead of reading the rows of the tokens at hand.
     repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
+    fit_window: the first plan's window is a guess: widen it to what the disk needs, as fast as it was until then.
     draft_bytes: what a draft model in the same process will take.
     kv: which keys and values a decode pass attends to (None: all).
     """
@@ -31,6 +32,7 @@ class Settings:
     depth: int = 4
     prefetch_input: bool = False
     repack: bool = True
+    fit_window: bool = False
     draft_bytes: int = 0
     kv: KvFilter | None = None
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from runtime.kv.options import KvFilter
 from runtime.memory import Region
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
-from runtime.residency import streamable_bytes
+from runtime.residency import smallest_window, streamable_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB
 
@@ -248,12 +249,4 @@ def test_what_the_process_takes_is_looked_up_once(tiny_model, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("more_mb", "everything"), [(70, True), (30, False)])
-def test_a_head_start_has_huge_pages_where_all_weights_may_fit(bundled_model, monkeypatch, more_mb, everything):
-    asked = []
-    monkeypatch.setattr("runtime.head_start.LayerStore.apply", lambda *_, **more: asked.append(more["everything"]))
-    monkeypatch.setattr("runtime.head_start.guessed_room", lambda file, _: streamable_bytes(file) // 2)
-    file = ModelFile.open(bundled_model)
-    plan = Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=streamable_bytes(file) + more_mb * MB)
-    head_start(file, plan, Settings()).close()
-    assert asked == [everything]
+from runtime.residency import smallest_window, streamable_bytes

@@ -572,6 +572,16 @@ def test_next_is_there():
 # --- slow and broken disks ------------------------------------------------------------------------------------------
 
 
+def test_a_piece_that_could_not_be_read_is_not_there():
+    """Else what was asked for before it would keep the ring full, and there would be no room to read it again."""
+    with computing(SMALL) as (c, s, files):
+        files.broken = {page_down(c.pieces[1].offset)}
+        c.plan(set(), 2 * ONE)
+        wait_until(lambda: (load := s._loads.get(c.pieces[1].number)) and load.error)
+        s.need(c.pieces[0])
+        assert not s.next_is_there()
+
+
 def test_need_waits_for_the_disk_and_sleeps_meanwhile():
     with computing(SMALL) as (c, s, files):
         files.held = {page_down(c.pieces[0].offset)}

@@ -100,7 +100,7 @@ def test_arms_fill_what_is_available_and_no_more(profile, share):
 
 
 def test_arms_of_unequal_layers():
-    profile = make_profile([100, 200, 300, 400], [1.0] * 4, head=0)
+    profile = make_profile([100, 200, 300, 400], [1.0] * 4, head=0, disk=100)
     arms = h2o_arms(profile, 900, (Layout.PREFIX, Layout.EVEN))
     # one window of 400 leaves 500: the first two layers (300) and 200 of the third; even(2) is layers 1 and 3: 600
     assert arms == [
@@ -113,7 +113,7 @@ def test_arms_of_unequal_layers():
 
 def test_balanced_arm():
     # half of 1000 bytes: with w=1, f * 1000 + (1 - f) * 100 = 500, f = 4/9
-    profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=10)
+    profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=10, disk=100)
     narrowest, arm = h2o_arms(profile, 500, (Layout.BALANCED,))[:2]
     assert (arm.k, arm.w, arm.pinned_bytes, arm.window_bytes) == (4, 1, 444, 56)
     # two of the largest pieces: one is read while the other is computed
@@ -121,13 +121,15 @@ def test_balanced_arm():
 
 
 def test_no_window_is_narrower_than_two_pieces_where_there_is_room():
-    profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=90)
+    profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=90, disk=100)
     assert min(arm.window_bytes for arm in h2o_arms(profile, 500)) == 180
+    fast = make_profile([100] * 8, [1.0] * 8, head=200, min_window=40, disk=2 * 40 / 0.0005)
+    assert min(arm.window_bytes for arm in h2o_arms(fast, 500)) == 160  # two more, for what is on its way
     assert {arm.window_bytes for arm in h2o_arms(profile, 100)} == {90, 100}
 
 
 def test_only_the_head_is_streamed():
-    profile = make_profile([100] * 4, [1.0] * 4, head=400, min_window=50)
+    profile = make_profile([100] * 4, [1.0] * 4, head=400, min_window=50, disk=100)
     arms = h2o_arms(profile, 600, (Layout.PREFIX,))
     assert Arm(4, 1, Layout.PREFIX, 500, 100) in arms
 

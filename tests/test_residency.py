@@ -15,6 +15,7 @@ from runtime.residency import (
     k_layers_worth,
     layer_bytes,
     layers_in,
+    overlapping_window,
     resident_pieces,
     smallest_window,
     streamable_bytes,
@@ -247,3 +248,13 @@ def test_a_whole_model_is_resident_only_when_all_of_it_fits():
         assert len(resident_pieces(model, Plan(0, 1, layout, pinned_bytes=total))) == 5
         assert len(resident_pieces(model, Plan(0, 1, layout, pinned_bytes=total - 1))) == 4
         assert resident_pieces(model, Plan(0, 1, layout)) == frozenset()
+
+
+@given(st.integers(1, 2**24), st.integers(0, 2**34))
+def test_a_window_that_overlaps_is_whole_pieces_and_grows_with_the_disk(largest, rate):
+    window = overlapping_window(largest, rate)
+    assert window % largest == 0
+    assert window >= 2 * largest
+    assert window <= overlapping_window(largest, 2 * rate)
+    assert overlapping_window(largest, 0) == 2 * largest
+    assert abs(window - 2 * largest - rate * 0.0005) <= largest / 2 + 1
