@@ -119,10 +119,8 @@ class Engine:
                 table.fetch(range(table.tensor.n_rows), self._store)
 
     def _with_fitting_window(self, plan: Plan) -> Plan:
-        """The plan with a window for the disk as it was while the model was opened: reads into memory that is touched
-        for the first time come half as fast as later ones. A disk that has read nothing yet is taken for an SSD."""
-        read, busy_s = self._store.bytes_read, self._store.busy_s
-        rate = 2 * read / busy_s if busy_s else _SSD_BYTES_PER_S
+        """With a window for the disk as it was until now (or an SSD); first reads are half as fast as later ones."""
+        rate = 2 * self._store.bytes_read / self._store.busy_s if self._store.busy_s else _SSD_BYTES_PER_S
         fitting = min(overlapping_window(smallest_window(self.file), rate), plan.budget_bytes // 4)
         return replace(plan, window_bytes=max(plan.window_bytes, fitting))
 

@@ -249,4 +249,23 @@ def test_what_the_process_takes_is_looked_up_once(tiny_model, monkeypatch):
     assert len(calls) == 1
 
 
-from runtime.residency import smallest_window, streamable_bytes
+@pytest.mark.parametrize(("more_mb", "everything"), [(70, True), (30, False)])
+def test_a_head_start_has_huge_pages_where_all_weights_may_fit(bundled_model, monkeypatch, more_mb, everything):
+    asked = []
+    monkeypatch.setattr("runtime.head_start.LayerStore.apply", lambda *_, **more: asked.append(more["everything"]))
+    monkeypatch.setattr("runtime.head_start.guessed_room", lambda file, _: streamable_bytes(file) // 2)
+    file = ModelFile.open(bundled_model)
+    plan = Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=streamable_bytes(file) + more_mb * MB)
+    head_start(file, plan, Settings()).close()
+    assert asked == [everything]
+
+
+def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
+    largest = smallest_window(ModelFile.open(bundled_model))
+    guess = Plan(0, 1, Layout.BALANCED, window_bytes=largest, budget_bytes=10**9)
+    with engine(bundled_model) as opened:
+        for rate, pieces in [(0, 2), (1, 2), (2000 * largest, 3), (8000 * largest, 6)]:
+            opened._store.bytes_read, opened._store.busy_s = rate, 2.0
+            assert opened._with_fitting_window(guess).window_bytes == pieces * largest
+        wide = replace(guess, window_bytes=20 * largest)
+        assert opened._with_fitting_window(wide) == wide
