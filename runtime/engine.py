@@ -170,7 +170,7 @@ class Engine:
         passes = self._pass_memory
         return Ledger(
             process_bytes=self._process_bytes,
-            kv_bytes=self._kv_bytes(self._cache.n_cells),
+            kv_bytes=self.kv_bytes(self._cache.n_cells),
             compute_bytes=passes.compute(use),
             embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self._tables),
             sampler_bytes=self._context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
@@ -179,7 +179,7 @@ class Engine:
             cache_bytes=self.settings.depth * self._store.files.cached_bytes,
         )
 
-    def _kv_bytes(self, n_positions: int) -> int:
+    def kv_bytes(self, n_positions: int) -> int:
         """What n_positions take of the cache."""
         spared = self.kv.spared_bytes if self.kv else 0
         return min(self._cache.n_bytes - spared, self._cache.bytes_for(n_positions))
@@ -211,7 +211,7 @@ class Engine:
         fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
         if plan.budget_bytes:
             margin = fixed.margin_bytes + plan.budget_bytes - usable
-            fixed = replace(fixed, kv_bytes=self._kv_bytes(room), margin_bytes=margin)
+            fixed = replace(fixed, kv_bytes=self.kv_bytes(room), margin_bytes=margin)
             left = plan.budget_bytes - fixed.fixed_bytes
             if left >= total:
                 window, limit = 0, total
@@ -275,7 +275,7 @@ class Engine:
         budget, ledger = self._asked_plan.budget_bytes, self._ledgers[_TOKEN]
         if not budget:
             return 0
-        later = ledger.kv_bytes - self._kv_bytes(self._room)
+        later = ledger.kv_bytes - self.kv_bytes(self._room)
         need = ledger.fixed_bytes - ledger.draft_bytes - later + streamable_bytes(self.file)
         return max(0, draft_bytes - max(0, usable_bytes(budget) - need))
 

@@ -138,5 +138,5 @@ def test_a_run_with_buffered_reads_stays_in_its_budget(tiny_model, tmp_path):
     done, peak = run(floor + 2)
     assert done.returncode == 0, done.stderr
     ledger = json.loads(done.stdout)["ledger"]
-    assert ledger["cache_bytes"] > 0 and ledger["resident_bytes"] < 10 * MB
+    assert ledger["cache_bytes"] > 0 and ledger["resident_bytes"] < 20 * MB  # of 56
     assert peak <= (floor + 2) * MB

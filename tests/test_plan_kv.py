@@ -74,7 +74,7 @@ def test_the_plan_counts_what_the_engine_counts(opened, bundled_model, tiny_mode
         prompt = engine.ledger
         engine.forward([1])
         token = engine.ledger
-        full, early = engine._largest_ledger.kv_bytes, engine._kv_bytes(EARLY_POSITIONS)
+        full, early = engine._largest_ledger.kv_bytes, engine.kv_bytes(EARLY_POSITIONS)
     finally:
         engine.close()
     assert planned.filter_bytes == token.filter_bytes

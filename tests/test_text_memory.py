@@ -67,7 +67,7 @@ def test_a_hostile_template_in_the_smallest_budget(template, tmp_path):
 @pytest.mark.cgroup
 def test_a_prompt_and_a_chat_have_the_same_smallest_budget(bundled_model):
     floors = [named(h2o("run", bundled_model, "-p", "a", "-m", 5, *more).stderr) for more in ((), ("--chat",))]
-    assert floors[0] == floors[1]
+    assert abs(floors[0] - floors[1]) <= 1  # each is measured, to a quarter of a MB, and said in whole ones
 
 
 @pytest.mark.cgroup
