@@ -11,7 +11,7 @@ import typer
 
 from h2o_cli.defaults import CONVERSATION_CONTEXT, PROMPT_CONTEXT
 from h2o_cli.interrupts import interrupts
-from h2o_cli.models import find_profile, resolve_model
+from h2o_cli.models import DEFAULT_MODEL, find_profile, resolve_model
 from h2o_cli.output import emit, note, print_json, table
 from h2o_cli.smallest import CONVERSATION, PROMPT, smallest_budget
 from runtime.errors import EngineError, H2OError, ModelError, ProfileError, UsageError
@@ -28,7 +28,9 @@ EPILOG = """Examples:
   h2o inspect model.gguf --json | jq .floor_bytes
 """
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"Path of a GGUF file. {DEFAULT_MODEL}")
+]
 Ctx = Annotated[
     int | None, typer.Option("--ctx", metavar="N", help="Context of the smallest budget. [default: that of a run]")
 ]

@@ -10,7 +10,7 @@ import typer
 from h2o_cli.cmd_profile import check_writable
 from h2o_cli.defaults import MOST_THREADS, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
-from h2o_cli.models import profiles_folder, read_text, resolve_model
+from h2o_cli.models import DEFAULT_MODEL, profiles_folder, read_text, resolve_model
 from h2o_cli.output import Progress, duration, emit, note, table, versions
 from runtime.errors import Cancelled, ProfileError, PromptError, UsageError
 from runtime.kv.options import parse_keep
@@ -45,7 +45,9 @@ def kv() -> None:
 Quick = Annotated[
     bool, typer.Option("--quick", help="As many samples and choices as fit into about a minute and a half.")
 ]
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"Path of a GGUF file. {DEFAULT_MODEL}")
+]
 Keep = Annotated[str, typer.Option("--keep", metavar="F", help="Share of the prompt that is kept.")]
 Length = Annotated[
     int, typer.Option("--length", metavar="N", min=64, help="Tokens of a sample prompt; every other one has half.")

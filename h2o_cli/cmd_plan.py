@@ -11,7 +11,7 @@ import typer
 
 from h2o_cli import kv_flags as flag
 from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_budget
-from h2o_cli.models import ROOT, find_profile, need_profile, resolve_model
+from h2o_cli.models import DEFAULT_MODEL, ROOT, find_profile, need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
 from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
@@ -19,6 +19,7 @@ from runtime.errors import BudgetError, DiskError, EngineError, ModelError, Plan
 from runtime.ledger import below_floor
 from runtime.plan import Layout, Plan
 from runtime.plan_file import default_plan_path, read_plan
+from runtime.settings import KV_TYPES
 from runtime.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class PlanOptions:
     n_predict: int = N_PREDICT
 
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="A profiled model.")]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"A profiled model. {DEFAULT_MODEL}")
+]
 Memory = Annotated[
     str | None,
     typer.Option("-m", "--memory", metavar="SIZE", help="Memory of a process: 400 (MB), 1.5GB. [default: 60 %]"),
@@ -81,13 +84,18 @@ Seed = Annotated[
 Show = Annotated[bool, typer.Option("--show", help="Show the plan in the plan file, write nothing.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Show the plans that were compared.")]
 Live = Annotated[bool, typer.Option("--live", help="Try plans on the running process, keep the fastest.")]
-LayoutName = Annotated[str, typer.Option("--layout", help="auto, prefix, even or balanced.")]
+LayoutName = Annotated[
+    str,
+    typer.Option("--layout", metavar="auto|prefix|even|balanced", help="What stays in memory (even: whole layers)."),
+]
 Ctx = Annotated[int | None, typer.Option("--ctx", metavar="N", help="Context in tokens.")]
 Predict = Annotated[
     int, typer.Option("-n", "--predict", metavar="N", help="Most tokens of an answer; matters with --kv-filter.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-KvType = Annotated[str, typer.Option("--kv-type", help="Precision of keys and values: f16 or q8_0 (half the memory).")]
+KvType = Annotated[
+    str, typer.Option("--kv-type", metavar="f16|q8_0", help="Precision of keys and values; q8_0: half the memory.")
+]
 
 
 def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -168,6 +176,8 @@ def _check_flags(given: Mapping[str, Any]) -> None:
         raise UsageError("--compat writes a file of 8 bytes", "name it with -s, leave out --show and --live")
     if given["compat"] and given["layout"] not in ("auto", Layout.PREFIX.label):
         raise UsageError("a file of 8 bytes knows no layout but prefix", "leave out --layout or --compat")
+    if given["kv_type"] not in KV_TYPES:
+        raise UsageError(f"--kv-type {given['kv_type']} is not possible", f"choose one of {', '.join(KV_TYPES)}")
     if given["predict"] < -1:
         raise UsageError(f"-n {given['predict']} is not possible", "give 0 or more, or -1 for no limit")
     if given["ctx"] is not None and given["ctx"] < 1:

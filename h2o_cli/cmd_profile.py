@@ -12,7 +12,7 @@ import typer
 from h2o_cli import run_memory
 from h2o_cli.defaults import MOST_THREADS, default_threads
 from h2o_cli.interrupts import interrupts
-from h2o_cli.models import profiles_folder, remember_model, resolve_model
+from h2o_cli.models import DEFAULT_MODEL, profiles_folder, remember_model, resolve_model
 from h2o_cli.output import Progress, emit, note, table
 from h2o_cli.smallest import PLANNER, PROMPT, agreed
 from profiler.measure import Measurement
@@ -41,7 +41,9 @@ EPILOG = """Examples:
   h2o profile --import p.json --export config.json   write a profile in the four-key form
 """
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="Path of a GGUF file.")]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"Path of a GGUF file. {DEFAULT_MODEL}")
+]
 Output = Annotated[
     Path | None,
     typer.Option(

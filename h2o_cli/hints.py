@@ -10,6 +10,7 @@ _MODEL = "the model is an argument: `h2o run FILE.gguf`"
 _CONVERSATION = "`h2o run MODEL` without a prompt is a conversation"
 _FILES = "models are files: `h2o inspect FILE.gguf` shows one, `h2o run FILE.gguf` runs it"
 _LEAVE = "leave it out: "
+_ALIKE = 0.65  # share of a name that has to be right: "rnu" is "run", "--wrong" is not "--json"
 
 COMMANDS = {
     **dict.fromkeys(("chat", "interactive"), _CONVERSATION),
@@ -74,5 +75,7 @@ def _all_of(command: str) -> str:
 def _near(name: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
-    found = get_close_matches(name, [one for one in known if one.startswith("--") or not name.startswith("-")], n=1)
+    found = get_close_matches(
+        name, [one for one in known if one.startswith("--") or not name.startswith("-")], 1, _ALIKE
+    )
     return f"did you mean {found[0]}?" if found else ""

@@ -36,9 +36,3 @@ def warn_of_guess(kv: Filter, path: Path, n_ctx: int) -> None:
             f"{path.name} was not analyzed, its filter layers {layers} are a guess: answers can be wrong",
             f"find its own layers first: h2o kv analyze --quick {shlex.quote(str(path))}",
         )
-
-
-def find_layers(model_hash: int) -> tuple[int, ...] | None:
-    """The filter layers found for the model with this hash, None where there was no analysis. Raises ProfileError."""
-    choice = find_choice(model_hash)
-    return choice.layers if choice else None

@@ -37,15 +37,16 @@ from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
 from runtime.context import Context
 from runtime.engine import Engine
-from runtime.errors import Cancelled, ModelError
+from runtime.errors import BudgetError, Cancelled, ModelError
 from runtime.hollow import HollowModel
 from runtime.kv.cache import K, V, find_cache
-from runtime.ledger import Ledger, below_floor, budget_for, whole_floor
+from runtime.ledger import Ledger, budget_for, whole_floor
 from runtime.memory import available_bytes, resident_bytes
 from runtime.model_file import Layer, ModelFile
 from runtime.plan import Plan
 from runtime.residency import layer_bytes, smallest_window, streamable_bytes
 from runtime.settings import SHORT_PASS, Settings
+from runtime.sizes import MB, format_size
 
 CTX_TOKENS = 512
 _ROOT = Path(__file__).resolve().parent.parent
@@ -170,7 +171,11 @@ class Measurement:
         floor_bytes = whole_floor(needs.need_bytes + max(0, self._surplus_bytes))
         budget = min(available_bytes(), self._budget_bytes or available_bytes())
         if budget < floor_bytes:
-            raise below_floor(budget, floor_bytes)
+            raise BudgetError(
+                f"{format_size(budget)} is too small to measure this model",
+                f"give at least -m {floor_bytes // MB}: measuring takes a few MB more than a run",
+                floor_bytes=floor_bytes,
+            )
         least = smallest_window(file)
         window_bytes = max(least, min(_largest_layer(file), budget - floor_bytes + least))
         return needs, window_bytes

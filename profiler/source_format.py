@@ -155,6 +155,8 @@ def parse_log(text: str) -> SourceLog:
                     number, f"layer {index} has a second {kind} line (profile with one token, no warm-up)"
                 )
             found[kind][index] = values
+    if not any(found.values()):
+        raise ProfileError("this is neither a profile nor a profile log", "make a profile with `h2o profile`")
     n_layers = len(found["prefetch"])
     for kind, lines in found.items():
         if sorted(lines) != list(range(n_layers)) or not lines:

@@ -48,6 +48,12 @@ def is_put_off(node):
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
+def test_every_module_of_the_runtime_is_in_the_table():
+    table = (ROOT / "docs" / "design.md").read_text().split("## 2.")[0]
+    modules = [path.name for path in (ROOT / "runtime").glob("*.py") if path.stem != "__init__"]
+    assert [name for name in modules if f"`{name}`" not in table] == []
+
+
 def relative(path):
     return path.relative_to(ROOT).as_posix()
 

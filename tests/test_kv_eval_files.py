@@ -55,12 +55,12 @@ def test_what_is_written_is_read_back(tmp_path):
 
 def test_layers_are_found_by_hash_and_the_users_own_first(folders):
     own, bundled = folders
-    assert kv_layers.find_layers(HASH) is None
+    assert kv_layers.find_choice(HASH) is None
     save_choice(choice(layers=(0,)), layers_path(bundled, HASH))
-    assert kv_layers.find_layers(HASH) == (0,)
+    assert kv_layers.find_choice(HASH).layers == (0,)
     save_choice(choice(layers=(1,)), layers_path(own, HASH))
-    assert kv_layers.find_layers(HASH) == (1,)
-    assert kv_layers.find_layers(HASH + 1) is None
+    assert kv_layers.find_choice(HASH).layers == (1,)
+    assert kv_layers.find_choice(HASH + 1) is None
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_a_file_that_cannot_be_right_is_refused(folders, change, words):
     path = layers_path(folders[0], HASH)
     path.write_text(json.dumps({**msgspec.to_builtins(choice(), str_keys=True), **change}))
     with pytest.raises(ProfileError, match=words):
-        kv_layers.find_layers(HASH)
+        kv_layers.find_choice(HASH)
 
 
 def test_damage_is_one_line(folders):
     path = layers_path(folders[0], HASH)
     path.write_bytes(b"\xff{")
     with pytest.raises(ProfileError, match="cannot be used"):
-        kv_layers.find_layers(HASH)
+        kv_layers.find_choice(HASH)

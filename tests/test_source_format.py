@@ -123,7 +123,7 @@ def test_bad_log(old, new, said):
 
 
 def test_empty_log():
-    with pytest.raises(ProfileError, match="no complete set"):
+    with pytest.raises(ProfileError, match="neither a profile nor a profile log"):
         parse_log("nothing here\n")
 
 
