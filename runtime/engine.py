@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -151,11 +151,8 @@ class Engine:
         """The buffers of a context that makes one row of logits."""
         if self.settings.n_logits == 1:
             return self._context.scratch_bytes
-        context = Context(self._model, replace(self.settings, n_logits=1), n_tokens, self.nodes.filter)
-        try:
+        with closing(Context(self._model, replace(self.settings, n_logits=1), n_tokens, self.nodes.filter)) as context:
             return context.scratch_bytes
-        finally:
-            context.close()
 
     def _open_filter(self) -> Filter | None:
         if self.settings.kv is None:
@@ -325,7 +322,9 @@ class Engine:
         self._touched = use
         if self._room - STEP <= room <= self._room:  # no step back for each draft that was wrong
             room = self._room
-        if (use, room) != (self._use, self._room) and self._asked_plan.budget_bytes:
+        if not self._asked_plan.budget_bytes:
+            self._room = max(room, self._room)
+        elif (use, room) != (self._use, self._room):
             self._lay_out(self._asked_plan, use, room, again=True)
 
     def _pass(self, tokens: Sequence[int], n_logits: int) -> None:

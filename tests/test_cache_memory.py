@@ -163,6 +163,15 @@ def test_what_was_touched_while_everything_fitted_is_given_back_under_a_smaller_
         assert cache_in_memory(opened) <= opened.ledger.kv_bytes < opened._cache.n_bytes // 4
 
 
+def test_what_was_touched_under_a_plan_without_a_budget_is_given_back(tiny_model):
+    with engine(tiny_model(SHAPE), Plan(0, 1), n_ubatch=64, n_ctx=CTX) as opened:
+        opened.forward(TOKENS[:900])
+        opened.truncate(40)  # as much room as there was at the beginning
+        opened.apply(budget_plan(half_budget(opened)))
+        opened.forward(TOKENS[:1])
+        assert cache_in_memory(opened) <= opened.ledger.kv_bytes < opened._cache.n_bytes // 4
+
+
 def test_a_plan_that_comes_in_the_middle_counts_what_is_there(tiny_model):
     with engine(tiny_model(SHAPE), n_ubatch=64, n_ctx=CTX) as opened:
         opened.apply(budget_plan(half_budget(opened)))
