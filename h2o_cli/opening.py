@@ -347,6 +347,7 @@ def _speculation(model: OpenModel, engine: Engine, draft: DraftModel | None) -> 
     if draft:
         cost, n_vocab = draft.file.n_bytes / model.file.n_bytes, min(engine.n_vocab, draft.engine.n_vocab)
         place = Lodging(engine, draft) if engine.displaced_bytes(draft.n_bytes) else draft
+        engine.guest = draft.engine if place is draft else None
         return Speculation(ModelDrafter(place, cost, n_vocab), most)
     return Speculation(LookupDrafter(engine.settings.n_ctx), most)
 

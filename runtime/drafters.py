@@ -11,7 +11,7 @@ from typing import cast
 
 from runtime import llama_abi as abi
 from runtime.engine import Engine
-from runtime.errors import H2OError, ModelError
+from runtime.errors import Cancelled, H2OError, ModelError
 from runtime.head_start import open_weights
 from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
@@ -198,15 +198,22 @@ class Lodging:
         return self._host.streamed_bytes + displaced
 
     def take(self) -> bool:
-        """The draft model comes; False where the budget has become too small for it, or its file is not there."""
+        """The draft model comes; False where the budget has become too small for it, or its file is not there.
+
+        Raises Cancelled.
+        """
         try:
             self._host.make_room(self._taken_bytes)
             self.model = self._reopen()
-        except H2OError:
+        except H2OError as error:
             self._host.make_room(self._away_bytes)
+            if isinstance(error, Cancelled):
+                raise
             return False
         self._host.guest = self.model.engine
         self.model.start()
+        if self._host.nodes.stop:  # it came while the model was opened
+            raise self._host.nodes.stop
         return True
 
     def leave(self) -> None:

@@ -11,10 +11,11 @@ from test_layer_store import bytes_in_memory
 from test_speculate import STORIES, Always, Known, Rig
 
 from h2o_cli import main as cli
+from h2o_cli import opening
 from h2o_cli.closing import closing_line
 from runtime.drafters import DraftModel, Lodging, ModelDrafter
 from runtime.engine import Counters
-from runtime.errors import BudgetError
+from runtime.errors import BudgetError, Cancelled
 from runtime.memory import resident_bytes_outside
 from runtime.meter import Statistics
 from runtime.model_file import ModelFile
@@ -240,6 +241,40 @@ def test_without_pressure_it_has_no_lodging(bundled_model, bundled_variant):
         model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256), print)
         assert opened.displaced_bytes(model.n_bytes) == 0
         model.close()
+
+
+def test_ctrl_c_while_the_draft_model_comes_is_not_lost(pair, monkeypatch):
+    rig, _, lodging = pair
+    opened, apply, reopen = rig.engine, rig.engine._store.apply, lodging._reopen
+
+    def cancelled(*args, **more):
+        monkeypatch.setattr(opened._store, "apply", apply)
+        raise Cancelled(2)
+
+    monkeypatch.setattr(opened._store, "apply", cancelled)  # as while reads are waited for that have no place any more
+    with pytest.raises(Cancelled):
+        lodging.take()
+    assert not lodging.is_taken
+    assert opened.ledger.draft_bytes == 4 * opened.n_vocab
+    monkeypatch.setattr(lodging, "_reopen", lambda: opened.cancel() or reopen())
+    with pytest.raises(Cancelled):
+        lodging.take()
+    opened.forget_cancel()
+    drafter = NoPrice(ModelDrafter(lodging, 0.5, opened.n_vocab))
+    assert rig.answer(STORIES[0], 10, Speculation(drafter, 8, Always())) == rig.answer(STORIES[0], 10)
+
+
+def test_a_draft_model_that_takes_no_place_is_cancelled_with_its_host(bundled_model, bundled_variant):
+    with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_logits=9) as opened:
+        draft = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256), print)
+        model = SimpleNamespace(hollow=opened._model, file=opened.file)
+        speculation = opening._speculation(model, opened, draft)
+        draft.start()
+        opened.cancel()
+        with pytest.raises(Cancelled):
+            speculation.drafter.propose([1, 2, 3], 4)
+        speculation.close()
+        draft.close()
 
 
 def test_an_answer_is_cancelled_while_the_draft_model_is_read(pair):
