@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from runtime.errors import LIMITS, DiskError
@@ -40,11 +41,13 @@ class WeightFiles:
         self._fds: list[int] = []
         self._sizes: list[int] = []
         self._times: list[int] = []
-        for path in self.paths:
-            self._open(path)
-        if sizes and tuple(sizes) != tuple(self._sizes):
-            self.close()
-            raise DiskError(f"{self.paths[0]} changed while it was opened", "run again when it is complete")
+        with ExitStack() as opened:
+            opened.callback(self.close)
+            for path in self.paths:
+                self._open(path)
+            if sizes and tuple(sizes) != tuple(self._sizes):
+                raise DiskError(f"{self.paths[0]} changed while it was opened", "run again when it is complete")
+            opened.pop_all()
 
     def _open(self, path: Path) -> None:
         flags = os.O_RDONLY | os.O_CLOEXEC

@@ -174,6 +174,13 @@ def test_a_file_that_changes_between_index_and_reading(mode, own_model):
     WeightFiles(file.paths, mode, file.file_sizes).close()
 
 
+def test_files_of_which_one_is_missing_leave_none_open(own_model):
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(DiskError, match="No such file"):
+        WeightFiles([own_model, own_model.with_name("missing")])
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("mode", [DIRECT, BUFFERED])
 def test_reading_behind_a_new_end(mode, own_model):
     files = WeightFiles([own_model], mode)
