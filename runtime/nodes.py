@@ -119,7 +119,9 @@ class Nodes:
 
     def begin_pass(self, tokens: Sequence[int]) -> None:
         """Fetch the embedding rows of the tokens."""
-        self.filter.pass_on_everything(bool(self.trace or self.kv or self.stop))
+        self.filter.pass_on_everything(bool(self.trace or self.kv))
+        if self.stop:  # looked at last: it may come at any moment
+            self.filter.pass_on_everything(True)
         self._fetch_rows(tokens)
         if self.quiet:
             self._store.settle(self.quiet)

@@ -90,6 +90,25 @@ def test_without_the_compiled_function_the_tokens_are_the_same(bundled_model, mo
         assert_same(greedy(opened, PROMPT, 8), expected)
 
 
+def test_a_stop_at_the_beginning_of_a_pass_ends_it(bundled_model, monkeypatch):
+    with engine(bundled_model, Plan(1, 1, Layout.PREFIX), n_threads=2) as opened:
+        greedy(opened, PROMPT, 2)
+        filter_, calls = opened.nodes.filter, []
+        pass_on = filter_.pass_on_everything
+
+        def cancel_just_before(wanted):
+            calls.append(wanted)
+            if len(calls) == 1:
+                opened.cancel()
+            pass_on(wanted)
+
+        monkeypatch.setattr(filter_, "pass_on_everything", cancel_just_before)
+        opened.nodes.begin_pass([5])
+        assert filter_._struct.everything
+        opened.nodes.end_pass(complete=False)
+        opened.forget_cancel()
+
+
 def test_a_stop_in_the_middle_of_a_pass_ends_it_at_the_next_node(bundled_model, monkeypatch):
     with engine(bundled_model, Plan(1, 1, Layout.PREFIX), n_threads=2) as opened:
         greedy(opened, PROMPT, 2)
