@@ -203,7 +203,7 @@ def _types(types: dict[str, int]) -> str:
 
 def _budget_lines(found: dict[str, Any]) -> list[str]:
     if found["floor_bytes"] is None:
-        return ["smallest budget: none, llama.cpp cannot open this model"]
+        return ["smallest budget: not known"]
     lines = []
     if found["kv_bytes_per_token"]:
         lines.append(f"KV cache {format_size(found['kv_bytes_per_token'])} per token (f16)")

@@ -172,10 +172,10 @@ def main() -> None:
     answer: dict[str, str | int] = {"error": "", "message": "a run in 1 MB was not refused", "next_step": "report this"}
     try:
         app(["run", *flags, *more, "-m", "1"], prog_name="h2o", standalone_mode=False)
-    except BudgetError as error:
-        answer = {"floor_bytes": error.floor_bytes}
     except H2OError as error:
         answer = {"error": type(error).__name__, "message": error.message, "next_step": error.next_step}
+        if isinstance(error, BudgetError) and error.floor_bytes:
+            answer = {"floor_bytes": error.floor_bytes}
     sys.stdout.write(json.dumps(answer))
 
 

@@ -45,7 +45,7 @@ class ModelError(H2OError):
 
 
 class BudgetError(H2OError):
-    """The memory budget is too small; `floor_bytes` is the smallest one that works."""
+    """The memory budget is too small; `floor_bytes` is the smallest one that works (0: not known)."""
 
     def __init__(self, message: str, next_step: str = "", floor_bytes: int = 0) -> None:
         super().__init__(message, next_step)

@@ -86,11 +86,18 @@ def test_a_profile_that_cannot_be_used_is_told(tiny_model, capsys, no_profiles):
 def test_a_model_that_llama_cpp_cannot_open_is_shown_and_refused(tmp_path, capsys):
     code, out, err = inspect(capsys, BROKEN["unsupported_architecture"](tmp_path))
     assert code == 1
-    assert "smallest budget: none" in out
+    assert "smallest budget: not known" in out
     assert "unknown model architecture: 'notanarch'" in err
     code, out, _ = inspect(capsys, tmp_path / "unsupported_architecture.gguf", "--json")
     assert code == 1
     assert json.loads(out)["floor_bytes"] is None
+
+
+def test_a_context_too_long_to_measure_has_no_smallest_budget(tiny_model, capsys):
+    code, out, err = inspect(capsys, tiny_model("llama"), "--ctx", 3_000_000)
+    assert code == 1
+    assert "smallest budget: not known" in out
+    assert "a context of 3000000 tokens takes more than 144.0 MB" in err
 
 
 def refused(path):
