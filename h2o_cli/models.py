@@ -68,9 +68,19 @@ def remember_model(path: str | Path) -> None:
     with suppress(OSError):
         folder = user_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{LAST_MODEL}.{os.getpid()}"
-        partial.write_bytes(os.fsencode(Path(path).resolve()))
-        os.replace(partial, folder / LAST_MODEL)
+        replace_file(folder / LAST_MODEL, os.fsencode(Path(path).resolve()))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def last_model() -> Path | None:

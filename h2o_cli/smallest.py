@@ -19,6 +19,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+from h2o_cli.models import replace_file
 from runtime.engine import Engine
 from runtime.errors import (
     BudgetError,
@@ -115,9 +116,7 @@ def _write(key: str, floor: int) -> None:
     with suppress(OSError):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(kept, indent=0))
-        os.replace(partial, path)
+        replace_file(path, json.dumps(kept, indent=0).encode())
 
 
 # --- asking a process that is like a run ----------------------------------------------------------------------------

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from h2o_cli.models import read_text
+from h2o_cli.models import read_text, replace_file
 from runtime.chat import Message
 from runtime.errors import H2OError
 
@@ -29,13 +28,11 @@ def save(transcript: Transcript, path: Path) -> None:
     """Write a conversation, whole or not at all. Raises H2OError, also for a file that holds anything else."""
     if path.exists():
         load(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps({"kind": KIND, **asdict(transcript)}, ensure_ascii=False, indent=1) + "\n"
     try:
-        partial.write_text(json.dumps({"kind": KIND, **asdict(transcript)}, ensure_ascii=False, indent=1) + "\n")
-        os.replace(partial, path)
-    except (OSError, UnicodeError) as error:
-        partial.unlink(missing_ok=True)
-        raise H2OError(f"{path} cannot be written: {error}", "give another file") from None
+        replace_file(path, text.encode(errors="replace"))
+    except OSError as error:
+        raise H2OError(f"{path} cannot be written: {error.strerror}", "give another file") from None
 
 
 def load(path: Path) -> Transcript:
