@@ -7,7 +7,6 @@ filter of keys and values needs, and prints the bytes of both.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -18,23 +17,16 @@ if TYPE_CHECKING:
 
 RUN = ("runtime.tokenizer", "profiler.model_profile", "planner.choose", "platformdirs")
 FILTER = ("runtime.kv.filter",)
-_TIMEOUT_S = 60.0
 
 
 def measure_run_memory() -> RunMemory | None:
     """The bytes; None where no process can be started."""
-    import subprocess  # which the process that is measured shall not load
-
+    from h2o_cli.smallest import output_of  # here: the process that is measured loads it later
     from profiler.measure import RunMemory
 
-    command = [sys.executable, "-m", "h2o_cli.run_memory"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=True
-        )
-        process_bytes, filter_bytes = map(int, done.stdout.split())
-    except (OSError, subprocess.SubprocessError, ValueError):
+        process_bytes, filter_bytes = map(int, output_of("h2o_cli.run_memory").split())
+    except ValueError:
         return None
     return RunMemory(process_bytes, filter_bytes)
 

@@ -137,20 +137,27 @@ def ask(kind: str, flags: Sequence[str]) -> int:
 
     Raises what the run would, EngineError where no process can be started.
     """
-    import subprocess
-
-    command = [sys.executable, "-m", "h2o_cli.smallest", kind, *flags]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=True
-        )
-        found = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        found = json.loads(output_of("h2o_cli.smallest", kind, *flags))
+    except ValueError:
         raise EngineError("the smallest budget could not be measured", "try again with more free memory") from None
     if "floor_bytes" in found:
         return int(found["floor_bytes"])
     raise _ERRORS.get(found["error"], EngineError)(found["message"], found["next_step"])
+
+
+def output_of(module: str, *arguments: str) -> bytes:
+    """What `python -m module arguments` writes to standard output; nothing where it cannot be started, or fails."""
+    import subprocess
+
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        return subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
 
 
 class _Terminal(StringIO):
