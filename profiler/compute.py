@@ -2,11 +2,13 @@
 
 The engine streams everything (k = 0, w = 1), so a model larger than memory can be measured; while anything is
 computed the readers rest, so the times are those of the computation alone. Waiting for reads is not in them, nor is
-what threads and cores need to wake up after it.
+what threads and cores need to wake up after it. A clock at every layer and the hand-over of every weight take time of
+their own, half of a small model's token; so the times of decode passes are scaled to that of a token without them.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,10 +18,13 @@ from profiler.timing import columns
 from runtime.engine import Engine
 from runtime.hollow import HollowModel
 from runtime.model_file import ModelFile
+from runtime.plan import Plan
+from runtime.residency import streamable_bytes
 from runtime.trace import LayerTrace
 
 PREFILL_TOKENS = 128
 DISTURBED = 1.25  # a pass that takes this many times the fastest one's time was disturbed
+_WARM_TOKENS = 3  # the first loads the weights
 _SLOW_S = ((0.5, 32), (0.1, 64))  # decode passes slower than this many seconds: fewer prompt tokens per pass
 
 
@@ -61,10 +66,16 @@ def layer_trace(file: ModelFile, model: HollowModel) -> LayerTrace:
 
 
 def measure_compute(
-    engine: Engine, model: HollowModel, repeats: int, progress: Callable[[], None] = lambda: None
+    engine: Engine,
+    model: HollowModel,
+    repeats: int,
+    progress: Callable[[], None] = lambda: None,
+    *,
+    room_bytes: int = 0,
 ) -> ComputeTimes:
     """Time decode passes, then prefill passes, `repeats` of each after one that warms up.
 
+    room_bytes: what weights may take in memory; where all of them fit, a token is timed with all of them there.
     Passes that others disturbed are made again: of up to twice as many the fastest count. progress is called after
     each pass.
     """
@@ -76,13 +87,15 @@ def measure_compute(
         most = next((tokens for limit_s, tokens in _SLOW_S if decode[0].compute_s > limit_s), PREFILL_TOKENS)
         n_tokens = min(most, settings.n_ubatch, settings.n_ctx)
         prefill = _passes(engine, layer_trace(file, model), n_tokens, repeats, progress)
+        plain_s = _token_s(engine, repeats, room_bytes)
     finally:
         engine.nodes.quiet = None
         waker.close()
+    share = min(1.0, plain_s / statistics.median(p.compute_s + p.rest_s for p in decode))
     return ComputeTimes(
-        columns([p.group_s for p in decode]),
+        columns([[share * seconds for seconds in p.group_s] for p in decode]),
         columns([p.group_s for p in prefill]),
-        columns([[p.rest_s] for p in decode])[0],
+        columns([[share * p.rest_s] for p in decode])[0],
         n_tokens,
         not (_disturbed(decode, repeats) or _disturbed(prefill, repeats)),
     )
@@ -109,6 +122,17 @@ def _passes(
 def _disturbed(passes: list[_Pass], repeats: int) -> bool:
     """Whether the fastest `repeats` passes (sorted) differ by more than a quiet machine's do."""
     return passes[repeats - 1].compute_s > DISTURBED * passes[0].compute_s
+
+
+def _token_s(engine: Engine, repeats: int, room_bytes: int) -> float:
+    """Seconds of a token, no clock in it: with all weights in memory where there is room, else without its waits."""
+    weights = streamable_bytes(engine.file)
+    if weights <= room_bytes:
+        engine.apply(Plan(engine.file.n_layers, 1, pinned_bytes=weights))
+    engine.truncate(0)
+    for seed in range(_WARM_TOKENS):
+        _timed_pass(engine, 1, seed)
+    return statistics.median(_timed_pass(engine, 1, seed) for seed in range(2 * repeats))
 
 
 def _timed_pass(engine: Engine, n_tokens: int, seed: int) -> float:

@@ -221,7 +221,8 @@ class Measurement:
         self._engine = engine
         try:
             self._check()
-            times = measure_compute(engine, hollow, self.repeats, lambda: self._advance(self._done_s + self._pass_s))
+            room_bytes = 0 if self._budget_bytes else available_bytes() // 2
+            times = measure_compute(engine, hollow, self.repeats, self._passed, room_bytes=room_bytes)
         finally:
             self._engine = None
             engine.close()
@@ -242,6 +243,9 @@ class Measurement:
         self._stream_s = streamable_bytes(file) / bytes_per_s
         self._pass_s = self._stream_s + streamable_bytes(file) / 2e9
         self._total_s = _SEARCH_S + self.repeats * self._stream_s + 2 * (self.repeats + 1) * self._pass_s
+
+    def _passed(self) -> None:
+        self._advance(self._done_s + self._pass_s)
 
     def _advance(self, done_s: float) -> None:
         self._done_s = done_s

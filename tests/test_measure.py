@@ -94,6 +94,19 @@ def test_compute_fits_the_context_and_leaves_the_engine_as_it_was(opened):
         e.forward([1])
 
 
+def test_decode_times_add_up_to_a_token_without_a_clock(bundled_model):
+    with engine(bundled_model, n_threads=1) as e:
+        times = measure_compute(e, e._model, 3, room_bytes=10**9)
+        assert e.streamed_bytes == 0
+        measured = sum(spread.mean for spread in times.decode) + times.overhead_s.mean
+        plain = []
+        for token in range(20):
+            before = e.counters.seconds
+            e.forward([token])
+            plain.append(e.counters.seconds - before)
+        assert measured < 2 * sorted(plain)[10]
+
+
 def test_memory_figures_agree_with_the_engines_ledger(opened):
     file = opened("llama")
     hollow = HollowModel(file)
