@@ -257,4 +257,4 @@ def test_a_window_that_overlaps_is_whole_pieces_and_grows_with_the_disk(largest,
     assert window >= 2 * largest
     assert window <= overlapping_window(largest, 2 * rate)
     assert overlapping_window(largest, 0) == 2 * largest
-    assert abs(window - 2 * largest - rate * 0.0005) <= largest / 2 + 1
+    assert abs(window - 2 * largest - rate * 0.0004) <= largest / 2 + 1
