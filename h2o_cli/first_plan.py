@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING
 
 from h2o_cli.defaults import LEAST_UBATCH, default_budget
 from runtime.errors import BudgetError, PlanError, ProfileError
-from runtime.head_start import guessed_room
 from runtime.memory import memory_bytes
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan
-from runtime.residency import streamable_bytes
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
     from profiler.model_profile import ModelProfile
 
-WINDOW_PIECES, WINDOW_PART = 2, 32
+WINDOW_PIECES = 2  # of the largest size: the engine makes it wider where the disk is fast
 FROM_FILE, FROM_PROFILE, DEFAULT = "plan file", "profile", "default"
 
 
@@ -78,23 +76,16 @@ class FirstPlan:
         planned = _planned(profile, budget - settings.draft_bytes, settings, layout) if profile else None
         if planned:
             return Chosen(replace(planned, budget_bytes=budget), FROM_PROFILE, budget)
+        largest = max((piece.span_bytes for piece in file.pieces), default=0)
         plan = Plan(
             k=0,
             w=1,
             layout=Layout.BALANCED if layout is None else layout,
-            window_bytes=min(_window_bytes(file, budget), budget // 4),
+            window_bytes=min(WINDOW_PIECES * largest, budget // 4),
             budget_bytes=budget,
             model_hash=file.hash,
         )
         return Chosen(plan, DEFAULT, budget)
-
-
-def _window_bytes(file: ModelFile, budget_bytes: int) -> int:
-    """A window for a disk that nobody has measured: two pieces serve a slow one, a fast one needs more in flight, so a
-    part of what is streamed that costs a slow one little."""
-    largest = max((piece.span_bytes for piece in file.pieces), default=0)
-    streamed = streamable_bytes(file) - max(0, guessed_room(file, budget_bytes))
-    return max(WINDOW_PIECES * largest, streamed // WINDOW_PART)
 
 
 def _plan_in(path: Path, file: ModelFile, *, must_fit: bool, note: Callable[[str], None]) -> Plan | None:

@@ -103,7 +103,8 @@ def narrowest_window(profile: ModelProfile, available_bytes: int) -> int:
     """Bytes of the smallest window worth having: one in which reads and computation overlap; less where that would
     take more than half of what there is."""
     least = profile.memory.min_window_bytes
-    wanted = overlapping_window(least, profile.disk.bytes_per_s.mean)
+    streamed = streamable_bytes(profile) - available_bytes
+    wanted = overlapping_window(least, streamed, profile.disk.bytes_per_s.mean)
     return min(available_bytes, max(least, min(wanted, available_bytes // 2)))
 
 

@@ -121,7 +121,8 @@ class Engine:
     def _with_fitting_window(self, plan: Plan) -> Plan:
         """With a window for the disk as it was until now (or an SSD); first reads are half as fast as later ones."""
         rate = 2 * self._store.bytes_read / self._store.busy_s if self._store.busy_s else _SSD_BYTES_PER_S
-        fitting = min(overlapping_window(smallest_window(self.file), rate), plan.budget_bytes // 4)
+        streamed = streamable_bytes(self.file) + self._ledgers[_TOKEN].fixed_bytes - usable_bytes(plan.budget_bytes)
+        fitting = min(overlapping_window(smallest_window(self.file), streamed, rate), plan.budget_bytes // 4)
         return replace(plan, window_bytes=max(plan.window_bytes, fitting))
 
     def _open_context(self, plan: Plan) -> None:

@@ -8,7 +8,8 @@ from runtime.model_file import Layer, ModelFile, Piece
 from runtime.plan import Layout, Plan
 from runtime.sizes import PAGE
 
-_IN_FLIGHT_S = 0.0004  # about the time from asking for a read to its end, on an SSD
+_SHORT_READ_S = 0.001
+_MUCH_STREAMED = 48  # pieces
 _MOST_EXCHANGES = 4  # the first ones gain most
 
 
@@ -142,13 +143,16 @@ def smallest_window(model: ModelFile, resident: frozenset[int] = frozenset()) ->
     return max((p.span_bytes for p in model.pieces if p.number not in resident), default=0)
 
 
-def overlapping_window(largest: int, disk_bytes_per_s: float) -> int:
+def overlapping_window(largest: int, streamed: int, disk_bytes_per_s: float) -> int:
     """Bytes of a window that lets the disk work on while pieces of up to `largest` bytes are computed.
 
-    Two such pieces, one read while the other is computed, and as many as the disk delivers while a read is on its way:
-    with fewer in flight it rests between two reads. (A window of 3.7 pieces is one of 3.)
+    Two such pieces, one read while the other is computed. A disk that reads one in less than a millisecond rests
+    between two reads then: four, and eight where so much is streamed that they are a small part of it (docs/planner.md
+    has the measurements).
     """
-    return largest * (2 + round(_IN_FLIGHT_S * disk_bytes_per_s / largest)) if largest else 0
+    if disk_bytes_per_s * _SHORT_READ_S < largest:
+        return 2 * largest
+    return largest * (8 if streamed >= _MUCH_STREAMED * largest else 4)
 
 
 def window_bytes(model: ModelFile, plan: Plan) -> int:

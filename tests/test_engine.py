@@ -264,7 +264,7 @@ def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
     largest = smallest_window(ModelFile.open(bundled_model))
     guess = Plan(0, 1, Layout.BALANCED, window_bytes=largest, budget_bytes=10**9)
     with engine(bundled_model) as opened:
-        for rate, pieces in [(0, 2), (1, 2), (2500 * largest, 3), (10_000 * largest, 6)]:
+        for rate, pieces in [(0, 2), (999 * largest, 2), (1000 * largest, 4)]:
             opened._store.bytes_read, opened._store.busy_s = rate, 2.0
             assert opened._with_fitting_window(guess).window_bytes == pieces * largest
         wide = replace(guess, window_bytes=20 * largest)

@@ -123,8 +123,8 @@ def test_balanced_arm():
 def test_no_window_is_narrower_than_two_pieces_where_there_is_room():
     profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=90, disk=100)
     assert min(arm.window_bytes for arm in h2o_arms(profile, 500)) == 180
-    fast = make_profile([100] * 8, [1.0] * 8, head=200, min_window=40, disk=2 * 40 / 0.0004)
-    assert min(arm.window_bytes for arm in h2o_arms(fast, 500)) == 160  # two more, for what is on its way
+    fast = make_profile([100] * 8, [1.0] * 8, head=200, min_window=40, disk=40_000)
+    assert min(arm.window_bytes for arm in h2o_arms(fast, 500)) == 160  # four: a read takes a millisecond
     assert {arm.window_bytes for arm in h2o_arms(profile, 100)} == {90, 100}
 
 
