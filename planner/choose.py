@@ -144,11 +144,11 @@ def what_helps(
     """Lines on what would make a token faster: a quarter more memory, a disk twice as fast, or neither."""
     lines = []
     more_bytes = budget_bytes + budget_bytes // 4
-    more = best_arm(profile, h2o_arms(profile, footprint.available_bytes(more_bytes), layouts))
+    more = pick(profile, h2o_arms(profile, footprint.available_bytes(more_bytes), layouts))
     if more.token_ms < WORTH_SAYING * best.token_ms:
         lines.append(f"more memory: {format_size(more_bytes)} would give {more.token_ms:.1f} ms per token")
     fast = with_disk_speed(profile, 2.0)
-    faster = best_arm(fast, h2o_arms(fast, footprint.available_bytes(budget_bytes), layouts))
+    faster = pick(fast, h2o_arms(fast, footprint.available_bytes(budget_bytes), layouts))
     if faster.token_ms < WORTH_SAYING * best.token_ms:
         lines.append(f"a faster disk: twice the speed would give {faster.token_ms:.1f} ms per token")
     if not lines:

@@ -262,6 +262,18 @@ def test_a_disk_bound_choice():
     assert choice.method
 
 
+@QUICK
+@given(profiles(), st.floats(0.05, 0.95))
+def test_what_more_memory_would_give_is_what_a_plan_for_it_predicts(profile, share):
+    fixed = measure_footprint(profile, **CTX).fixed_bytes
+    budget = fixed + max(profile.memory.min_window_bytes, int(share * streamable_bytes(profile)))
+    now, more = choose(profile, budget, **CTX), choose(profile, budget + budget // 4, **CTX)
+    said = [line for line in now.what_helps if line.startswith("more memory")]
+    gain = more.predicted_ms_per_token < 0.99 * now.predicted_ms_per_token
+    assert len(said) == gain
+    assert all(f" {more.predicted_ms_per_token:.1f} ms" in line for line in said)
+
+
 def test_a_compute_bound_choice_streams_the_fewest_bytes():
     profile = make_profile([10**8] * 10, [1.0] * 10, disk=1e9, fixed=10**8)
     choice = choose(profile, 6 * 10**8, **CTX)
