@@ -96,12 +96,14 @@ class Row:
 
 def smaller_windows(profile: ModelProfile, arms: Sequence[Arm]) -> list[Arm]:
     """Balanced arms with a window below one layer: the simulator flatters them, so only a live search tries them."""
-    one = next((arm for arm in arms if arm.layout == Layout.BALANCED and arm.w == 1 and arm.window_bytes), None)
-    if one is None:
+    ones = [arm for arm in arms if arm.layout == Layout.BALANCED and arm.w == 1 and arm.window_bytes]
+    if not ones:
         return []
+    one = max(ones, key=lambda arm: arm.window_bytes)  # the others have the narrowest window worth planning
     room = one.pinned_bytes + one.window_bytes
     windows = {max(one.window_bytes // part, profile.memory.min_window_bytes) for part in SMALLER_WINDOWS}
-    smaller = [Arm(one.k, 1, Layout.BALANCED, room - window, window) for window in sorted(windows)]
+    new = windows - {arm.window_bytes for arm in ones}
+    smaller = [Arm(one.k, 1, Layout.BALANCED, room - window, window) for window in sorted(new)]
     return [arm for arm in smaller if arm.window_bytes < one.window_bytes]
 
 

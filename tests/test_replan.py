@@ -213,6 +213,14 @@ def test_one_arm_is_measured_once():
     assert (found.n_pulls, found.best_row.measured_ms, found.is_settled) == (1, pytest.approx(50.0), True)
 
 
+def test_smaller_windows_are_parts_of_one_layers():
+    profile = SYNTHETIC["even"]
+    planned = h2o_arms(profile, int(0.3 * streamable_bytes(profile)))
+    narrowest, layer = sorted(arm.window_bytes for arm in planned if (arm.layout, arm.w) == (Layout.BALANCED, 1))
+    parts = {layer // 2, max(layer // 4, profile.memory.min_window_bytes)} - {narrowest}
+    assert {arm.window_bytes for arm in smaller_windows(profile, planned)} == parts
+
+
 def test_smaller_windows_stay_within_the_budget():
     profile = SYNTHETIC["even"]
     for share in (0.05, 0.3, 0.9):
@@ -220,6 +228,7 @@ def test_smaller_windows_stay_within_the_budget():
         for arm in smaller_windows(profile, planned):
             assert arm.pinned_bytes + arm.window_bytes == planned[0].pinned_bytes + planned[0].window_bytes
             assert profile.memory.min_window_bytes <= arm.window_bytes
+            assert all(arm.window_bytes != other.window_bytes for other in planned if other.layout == arm.layout)
     assert smaller_windows(profile, h2o_arms(profile, streamable_bytes(profile))) == []
     assert smaller_windows(profile, [Arm(3, 1, Layout.PREFIX, 10, 10)]) == []
 
