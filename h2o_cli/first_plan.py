@@ -14,6 +14,7 @@ from runtime.memory import memory_bytes
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan
+from runtime.residency import smallest_window
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,12 +77,11 @@ class FirstPlan:
         planned = _planned(profile, budget - settings.draft_bytes, settings, layout) if profile else None
         if planned:
             return Chosen(replace(planned, budget_bytes=budget), FROM_PROFILE, budget)
-        largest = max((piece.span_bytes for piece in file.pieces), default=0)
         plan = Plan(
             k=0,
             w=1,
             layout=Layout.BALANCED if layout is None else layout,
-            window_bytes=min(WINDOW_PIECES * largest, budget // 4),
+            window_bytes=min(WINDOW_PIECES * smallest_window(file), budget // 4),
             budget_bytes=budget,
             model_hash=file.hash,
         )

@@ -131,7 +131,6 @@ class Tensor(ctypes.Structure):
 
 TENSOR_BYTES = ctypes.sizeof(Tensor)
 SRC_OFFSET = Tensor.src.offset
-DATA_OFFSET = Tensor.data.offset
 OP_OFFSET = Tensor.op.offset
 SRC_BYTES = 80
 unpack_src = struct.Struct("10Q").unpack

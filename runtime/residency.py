@@ -108,7 +108,7 @@ def _balanced(model: ModelFile, target: int, keep: frozenset[int], allowed: froz
         seen += layer_bytes(group)
         used += sum(piece.span_bytes for piece in group.pieces if piece in kept)
         closed: set[str] = set()
-        for piece in sorted(group.pieces, key=lambda p: (p.number not in keep, +p.tensor.n_bytes, p.number)):
+        for piece in sorted(group.pieces, key=lambda p: (p.number not in keep, p.tensor.n_bytes, p.number)):
             if piece in kept or piece not in allowed or piece.tensor.name in closed:
                 continue
             if used + piece.span_bytes <= share * seen and piece.span_bytes <= room:

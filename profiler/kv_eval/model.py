@@ -18,6 +18,7 @@ from runtime.hollow import HollowModel
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
+from runtime.residency import smallest_window
 from runtime.settings import Settings
 from runtime.tokenizer import Tokenizer
 
@@ -51,8 +52,7 @@ class EvalModel:
     def engine(self, kv: KvFilter | None, n_ctx: int, kv_type: str = "f16") -> Iterator[Engine]:
         """An engine with this filter inside the block."""
         self._check()
-        largest = max((piece.span_bytes for piece in self.file.pieces), default=0)
-        window = min(_WINDOW_PIECES * largest, self._budget_bytes // 4)
+        window = min(_WINDOW_PIECES * smallest_window(self.file), self._budget_bytes // 4)
         plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=self._budget_bytes)
         settings = Settings(n_ctx=n_ctx, n_ubatch=min(UBATCH, n_ctx), n_threads=self._n_threads, kv_type=kv_type, kv=kv)
         self._engine = Engine(self.file, self._hollow, plan, settings, lambda _text: None)
