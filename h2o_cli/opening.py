@@ -19,7 +19,7 @@ from h2o_cli.output import Progress
 from h2o_cli.smallest import NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.engine import Engine
-from runtime.errors import BudgetError, H2OError, ProfileError, UsageError
+from runtime.errors import BudgetError, H2OError, ModelError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import Weights, head_start
 from runtime.hollow import HollowModel
@@ -381,7 +381,8 @@ def _draft_file(model: OpenModel, options: RunOptions, note: Callable[[str], Non
 
 
 def _open_draft(model: OpenModel, settings: Settings, note: Callable[[str], None]) -> DraftModel | None:
-    """The draft model, its weights not read yet. Raises ModelError when it has another vocabulary."""
+    """The draft model, its weights not read yet. Raises ModelError when it has another vocabulary, or tokens that turn
+    out wrong could not be taken back in it."""
     file = model.draft_file
     if file is None:
         return None
@@ -389,6 +390,11 @@ def _open_draft(model: OpenModel, settings: Settings, note: Callable[[str], None
     draft = DraftModel(file, replace(settings, n_ctx=n_ctx), note)
     try:
         check_vocabulary(model.hollow, draft.hollow, (model.file.path.name, file.path.name))
+        if not can_take_back(draft.hollow):
+            raise ModelError(
+                f"{file.path.name} cannot draft: what it has computed cannot be taken back",
+                "give a model without a recurrent state, or --draft auto",
+            )
     except H2OError:
         draft.close()
         raise

@@ -6,10 +6,12 @@ import itertools
 import signal
 
 import pytest
+from broken_models import valid_model
 from engines import engine, greedy
 from recurrent_models import ARCHS, recurrent_model
 from test_faults import end, ends_soon, is_disk_error, start, text_of  # noqa: F401 - start is a fixture
 
+from h2o_cli import main as cli
 from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.generate import CANCELLED, Request, TokenSequence, generate
 from runtime.model_file import ModelFile
@@ -115,3 +117,11 @@ def test_a_signal_ends_an_answer_with_a_closing_line(number, streaming, start): 
 
 def test_a_disk_that_fails_in_an_answer_is_what_is_told(streaming, start):  # noqa: F811
     assert is_disk_error(end(start("after=500", *streaming)), "Input/output error")
+
+
+def test_a_model_with_a_state_does_not_draft(model, model_folder, capsys):
+    """With the vocabulary of the model it is to draft for."""
+    host = valid_model().write(model_folder / "host.gguf")
+    assert cli.run_command(["run", str(host), "--draft", str(model), "-p", "he", "-n", "8", "-t", "1"]) == 1
+    err = capsys.readouterr().err
+    assert f"{model.name} cannot draft: what it has computed cannot be taken back" in err
