@@ -57,7 +57,8 @@ class LookupDrafter:
         """Forget the text."""
         self._tokens = array("i")
         self._counts: dict[int, int] = {}
-        self._last = {n: array("i", bytes(4 * self._n_slots)) for n in self._lengths}  # slot -> where it ended last
+        self._last: dict[int, array[int]] = {}  # slot -> where it ended last; the old tables go before new ones come
+        self._last |= {n: array("i", [0]) * self._n_slots for n in self._lengths}
         self._before = {n: array("i") for n in self._lengths}  # place -> the place before; 0: none
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:

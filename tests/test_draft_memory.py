@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from test_speculate import STORIES, Always, Known, Rig
 from h2o_cli import main as cli
 from h2o_cli import opening
 from h2o_cli.closing import closing_line
-from runtime.drafters import DraftModel, Lodging, ModelDrafter
+from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter
 from runtime.engine import Counters
 from runtime.errors import BudgetError, Cancelled
 from runtime.memory import resident_bytes_outside
@@ -293,6 +294,19 @@ def test_odds_are_the_probabilities_of_the_softmax(bundled_model):
         assert sum(opened.odds(token) for token in range(opened.n_vocab)) == pytest.approx(1, abs=1e-3)
         best = max(range(opened.n_vocab), key=lambda token: opened.logits()[token])
         assert opened.odds(best) == max(opened.odds(token) for token in range(opened.n_vocab))
+
+
+def test_the_tables_of_a_new_answer_take_the_place_of_the_old_ones():
+    tracemalloc.start()
+    try:
+        drafter = LookupDrafter(2**15)
+        drafter.propose([i % 100 for i in range(2000)], 1)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        drafter.begin()
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * before
+    finally:
+        tracemalloc.stop()
 
 
 # --- long drafts ----------------------------------------------------------------------------------------------------
