@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from runtime.kv.options import KvFilter
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
-SHORT_PASS = 16  # most tokens of a pass that computes no prompt: a token and its drafts
+SHORT_PASS = 16  # tokens up to which a pass counts as no prompt: a token and a few drafts
 FULL_TILES = 128  # memory never makes passes shorter than this; see pass_memory.pass_sizes
 
 
