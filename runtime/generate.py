@@ -329,7 +329,7 @@ class PlanFollower:
                 return
             check_budget(self.engine, plan, self.budget_bytes)
             self.engine.apply(plan)
-        except (BudgetError, PlanError) as error:
+        except (BudgetError, EngineError, PlanError) as error:
             self._refused = plan.generation
             self._tell(f"the new plan was not taken: {error}")
             return

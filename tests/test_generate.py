@@ -293,6 +293,21 @@ def test_absurd_plans_are_refused(rig, tmp_path, plan, said):
     assert said in rig.engine.notes[0]
 
 
+def test_a_plan_without_address_space_is_refused_and_the_answer_goes_on(rig, tmp_path, monkeypatch):
+    path = tmp_path / "plan.bin"
+    follow = PlanFollower(rig.engine, PlanWatcher(path, 0), 0, rig.engine.notes.append)
+    before = rig.engine.plan
+
+    def refuse(*_, **__):
+        raise EngineError("the system gave no address space")
+
+    monkeypatch.setattr(rig.engine._store, "apply", refuse)
+    write_plan(path, Plan(1, 2))
+    follow()
+    assert rig.engine.plan == before
+    assert ["was not taken" in text for text in rig.engine.notes] == [True]
+
+
 def test_damaged_plan_file_is_told_once(rig, tmp_path):
     path = tmp_path / "plan.bin"
     path.write_bytes(b"x" * 200)
