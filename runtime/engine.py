@@ -119,11 +119,12 @@ class Engine:
                 table.fetch(range(table.tensor.n_rows), self._store)
 
     def _with_fitting_window(self, plan: Plan) -> Plan:
-        """With a window for the disk as it was until now (or an SSD); first reads are half as fast as later ones."""
-        rate = 2 * self._store.bytes_read / self._store.busy_s if self._store.busy_s else _SSD_BYTES_PER_S
+        """The plan with a window for the disk as fast as it was until now, or an SSD where it was asked for nothing."""
+        begun = self._store.wanted or self._store.busy_s
+        rate = self._store.bytes_read / (self._store.busy_s or 1) if begun else _SSD_BYTES_PER_S
         streamed = streamable_bytes(self.file) + self._ledgers[_TOKEN].fixed_bytes - usable_bytes(plan.budget_bytes)
-        fitting = min(overlapping_window(smallest_window(self.file), streamed, rate), plan.budget_bytes // 4)
-        return replace(plan, window_bytes=max(plan.window_bytes, fitting))
+        fitting = overlapping_window(smallest_window(self.file), streamed, rate)
+        return replace(plan, window_bytes=max(plan.window_bytes, min(fitting, plan.budget_bytes // 4)))
 
     def _open_context(self, plan: Plan) -> None:
         """A context for passes as long as the prompt needs them and the budget allows."""
@@ -262,10 +263,9 @@ class Engine:
 
     def measure_process(self) -> int:
         """Before the first pass: measure again what the process takes besides weights; how much that is less."""
-        less = self.ledger.process_bytes - resident_bytes_outside(self._store.ranges)
-        self._ledgers = {
-            use: replace(ledger, process_bytes=ledger.process_bytes - less) for use, ledger in self._ledgers.items()
-        }
+        now = resident_bytes_outside(self._store.ranges)
+        less = self.ledger.process_bytes - now
+        self._ledgers = {use: replace(ledger, process_bytes=now) for use, ledger in self._ledgers.items()}
         return less
 
     def displaced_bytes(self, draft_bytes: int) -> int:

@@ -8,7 +8,7 @@ from runtime.model_file import Layer, ModelFile, Piece
 from runtime.plan import Layout, Plan
 from runtime.sizes import PAGE
 
-_SHORT_READ_S = 0.001
+_SHORT_READ_S = 0.0011
 _MUCH_STREAMED = 48  # pieces
 _MOST_EXCHANGES = 4  # the first ones gain most
 
@@ -146,7 +146,7 @@ def smallest_window(model: ModelFile, resident: frozenset[int] = frozenset()) ->
 def overlapping_window(largest: int, streamed: int, disk_bytes_per_s: float) -> int:
     """Bytes of a window that lets the disk work on while pieces of up to `largest` bytes are computed.
 
-    Two such pieces, one read while the other is computed. A disk that reads one in less than a millisecond rests
+    Two such pieces, one read while the other is computed. A disk that reads one in about a millisecond or less rests
     between two reads then: four, and eight where so much is streamed that they are a small part of it (docs/planner.md
     has the measurements).
     """

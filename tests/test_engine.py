@@ -263,9 +263,13 @@ def test_a_head_start_has_huge_pages_where_all_weights_may_fit(bundled_model, mo
 def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
     largest = smallest_window(ModelFile.open(bundled_model))
     guess = Plan(0, 1, Layout.BALANCED, window_bytes=largest, budget_bytes=10**9)
-    with engine(bundled_model) as opened:
-        for rate, pieces in [(0, 2), (999 * largest, 2), (1000 * largest, 4)]:
-            opened._store.bytes_read, opened._store.busy_s = rate, 2.0
+    with engine(bundled_model, Plan(1, 1)) as opened:
+        for rate, pieces in [(0, 2), (900 * largest, 2), (1000 * largest, 4)]:
+            opened._store.bytes_read, opened._store.busy_s = 2 * rate, 2.0
             assert opened._with_fitting_window(guess).window_bytes == pieces * largest
         wide = replace(guess, window_bytes=20 * largest)
         assert opened._with_fitting_window(wide) == wide
+        opened._store.bytes_read, opened._store.busy_s = 0, 0.0
+        assert opened._with_fitting_window(guess).window_bytes == 2 * largest  # nothing has come yet
+        opened._store._wanted = frozenset()
+        assert opened._with_fitting_window(guess).window_bytes == 4 * largest  # nothing was asked for
