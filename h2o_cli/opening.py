@@ -16,14 +16,14 @@ from h2o_cli.kv_flags import KvChoice
 from h2o_cli.kv_layers import warn_of_guess
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
-from h2o_cli.smallest import NEAR_BYTES, PROMPT, least_settings, measure, written
+from h2o_cli.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, ModelError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import Weights, head_start
 from runtime.hollow import HollowModel
-from runtime.ledger import POSITION_BYTES, below_floor
+from runtime.ledger import MARGIN_BYTES, POSITION_BYTES, TURNS_MARGIN_BYTES, below_floor
 from runtime.model_file import ModelFile
 from runtime.pass_memory import rows_for
 from runtime.plan import Layout
@@ -438,6 +438,7 @@ def _settings(
         kv_type=options.kv_type,
         prefetch_input=options.prefetch_input,
         repack=options.repack == "auto",
+        margin_bytes=TURNS_MARGIN_BYTES if options.kind == CONVERSATION else MARGIN_BYTES,
     )
     if profile is None:
         return settings

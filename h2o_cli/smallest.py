@@ -32,7 +32,7 @@ from runtime.errors import (
     UsageError,
 )
 from runtime.hollow import HollowModel
-from runtime.ledger import budget_for, whole_floor
+from runtime.ledger import MARGIN_BYTES, budget_for, more_margin, whole_floor
 from runtime.llama_abi import PINNED_VERSION
 from runtime.memory import trim_heap
 from runtime.model_file import ModelFile
@@ -90,7 +90,8 @@ def written(model_hash: int, settings: Settings, kind: str) -> int:
 def _key(model_hash: int, settings: Settings, kind: str) -> str:
     """All that decides about the number, but for the code."""
     kv = settings.kv and replace(settings.kv, folder="")
-    facts = [settings.n_ctx, settings.n_ubatch, settings.kv_type, settings.prefetch_input, kv]
+    margin = MARGIN_BYTES + more_margin(settings.n_ctx, settings.n_threads)
+    facts = [margin, settings.n_ctx, settings.n_ubatch, settings.kv_type, settings.prefetch_input, kv]
     return " ".join(map(str, [PINNED_VERSION, sys.hexversion, model_hash, kind, *facts]))
 
 

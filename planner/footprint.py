@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from planner.kv import KvUse, kv_needs, padded
 from profiler.model_profile import ModelProfile
 from runtime.errors import BudgetError
-from runtime.ledger import POSITION_BYTES, budget_for, usable_bytes
+from runtime.ledger import POSITION_BYTES, budget_for, more_margin, usable_bytes
 from runtime.sizes import MB, format_size
 
 
@@ -109,7 +109,7 @@ def measure_footprint(
         kv_bytes=needs.kv_bytes,
         compute_bytes=compute_bytes,
         small_tensor_bytes=sum(layer.resident_bytes for layer in profile.layers),
-        margin_bytes=memory.margin_bytes,
+        margin_bytes=memory.margin_bytes + more_margin(ctx_tokens, 0) - more_margin(memory.ctx_tokens, 0),
         smallest_window_bytes=min(memory.min_window_bytes, streamable_bytes(profile)),
         prompt_bytes=whole - compute_bytes,
         filter_bytes=needs.filter_bytes,

@@ -19,7 +19,7 @@ from runtime.embedding import RowTable
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.head_start import Weights, open_weights
 from runtime.hollow import HollowModel
-from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, usable_bytes
+from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, more_margin, usable_bytes
 from runtime.memory import resident_bytes_outside
 from runtime.model_file import ModelFile
 from runtime.nodes import Nodes
@@ -176,6 +176,7 @@ class Engine:
             draft_bytes=self.settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
             cache_bytes=self.settings.depth * self._store.files.cached_bytes,
+            margin_bytes=self.settings.margin_bytes + more_margin(self.settings.n_ctx, self.settings.n_threads),
         )
 
     def kv_bytes(self, n_positions: int) -> int:
@@ -264,9 +265,8 @@ class Engine:
     def measure_process(self) -> int:
         """Before the first pass: measure again what the process takes besides weights; how much that is less."""
         now = resident_bytes_outside(self._store.ranges)
-        less = self.ledger.process_bytes - now
         self._ledgers = {use: replace(ledger, process_bytes=now) for use, ledger in self._ledgers.items()}
-        return less
+        return self.ledger.process_bytes - now
 
     def displaced_bytes(self, draft_bytes: int) -> int:
         """Bytes of weights that have to be streamed where a draft model takes so many bytes."""

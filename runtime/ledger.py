@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from runtime.errors import BudgetError
 from runtime.sizes import MB, PAGE, format_size, page_up
 
-MARGIN_BYTES = 8 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
+MARGIN_BYTES = 5 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
+TURNS_MARGIN_BYTES = 8 * MB  # of a conversation: a turn is rendered and tokenised while the engine is open
 POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
+_THREAD_BYTES = 80 * 2**10  # what a thread that computes takes: stack, page tables, kernel memory
+_THREADS_IN_MARGIN = 16
+_TEXT_BYTES = 64  # per token of a text, to find its like in the text again
+_TEXT_IN_MARGIN = 8192  # tokens
 _TABLE_ENTRY_BYTES = 8  # per page of memory
-_TABLES_IN_MARGIN = 10**9  # of a budget: the margin has room for their page tables
+_TABLES_IN_MARGIN = 250 * MB  # of a budget: the margin has room for their page tables
 SAMPLER_BYTES_PER_TOKEN = 16  # llama.cpp's candidate list: token id, logit, probability per vocabulary entry
 
 
@@ -81,8 +86,14 @@ class Ledger:
         return usable - self.fixed_bytes
 
 
+def more_margin(n_ctx: int, n_threads: int) -> int:
+    """Bytes that a long context and many threads take beyond what the margin has room for."""
+    threads, tokens = n_threads - _THREADS_IN_MARGIN, n_ctx - _TEXT_IN_MARGIN
+    return max(0, threads) * _THREAD_BYTES + max(0, tokens) * _TEXT_BYTES
+
+
 def usable_bytes(budget_bytes: int) -> int:
-    """A budget without the page tables the kernel charges to a process; those of the first GB are in the margin."""
+    """A budget without the page tables the kernel charges to a process; those of the first 250 MB are in the margin."""
     return budget_bytes - max(0, budget_bytes - _TABLES_IN_MARGIN) * _TABLE_ENTRY_BYTES // PAGE
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.kv.options import KvFilter
+from runtime.ledger import MARGIN_BYTES
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 SHORT_PASS = 16  # tokens up to which a pass counts as no prompt: a token and a few drafts
@@ -20,6 +21,7 @@ class Settings:
     repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
     fit_window: the first plan's window is a guess: widen it to what the disk needs, as fast as it was until then.
     draft_bytes: what a draft model in the same process will take.
+    margin_bytes: what is kept free for all that nothing else in the ledger counts.
     kv: which keys and values a decode pass attends to (None: all).
     """
 
@@ -34,6 +36,7 @@ class Settings:
     repack: bool = True
     fit_window: bool = False
     draft_bytes: int = 0
+    margin_bytes: int = MARGIN_BYTES
     kv: KvFilter | None = None
 
 

@@ -19,6 +19,7 @@ from runtime import model_file
 from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.head_start import head_start
 from runtime.kv.options import KvFilter
+from runtime.ledger import MARGIN_BYTES
 from runtime.memory import Region
 from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
@@ -137,7 +138,7 @@ def test_weights_that_cannot_be_opened_leave_nothing_behind(part, tiny_model, mo
     monkeypatch.setattr("runtime.head_start._GUESSED_PROCESS_BYTES", 0)
     before = what_is_open()
     with pytest.raises(DiskError):
-        head_start(file, Plan(0, 1, budget_bytes=12 * MB), Settings())
+        head_start(file, Plan(0, 1, budget_bytes=MARGIN_BYTES + 4 * MB), Settings())
     assert what_is_open() == before
 
 

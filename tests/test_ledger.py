@@ -16,6 +16,7 @@ from runtime.ledger import (
     below_floor,
     budget_for,
     embedding_rows_bytes,
+    more_margin,
     usable_bytes,
     whole_floor,
 )
@@ -77,8 +78,8 @@ def test_rows_anywhere_in_the_table_fit(row_bytes, n_tokens, start, data):
 
 
 def test_large_budgets_leave_room_for_page_tables():
-    assert usable_bytes(10**9) == 10**9
-    assert usable_bytes(33 * 10**9) == pytest.approx(33 * 10**9 - 32 * 10**9 / 512, abs=1)
+    assert usable_bytes(25 * 10**7) == 25 * 10**7
+    assert usable_bytes(33 * 10**9) == pytest.approx(33 * 10**9 - (33 - 0.25) * 10**9 / 512, abs=1)
 
 
 @QUICK
@@ -86,3 +87,9 @@ def test_large_budgets_leave_room_for_page_tables():
 def test_a_budget_for_what_is_needed(usable):
     budget = budget_for(usable)
     assert usable_bytes(budget) >= usable > usable_bytes(budget - 4)
+
+
+def test_a_long_context_and_many_threads_have_a_larger_margin():
+    assert more_margin(8192, 16) == 0
+    assert more_margin(8192 + 1000, 16) == 64_000
+    assert more_margin(512, 16 + 10) == 10 * 80 * 1024

@@ -18,7 +18,7 @@ from profiler.model_profile import KvLayer, KvProfile
 from profiler.source_format import SourceProfile, import_source
 from runtime.errors import BudgetError, ProfileError, UsageError
 from runtime.kv.options import KvFilter
-from runtime.ledger import POSITION_BYTES
+from runtime.ledger import POSITION_BYTES, budget_for
 from runtime.plan import Layout
 
 QWEN_1_5B, QWEN_0_5B = SOURCE_PROFILES["qwen2.5-1.5b-f16"], SOURCE_PROFILES["qwen2.5-0.5b-f16"]
@@ -322,7 +322,8 @@ def test_unequal_layers_and_imported_profiles():
     source = SourceProfile(840, tuple(range(20, 48)), tuple(range(30, 58)), (8,) * 28)
     profile = import_source(source)
     total = streamable_bytes(profile)
-    times = [choose(profile, int(share * total), ctx_tokens=1, ubatch_tokens=1) for share in (0.1, 0.25, 0.5, 0.75, 1)]
+    budgets = [budget_for(int(share * total)) for share in (0.1, 0.25, 0.5, 0.75, 1)]
+    times = [choose(profile, budget, ctx_tokens=1, ubatch_tokens=1) for budget in budgets]
     assert [round(c.predicted_ms_per_token) for c in times] == sorted(
         (round(c.predicted_ms_per_token) for c in times), reverse=True
     )

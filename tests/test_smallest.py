@@ -14,14 +14,25 @@ from dataclasses import replace
 import pytest
 from cgroups import memory_limit
 
-from h2o_cli import smallest
+from h2o_cli import opening, smallest
 from h2o_cli.smallest import CHAT, CONVERSATION, PLANNER_BYTES, PROMPT, agreed, ask, written
 from runtime.errors import ModelError
+from runtime.ledger import MARGIN_BYTES, TURNS_MARGIN_BYTES
+from runtime.model_file import ModelFile
 from runtime.settings import Settings
 
 MB = 10**6
 H2O = [sys.executable, "-m", "h2o_cli.main"]
 SETTINGS = Settings(n_ctx=512, n_ubatch=128)
+
+
+def test_a_conversation_keeps_more_free_for_its_turns(bundled_model):
+    def margin(kind):
+        options = opening.RunOptions(bundled_model, kind=kind)
+        return opening._settings(ModelFile.open(bundled_model), options, 512, 128, None).margin_bytes
+
+    assert margin(PROMPT) == margin(CHAT) == MARGIN_BYTES
+    assert margin(CONVERSATION) == TURNS_MARGIN_BYTES > MARGIN_BYTES
 
 
 # --- the number that was written down -------------------------------------------------------------------------------
