@@ -35,10 +35,9 @@ def test_layers_are_kept_where_a_run_finds_them(bundled_model, elsewhere, capsys
     assert run(bundled_model, *QUICK) == 0
     out, err = capsys.readouterr()
     file = ModelFile.open(bundled_model)
-    layers = kv_layers.find_layers(file.hash)
-    assert f"filter layers {','.join(map(str, layers))}, wait" in out
-    assert str(elsewhere) in err
     choice = kv_layers.find_choice(file.hash)
+    assert f"filter layers {','.join(map(str, choice.layers))}, wait" in out
+    assert str(elsewhere) in err
     assert f"selector {choice.select}" in out
     assert len(choice.candidates) == 2 * 3
     assert {c.select for c in choice.candidates} == {"softmax", "last"}
