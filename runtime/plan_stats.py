@@ -22,6 +22,7 @@ from runtime.errors import PlanError
 from runtime.plan import Plan
 from runtime.plan_file import write_plan
 from runtime.shared_record import MOVE_AWAY, check_owner, is_whole, open_shared, with_crc
+from runtime.speculate import MOST_DRAFTED
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -33,7 +34,7 @@ RECORD = struct.Struct("=8siiQQQqqqqqqQQdQddII")
 I_SEQUENCE_FIELD = 3
 LOOK_EVERY_S = 1.0
 READ_WAIT_S = 0.05
-MOST_POSITIONS = 16  # a pass of more positions is part of a prompt
+MOST_POSITIONS = 1 + MOST_DRAFTED  # a pass of more positions is part of a prompt
 SKIP_PASSES = 1  # after a change of plan: they load what the new plan keeps resident
 MEASURE_PASSES, MEASURE_LEAST_S, MEASURE_ENOUGH_S = 3, 0.5, 5.0
 STALL_S, STALL_PASSES = 120.0, 10

@@ -23,6 +23,7 @@ from runtime.plan_stats import (
     decode_stats,
     stats_path,
 )
+from runtime.speculate import MOST_DRAFTED
 
 ROOT = Path(__file__).parents[1]
 MODEL = 42
@@ -146,8 +147,10 @@ def test_prompts_do_not_count_and_drafts_do(path, writer, engine):
     writer.publish(engine, 1000, 1)
     make_pass(engine, positions=5, tokens=3)
     writer.publish(engine, 1000, 1)
+    make_pass(engine, positions=1 + MOST_DRAFTED, tokens=20)
+    writer.publish(engine, 1000, 1)
     seen = StatsReader(stats_path(path)).read()
-    assert (seen.passes, seen.tokens, seen.pass_s) == (1, 3, 0.5)
+    assert (seen.passes, seen.tokens, seen.pass_s) == (2, 23, 1.0)
 
 
 def test_nobody_there(path, writer, engine):
