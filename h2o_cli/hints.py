@@ -62,7 +62,8 @@ def for_usage(error: Any) -> tuple[str, str]:
     context = error.ctx if getattr(error, "ctx", None) else None
     command = context.command_path if context else "h2o"
     if hasattr(error, "possibilities"):
-        known = [name for option in context.command.params for name in option.opts] if context else []
+        options = context.command.get_params(context) if context else []  # --help is among these only
+        known = [name for option in options for name in option.opts]
         return for_option(error.option_name, known, command)
     message = error.format_message().rstrip(".")
     return message[:1].lower() + message[1:], _all_of(command if context else "h2o COMMAND")

@@ -176,6 +176,7 @@ def test_wrong_usage(arguments, capsys):
         ("run m.gguf --top_k 4", "did you mean --top-k?"),
         ("run m.gguf --tmp 1", "did you mean --temp?"),
         ("run m.gguf --wrong", "`h2o run --help` lists the options"),
+        ("run --hlep", "did you mean --help?"),
         ("plan --set 1,1 --kv-type q1", "choose one of f32, f16, q8_0"),
         ("run m.gguf --no-such", "`h2o run --help` lists the options"),
         ("bench kv --no-such", "`h2o bench kv --help` lists the options"),
