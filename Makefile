@@ -12,7 +12,7 @@ PROMPT ?= Once upon a time
 # llama.cpp is compiled without AMX: compiled with it by GCC 12, its own default load crashes (docs/benchmarks.md). What
 # its tools, its server and its multimodal library need is left out: only the library itself is used.
 CMAKE_ARGS ?= -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -DLLAVA_BUILD=OFF \
-  -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/runtime/llama_build.cmake
+  -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/runtime/llama/llama_build.cmake
 export CMAKE_ARGS
 
 # Flags of `h2o bench`, for example: make bench BENCH=--quick

@@ -15,7 +15,7 @@ from h2o_cli.models import DEFAULT_MODEL, find_profile, resolve_model
 from h2o_cli.output import emit, note, print_json, table
 from h2o_cli.smallest import CONVERSATION, PROMPT, smallest_budget
 from runtime.errors import EngineError, H2OError, ModelError, ProfileError, UsageError
-from runtime.model_file import Layer, ModelFile, TensorInfo
+from runtime.llama.model_file import Layer, ModelFile, TensorInfo
 from runtime.residency import layer_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB, format_size
@@ -90,7 +90,7 @@ def _kv_bytes_per_token(file: ModelFile) -> int:
         except ProfileError as error:
             note(f"the profile {path.name} was not used: {error}")
     from profiler.measure import default_settings, measure_memory
-    from runtime.hollow import HollowModel
+    from runtime.llama.hollow import HollowModel
 
     with interrupts.held():
         hollow = HollowModel(file)

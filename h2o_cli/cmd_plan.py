@@ -188,7 +188,7 @@ def _has_profile(model: str | None, *, compat: bool) -> bool:
     """Whether there is a profile of the model; what is written for any model (--compat, none named) needs none."""
     if compat and model is None:
         return False
-    from runtime.model_file import ModelFile
+    from runtime.llama.model_file import ModelFile
 
     return find_profile(ModelFile.open(resolve_model(model)).hash) is not None
 
@@ -228,7 +228,7 @@ def _load(path: Path | None, model: str | None) -> ModelProfile:
     from profiler.source_format import load_foreign
 
     if path is None:
-        from runtime.model_file import ModelFile
+        from runtime.llama.model_file import ModelFile
 
         file = ModelFile.open(resolve_model(model))
         return load_profile(need_profile(file.hash, str(file.path))).checked(file.paths)
@@ -255,7 +255,7 @@ def _floor(options: PlanOptions, profile: ModelProfile) -> int:
     if not profile.model.hash or not path.is_file():
         return 0
     from h2o_cli.smallest import PROMPT, smallest_budget
-    from runtime.model_file import ModelFile
+    from runtime.llama.model_file import ModelFile
     from runtime.settings import Settings
 
     try:

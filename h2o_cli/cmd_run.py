@@ -249,7 +249,7 @@ def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[Sequence[
     """
     most, stop = options.ctx or min(model.context_length, model.n_positions), options.stop
     if options.chat:
-        from runtime.chat import Chat, Message
+        from runtime.llama.chat import Chat, Message
 
         chat = Chat(model.tokenizer, note)
         text, stop = chat.text([Message("user", text)], most), stop + chat.stop

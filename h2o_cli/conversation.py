@@ -19,9 +19,9 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import emit, is_terminal, note, print_error, styled, tell
 from h2o_cli.transcript import Transcript, load, save
-from runtime.chat import Chat, Message
 from runtime.errors import Cancelled, H2OError, PromptError, UsageError
 from runtime.generate import CANCELLED, LENGTH, Request, generate
+from runtime.llama.chat import Chat, Message
 from runtime.meter import Meter, Statistics
 from runtime.sampler import Sampler
 

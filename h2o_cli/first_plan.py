@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from h2o_cli.defaults import LEAST_UBATCH, default_budget
 from runtime.errors import BudgetError, PlanError, ProfileError
+from runtime.llama.model_file import ModelFile
 from runtime.memory import memory_bytes
-from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan
 from runtime.residency import smallest_window

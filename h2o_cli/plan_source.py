@@ -52,7 +52,7 @@ def plan_as_source(search: SourceSearch, path: Path, *, compat: bool, json: bool
     if search.profile:
         profile = load_foreign(search.profile)
     else:
-        from runtime.model_file import ModelFile
+        from runtime.llama.model_file import ModelFile
 
         file = ModelFile.open(resolve_model(search.model))
         profile = load_profile(need_profile(file.hash, str(file.path)))
@@ -87,7 +87,7 @@ def set_by_hand(
     k, w = plan
     model_hash = 0
     if model is not None or not compat:
-        from runtime.model_file import ModelFile
+        from runtime.llama.model_file import ModelFile
 
         file = ModelFile.open(resolve_model(model))
         check_layers(k, w, file.n_layers)

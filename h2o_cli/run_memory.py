@@ -15,7 +15,7 @@ from runtime.memory import resident_bytes
 if TYPE_CHECKING:
     from profiler.measure import RunMemory
 
-RUN = ("runtime.tokenizer", "profiler.model_profile", "planner.choose", "platformdirs")
+RUN = ("runtime.llama.tokenizer", "profiler.model_profile", "planner.choose", "platformdirs")
 FILTER = ("runtime.kv.filter",)
 
 

@@ -31,11 +31,11 @@ from runtime.errors import (
     PromptError,
     UsageError,
 )
-from runtime.hollow import HollowModel
 from runtime.ledger import MARGIN_BYTES, budget_for, more_margin, whole_floor
-from runtime.llama_abi import PINNED_VERSION
+from runtime.llama.abi import PINNED_VERSION
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.memory import trim_heap
-from runtime.model_file import ModelFile
 from runtime.pass_memory import rows_for
 from runtime.plan import Plan
 from runtime.residency import smallest_window

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from h2o_cli.models import read_text, replace_file
-from runtime.chat import Message
 from runtime.errors import H2OError
+from runtime.llama.chat import Message
 
 KIND = "h2o conversation"
 ROLES = ("user", "assistant")

@@ -11,10 +11,10 @@ import ctypes
 import threading
 import time
 
-from runtime import llama_abi as abi
+from runtime.llama import abi
+from runtime.llama.own_graph import describe, operate
+from runtime.llama.tiled_product import TiledProduct
 from runtime.memory import Region
-from runtime.own_graph import describe, operate
-from runtime.tiled_product import TiledProduct
 
 AWAKE_S = 0.006  # 0.5, 2 and 6 ms made a pass of 440 ms behind a slow disk one of 93, 80 and 47 ms
 _N_IN, _N_ROWS = 1024, 256  # a megabyte of weights: a small part of a millisecond on any core

@@ -16,8 +16,8 @@ from profiler.awake import Waker
 from profiler.model_profile import Spread
 from profiler.timing import columns
 from runtime.engine import Engine
-from runtime.hollow import HollowModel
-from runtime.model_file import ModelFile
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.residency import streamable_bytes
 from runtime.trace import LayerTrace

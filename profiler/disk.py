@@ -23,8 +23,8 @@ from profiler.awake import Computing
 from profiler.model_profile import DiskPoint, Mode, Spread
 from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError
+from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
-from runtime.model_file import ModelFile
 from runtime.settings import Settings
 from runtime.sizes import MIB, PAGE, page_down, page_up
 

@@ -33,16 +33,16 @@ from profiler.model_profile import (
 )
 from profiler.release import resident_release, slot_release
 from profiler.timing import columns
-from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
-from runtime.context import Context
 from runtime.engine import Engine
 from runtime.errors import BudgetError, Cancelled, ModelError
-from runtime.hollow import HollowModel
 from runtime.kv.cache import K, V, find_cache
 from runtime.ledger import Ledger, budget_for, whole_floor
+from runtime.llama import abi
+from runtime.llama.context import Context
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import Layer, ModelFile
 from runtime.memory import available_bytes, resident_bytes
-from runtime.model_file import Layer, ModelFile
 from runtime.plan import Plan
 from runtime.residency import layer_bytes, smallest_window, streamable_bytes
 from runtime.settings import SHORT_PASS, Settings

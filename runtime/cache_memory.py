@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from runtime import llama_abi as abi
 from runtime.ledger import touched_bytes
+from runtime.llama import abi
 from runtime.memory import drop_pages
 
 STEP = 32  # positions that room is made for at once

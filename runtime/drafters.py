@@ -9,15 +9,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
 
-from runtime import llama_abi as abi
 from runtime.engine import Engine
 from runtime.errors import Cancelled, H2OError, ModelError
 from runtime.head_start import open_weights
-from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
+from runtime.llama import abi
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.loads import NONE, Numbers
 from runtime.memory import trim_heap
-from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from runtime.layer_store import LayerStore
+from runtime.llama.model_file import TensorInfo
 from runtime.memory import Region
-from runtime.model_file import TensorInfo
 from runtime.sizes import PAGE, page_down, page_up
 
 _MOST_BYTES = 2**20

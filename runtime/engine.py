@@ -12,16 +12,16 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from runtime import llama_abi as abi
 from runtime.cache_memory import STEP, CacheMemory, growing_rows
-from runtime.context import Context
 from runtime.embedding import RowTable
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.head_start import Weights, open_weights
-from runtime.hollow import HollowModel
 from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, more_margin, usable_bytes
+from runtime.llama import abi
+from runtime.llama.context import Context
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
-from runtime.model_file import ModelFile
 from runtime.nodes import Nodes
 from runtime.pass_memory import PassMemory, Use, pass_sizes, rows_for
 from runtime.plan import Plan

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from runtime.engine import Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
+from runtime.llama.tokenizer import Tokenizer
 from runtime.memory import memory_bytes
 from runtime.plan import Plan
 from runtime.plan_stats import StatsWriter
@@ -15,7 +16,6 @@ from runtime.residency import k_layers_worth, streamable_bytes, window_bytes
 from runtime.sampler import PENALTY_TOKENS, Sampler
 from runtime.sizes import format_size
 from runtime.speculate import Speculation
-from runtime.tokenizer import Tokenizer
 
 LENGTH, STOP, EOS, CANCELLED = "length", "stop", "eos", "cancelled"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from runtime.llama.model_file import Piece, TensorInfo
 from runtime.memory import Region, drop_pages, huge_pages
-from runtime.model_file import Piece, TensorInfo
 from runtime.sizes import page_down, page_up
 
 

@@ -16,9 +16,9 @@ from typing import ClassVar
 from runtime.aligned_io import WeightFiles
 from runtime.errors import EngineError
 from runtime.homes import Home, Homes
+from runtime.llama.model_file import ModelFile, Piece
 from runtime.loads import NONE, Batch, Chunk, Load, Numbers, remove
 from runtime.memory import touch
-from runtime.model_file import ModelFile, Piece
 from runtime.ring import Ring
 from runtime.sizes import PAGE, page_down
 from runtime.threads import join_threads, start_threads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from runtime.model_file import Piece
+from runtime.llama.model_file import Piece
 from runtime.ring import Slot
 
 Numbers = frozenset[int]  # of pieces

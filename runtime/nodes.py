@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from runtime import llama_abi as abi
 from runtime.embedding import RowTable
 from runtime.errors import EngineError
 from runtime.layer_store import LayerStore
-from runtime.model_file import ModelFile, Piece
-from runtime.node_filter import NodeFilter
+from runtime.llama import abi
+from runtime.llama.model_file import ModelFile, Piece
+from runtime.llama.node_filter import NodeFilter
+from runtime.llama.tiled_product import TiledProduct
 from runtime.repack import Repacker
-from runtime.tiled_product import TiledProduct
 from runtime.trace import LayerTrace
 
 if TYPE_CHECKING:

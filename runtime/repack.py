@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-from runtime import llama_abi as abi
+from runtime.llama import abi
 from runtime.memory import Region, view
 
 _STEP_ROWS = 64  # a multiple of every arrangement's row group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from runtime.model_file import Layer, ModelFile, Piece
+from runtime.llama.model_file import Layer, ModelFile, Piece
 from runtime.plan import Layout, Plan
 from runtime.sizes import PAGE
 

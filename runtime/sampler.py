@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from runtime import llama_abi as abi
 from runtime.engine import Engine
 from runtime.errors import UsageError
+from runtime.llama import abi
 
 PENALTY_TOKENS = 64  # how many of the last tokens the repeat penalty looks at
 _SEEDS = 2**32 - 1  # llama.cpp reads 2^32 - 1 as "choose one"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from runtime import llama_abi as abi
 from runtime.aligned_io import WeightFiles
-from runtime.hollow import HollowModel
+from runtime.llama import abi
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile, TensorInfo
 from runtime.memory import Region, view
-from runtime.model_file import ModelFile, TensorInfo
 from runtime.sizes import PAGE, page_down, page_up
 
 

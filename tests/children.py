@@ -101,7 +101,7 @@ def _collect(running, answers):
 def _open_all():
     sys.path[:0] = [str(ROOT)]
     from runtime.errors import ModelError
-    from runtime.model_file import ModelFile
+    from runtime.llama.model_file import ModelFile
 
     for line in sys.stdin:
         try:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from runtime.engine import Engine
-from runtime.hollow import HollowModel
-from runtime.model_file import ModelFile
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.settings import Settings
 

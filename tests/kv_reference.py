@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-from runtime import llama_abi as abi
+from runtime.llama import abi
 
 
 def floats(address, shape, strides, dtype=np.float32):

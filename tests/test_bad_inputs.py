@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import ModelError
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.plan_file import encode_record, write_plan
 
@@ -135,8 +135,8 @@ def test_a_conversation_with_a_broken_model(name, broken):
 def test_an_exception_of_the_library_ends_in_one_line(broken):
     """llama_tokenize throws where a vocabulary has no bytes; nothing on the way to it catches C++ exceptions."""
     script = (
-        "from runtime import llama_abi as abi; from runtime.hollow import HollowModel;"
-        "from runtime.model_file import ModelFile; import ctypes, sys; print('so far');"
+        "from runtime.llama import abi; from runtime.llama.hollow import HollowModel;"
+        "from runtime.llama.model_file import ModelFile; import ctypes, sys; print('so far');"
         "model = HollowModel(ModelFile.open(sys.argv[1])); out = (ctypes.c_int32 * 64)();"
         "vocab = abi.llama.llama_model_get_vocab(model.pointer);"
         "abi.llama.llama_tokenize(vocab, b'Z\\xc3\\xbcrich', 7, out, 64, True, False); print('never')"

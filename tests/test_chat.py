@@ -8,11 +8,11 @@ from pathlib import Path
 import broken_models
 import pytest
 
-from runtime.chat import CHATML, CHATML_STOP, Chat, Message
 from runtime.errors import PromptError
-from runtime.hollow import HollowModel
-from runtime.model_file import ModelFile
-from runtime.tokenizer import Tokenizer
+from runtime.llama.chat import CHATML, CHATML_STOP, Chat, Message
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
+from runtime.llama.tokenizer import Tokenizer
 
 TALK = [Message("user", "Hello"), Message("assistant", "Hi."), Message("user", "Bye")]
 
@@ -125,7 +125,7 @@ HOSTILE = {
 def test_hostile_templates_are_one_line(name, compiled, tiny_model, tokenizer_of, monkeypatch):
     """As for a prompt (compiled and rendered at once), and as for a conversation."""
     template, said = HOSTILE[name]
-    monkeypatch.setattr("runtime.chat.SECONDS", 1.0)
+    monkeypatch.setattr("runtime.llama.chat.SECONDS", 1.0)
     chat, start_s = with_template(tokenizer_of(tiny_model("llama")), template), time.monotonic()
     with pytest.raises(PromptError, match=rf"the model's chat template ({said})") as caught:
         if compiled:
@@ -146,7 +146,7 @@ def test_ctrl_c_while_a_template_does_not_end(tiny_model, tokenizer_of):
 
 def test_a_template_that_ends_its_process(tiny_model, tokenizer_of, monkeypatch):
     chat = with_template(tokenizer_of(tiny_model("llama")), "a")
-    monkeypatch.setattr("runtime.chat_template.rendered", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("runtime.llama.chat_template.rendered", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(PromptError, match="ended the process that read it"):
         chat.render(TALK)
 

@@ -12,7 +12,7 @@ from h2o_cli import main as cli
 from h2o_cli import models
 from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profile
 from profiler.source_format import save_source
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan, write_plan
 from runtime.sizes import PAGE

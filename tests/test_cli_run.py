@@ -16,7 +16,7 @@ from test_model_profile import make_profile
 from h2o_cli import main as cli
 from h2o_cli.models import remember_model
 from profiler.model_profile import save_profile
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import write_plan, write_source_plan
 

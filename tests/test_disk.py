@@ -10,8 +10,8 @@ from profiler.disk import Arrival, ChunkReader, Way
 from runtime import aligned_io
 from runtime.aligned_io import DIRECT, WeightFiles
 from runtime.errors import DiskError
+from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, view
-from runtime.model_file import ModelFile
 from runtime.sizes import MIB, PAGE
 
 BIG = "llama:layers=6,dim=512,ffn=1024,heads=4,kv_heads=2,vocab=2048,ctx=512"

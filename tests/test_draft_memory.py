@@ -17,9 +17,9 @@ from h2o_cli.closing import closing_line
 from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter
 from runtime.engine import Counters
 from runtime.errors import BudgetError, Cancelled
+from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
 from runtime.meter import Statistics
-from runtime.model_file import ModelFile
 from runtime.pass_memory import rows_for
 from runtime.plan import Plan
 from runtime.settings import Settings

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from engines import engine, greedy
 
-from runtime import llama_abi as abi
-from runtime import model_file
 from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.head_start import head_start
 from runtime.kv.options import KvFilter
 from runtime.ledger import MARGIN_BYTES
+from runtime.llama import abi, model_file
+from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
-from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.residency import smallest_window, streamable_bytes
 from runtime.settings import Settings

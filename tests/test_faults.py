@@ -19,7 +19,7 @@ from test_bad_inputs import h2o, is_one_line
 
 from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.plan_file import write_plan
 from runtime.sizes import PAGE

@@ -20,6 +20,7 @@ from runtime.generate import (
     check_budget,
     generate,
 )
+from runtime.llama.tokenizer import Tokenizer
 from runtime.meter import Meter
 from runtime.plan import Layout, Plan
 from runtime.plan_file import write_plan, write_source_plan
@@ -27,7 +28,6 @@ from runtime.plan_watcher import PlanWatcher
 from runtime.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import Machine
-from runtime.tokenizer import Tokenizer
 
 PROMPT = tuple(range(3, 15))
 GREEDY = Sampling(temp=0)

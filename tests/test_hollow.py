@@ -8,9 +8,9 @@ from tests.tiny_models import ROOT
 
 LOAD = """
 import json, resource, sys
-from runtime.hollow import HollowModel
+from runtime.llama.hollow import HollowModel
 from runtime.memory import peak_bytes
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 file = ModelFile.open(sys.argv[1])
 faults, peak = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, peak_bytes()
 model = HollowModel(file)

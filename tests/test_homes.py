@@ -8,8 +8,8 @@ from test_layer_store import bytes_in_memory
 from test_memory import flags_of
 
 from runtime.homes import Homes, home_bytes
+from runtime.llama.model_file import Piece, TensorInfo
 from runtime.memory import HUGE_PAGE, view
-from runtime.model_file import Piece, TensorInfo
 from runtime.sizes import MB, PAGE
 
 ROW = 1024

@@ -17,7 +17,7 @@ FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob(
 # Heavy package -> modules that import it when they are imported themselves, and those that do so inside a function.
 HEAVY = {
     "llama_cpp": (set(), {"profiler/bench/make_model.py", "profiler/bench/llama_cpp_run.py"}),
-    "jinja2": (set(), {"runtime/chat_template.py"}),
+    "jinja2": (set(), {"runtime/llama/chat_template.py"}),
     "gguf": (set(), {"profiler/bench/make_model.py"}),
     "matplotlib": (set(), {"profiler/bench/plots.py", "profiler/bench/kv_plots.py"}),
     "torch": (set(), set()),

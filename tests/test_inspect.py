@@ -5,9 +5,9 @@ from broken_models import BROKEN
 
 from h2o_cli import cmd_inspect, models
 from h2o_cli.main import run_command
-from runtime import model_file
 from runtime.errors import ModelError
-from runtime.model_file import ModelFile
+from runtime.llama import model_file
+from runtime.llama.model_file import ModelFile
 
 
 @pytest.fixture(autouse=True)

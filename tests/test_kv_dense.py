@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kv_reference import Recorder, attend
 
-from runtime import llama_abi as abi
 from runtime.kv.cache import Rows2D, V
 from runtime.kv.dense import TurnedValues
 from runtime.kv.options import KvFilter
+from runtime.llama import abi
 from runtime.memory import Region, view
 from runtime.plan import Plan
 

@@ -14,7 +14,7 @@ from h2o_cli.main import run_command
 from profiler.kv_eval.analyze import Analysis, Search, choose, neighbours
 from profiler.kv_eval.layers_file import Candidate, load_choice
 from profiler.kv_eval.model import divergence, log_softmax
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 
 QUICK = ("--length", 160, "--prompts", 2, "--checks", 3, "-t", 2)
 

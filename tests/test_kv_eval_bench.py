@@ -11,7 +11,7 @@ from profiler.kv_eval.methods import EVERYWHERE, FULL, OMNIKV, Roles, compared_m
 from profiler.kv_eval.report import accuracy_of, markdown, report
 from profiler.kv_eval.rows import KvRow, append_row, read_rows
 from runtime.errors import UsageError
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 
 
 def run(*arguments):

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from runtime import llama_abi as abi
 from runtime.kv.scores import Scorer
-from runtime.own_graph import describe
+from runtime.llama import abi
+from runtime.llama.own_graph import describe
 
 F16 = 1
 N_HEADS, N_KV_HEADS, HEAD_DIM = 16, 8, 64

@@ -13,7 +13,6 @@ from engines import assert_same, engine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import llama_abi as abi
 from runtime.errors import Cancelled, DiskError, EngineError, ModelError
 from runtime.kv import store as kv_store
 from runtime.kv.cache import Cache, CacheLayer, Rows2D, find_cache
@@ -21,8 +20,9 @@ from runtime.kv.compact import Compact
 from runtime.kv.options import KvFilter
 from runtime.kv.slots import Move, Slots
 from runtime.kv.store import DiskStore, RamStore
+from runtime.llama import abi
+from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes
-from runtime.model_file import ModelFile
 from runtime.plan import Plan
 
 THREADS = 2

@@ -22,8 +22,8 @@ from runtime import homes, layer_store
 from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError, EngineError
 from runtime.layer_store import LayerStore
+from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, view
-from runtime.model_file import ModelFile
 from runtime.sizes import PAGE, page_down, page_up
 
 SLOW = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

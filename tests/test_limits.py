@@ -15,12 +15,12 @@ from test_bad_inputs import is_one_line
 from test_engine import what_is_open
 
 from h2o_cli import main as cli
-from runtime import hollow
 from runtime.drafters import DraftModel
 from runtime.errors import DiskError, EngineError, H2OError, UsageError
-from runtime.hollow import HollowModel
 from runtime.kv.options import KvFilter
-from runtime.model_file import ModelFile
+from runtime.llama import hollow
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.plan_stats import StatsWriter, stats_path
 from runtime.settings import Settings

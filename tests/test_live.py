@@ -13,8 +13,8 @@ from reference import reference_logits_and_tokens
 
 from runtime.errors import BudgetError
 from runtime.generate import PlanFollower
+from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes
-from runtime.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import write_plan
 from runtime.plan_watcher import LOOK_EVERY_S, PlanWatcher

@@ -14,8 +14,8 @@ from profiler.measure import Measurement, default_settings, measure_memory
 from profiler.model_profile import decode_profile, save_profile
 from profiler.release import resident_release, slot_release
 from runtime.errors import BudgetError, Cancelled
-from runtime.hollow import HollowModel
-from runtime.model_file import ModelFile
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.residency import layer_bytes, smallest_window
 
 

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import ARCHS, OTHER_ARCHS
 
 from runtime.errors import ModelError
-from runtime.model_file import TILE_BYTES, ModelFile
+from runtime.llama.model_file import TILE_BYTES, ModelFile
 from runtime.sizes import PAGE
 
 N_LAYERS = 4

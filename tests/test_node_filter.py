@@ -9,10 +9,9 @@ from engines import assert_same, engine, greedy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import llama_abi as abi
-from runtime import node_filter
 from runtime.errors import Cancelled
-from runtime.node_filter import NodeFilter
+from runtime.llama import abi, node_filter
+from runtime.llama.node_filter import NodeFilter
 from runtime.nodes import Nodes
 from runtime.plan import Layout, Plan
 

@@ -8,8 +8,8 @@ from engines import assert_same, engine, greedy
 from reference import reference_logits_and_tokens, system_info
 from tiny_models import ARCHS, OTHER_ARCHS
 
-from runtime import model_file
-from runtime.model_file import ModelFile
+from runtime.llama import model_file
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.residency import smallest_window, streamable_bytes
 

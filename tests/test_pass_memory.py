@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_layer_store import bytes_in_memory
 
-from runtime import llama_abi as abi
+from runtime.llama import abi
 from runtime.pass_memory import Use, pass_sizes, rows_for
 from runtime.plan import Layout, Plan
 from runtime.residency import smallest_window, streamable_bytes

@@ -16,9 +16,9 @@ from planner.footprint import measure_footprint
 from planner.kv import EARLY_POSITIONS, KvUse
 from profiler.measure import default_settings, measure_memory
 from runtime.engine import Engine
-from runtime.hollow import HollowModel
 from runtime.kv.options import KvFilter
-from runtime.model_file import ModelFile
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.residency import streamable_bytes
 from runtime.settings import Settings

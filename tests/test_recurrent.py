@@ -14,11 +14,11 @@ from test_faults import end, ends_soon, is_disk_error, start, text_of  # noqa: F
 from h2o_cli import main as cli
 from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.generate import CANCELLED, Request, TokenSequence, generate
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
+from runtime.llama.tokenizer import Tokenizer
 from runtime.plan import Plan
 from runtime.plan_file import write_plan
 from runtime.sampler import Sampler, Sampling
-from runtime.tokenizer import Tokenizer
 
 PROMPT = [5, 6, 7, 8]
 LONG = ["-p", "he is in the stone house", "-n", "900", "--temp", "0", "-t", "1", "--ctx", "1024"]

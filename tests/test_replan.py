@@ -34,7 +34,7 @@ from planner.simulator import decode_rates, token_s
 from profiler.model_profile import save_profile
 from profiler.source_format import import_source
 from runtime import plan_stats
-from runtime.model_file import ModelFile
+from runtime.llama.model_file import ModelFile
 from runtime.plan import Layout, Plan
 from runtime.plan_file import read_plan, write_plan
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.model_file import Layer, ModelFile, Piece, TensorInfo
+from runtime.llama.model_file import Layer, ModelFile, Piece, TensorInfo
 from runtime.plan import Layout, Plan
 from runtime.residency import (
     k_layers_worth,

@@ -12,20 +12,20 @@ import pytest
 from engines import engine
 
 from h2o_cli import main as cli
-from runtime import quantize
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.engine import Counters
 from runtime.errors import BudgetError, H2OError, ModelError
 from runtime.gauge import Gauge, Mean, PassTime
 from runtime.generate import CANCELLED, EOS, LENGTH, STOP, Request, TokenSequence, generate
-from runtime.hollow import HollowModel
+from runtime.llama import quantize
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
+from runtime.llama.tokenizer import Tokenizer
 from runtime.meter import Meter
-from runtime.model_file import ModelFile
 from runtime.plan import Plan
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import Settings
 from runtime.speculate import MOST_DRAFTED, Speculation
-from runtime.tokenizer import Tokenizer
 
 RECALL = (
     "It was a rainy day and Henry felt tired. Emma's scarf is in the green pot. Henry found an old map in a tin. "

@@ -9,11 +9,11 @@ import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime import cuts
 from runtime.errors import PromptError
-from runtime.hollow import HollowModel
-from runtime.model_file import ModelFile
-from runtime.tokenizer import Tokenizer
+from runtime.llama import cuts
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
+from runtime.llama.tokenizer import Tokenizer
 
 TEXTS = ["Once upon a time", " leading", "wörld 😀 日本語", "", "a\n\tb", "<s>not special</s>", "e\u0301\u200d"]
 ARCHS = ("llama", "qwen2", "gemma2", "gpt2")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from profiler.bench.shapes import Shape, TensorSpec, hyper_parameters, parse_shape, tensor_specs
 from runtime.errors import H2OError, UsageError
-from runtime.quantize import FILE_TYPES, parse_file_type, quantize
+from runtime.llama.quantize import FILE_TYPES, parse_file_type, quantize
 from runtime.sizes import format_size
 
 if TYPE_CHECKING:

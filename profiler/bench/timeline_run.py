@@ -13,9 +13,9 @@ import msgspec
 from profiler.bench.rows import Read, Span, Timeline
 from profiler.compute import layer_trace
 from runtime.engine import Engine
-from runtime.hollow import HollowModel
 from runtime.layer_store import LayerStore
-from runtime.model_file import ModelFile
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 from runtime.plan_file import read_plan
 from runtime.settings import Settings
 from runtime.trace import LayerTrace

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from runtime import llama_abi as abi
 from runtime.engine import Engine
 from runtime.errors import Cancelled, EngineError, UsageError
-from runtime.hollow import HollowModel
 from runtime.kv.options import WINDOWED, KvFilter
-from runtime.model_file import ModelFile
+from runtime.llama import abi
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
+from runtime.llama.tokenizer import Tokenizer
 from runtime.plan import Layout, Plan
 from runtime.residency import smallest_window
 from runtime.settings import Settings
-from runtime.tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.float32]
 UBATCH = 256

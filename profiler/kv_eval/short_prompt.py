@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from runtime import llama_abi as abi
 from runtime.engine import Engine
 from runtime.errors import H2OError
+from runtime.llama import abi
 
 if TYPE_CHECKING:
     from runtime.kv.filter import Filter

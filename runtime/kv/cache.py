@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from runtime import llama_abi as abi
 from runtime.errors import ModelError
-from runtime.model_file import ModelFile
+from runtime.llama import abi
+from runtime.llama.model_file import ModelFile
 
 _NAME = re.compile(r"^cache_([kv])_l(\d+)$")
 K, V = 0, 1

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime import llama_abi as abi
 from runtime.kv.cache import CacheLayer
+from runtime.llama import abi
+from runtime.llama.own_graph import cut_off
 from runtime.memory import Region, view
-from runtime.own_graph import cut_off
 
 RowArray = npt.NDArray[Any]
 _HALF = 2  # bytes of a mask's elements

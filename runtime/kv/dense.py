@@ -13,12 +13,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from runtime import llama_abi as abi
 from runtime.kv.cache import OFF, Rows2D
 from runtime.kv.needs import padded_scores
 from runtime.kv.scores import Floats
+from runtime.llama import abi
+from runtime.llama.own_graph import OwnGraph, describe, operate
 from runtime.memory import Region, drop_pages, view
-from runtime.own_graph import OwnGraph, describe, operate
 from runtime.sizes import PAGE, page_down
 
 _HALF, _F16 = 2, 1  # bytes of a value, its type in ggml

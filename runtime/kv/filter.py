@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from runtime import llama_abi as abi
 from runtime.errors import EngineError, H2OError
 from runtime.kv.cache import OFF, Cache, V, find_cache
 from runtime.kv.dense import DenseAttention
@@ -34,7 +33,8 @@ from runtime.kv.selection import (
 )
 from runtime.kv.slots import Rows
 from runtime.kv.sparse import SparseRows
-from runtime.model_file import ModelFile
+from runtime.llama import abi
+from runtime.llama.model_file import ModelFile
 from runtime.settings import Settings
 
 Watch = Callable[[int, Floats], None]

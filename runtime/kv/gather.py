@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime import llama_abi as abi
 from runtime.kv.cache import OFF, CacheLayer
 from runtime.kv.compact import Compact, rows_at
 from runtime.kv.slots import Move
+from runtime.llama import abi
+from runtime.llama.own_graph import OwnGraph, describe, operate
 from runtime.memory import Region
-from runtime.own_graph import OwnGraph, describe, operate
 
 _ELEMENT_BYTES = 4  # rows are copied as 32-bit numbers, whatever they are
 _I32, _I64 = 26, 27  # types of ggml

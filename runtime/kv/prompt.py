@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from runtime import llama_abi as abi
 from runtime.kv.compact import StandIn
 from runtime.kv.jobs import Job, Jobs, Stopped, settle
 from runtime.kv.store import DiskStore
+from runtime.llama import abi
 
 
 class PromptSlot:

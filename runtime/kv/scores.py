@@ -14,13 +14,13 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from runtime import llama_abi as abi
 from runtime.errors import EngineError
 from runtime.kv.jobs import Jobs
 from runtime.kv.needs import padded_scores
 from runtime.kv.slots import Rows
+from runtime.llama import abi
+from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
 from runtime.memory import Region, view
-from runtime.own_graph import OwnGraph, cut_off, describe, operate
 
 Floats = npt.NDArray[np.float32]
 _F32 = 0

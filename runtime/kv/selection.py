@@ -10,13 +10,13 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime import llama_abi as abi
 from runtime.kv.compact import Compact
 from runtime.kv.jobs import Job, Jobs, Stopped, settle
 from runtime.kv.options import KvFilter
 from runtime.kv.scores import Floats, Scorer, raw_scores, softmax_scores, top_rows, weights
 from runtime.kv.slots import Move, Rows, Slots
 from runtime.kv.store import Store
+from runtime.llama import abi
 
 Queries = deque[tuple[int, Floats]]  # positions and queries [n_heads, head_dim] of the last tokens
 

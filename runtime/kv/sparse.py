@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from runtime import llama_abi as abi
 from runtime.errors import EngineError
 from runtime.kv.cache import OFF, Cache, K, V
 from runtime.kv.compact import PAD, Compact, Mask
@@ -19,6 +18,7 @@ from runtime.kv.prompt import PromptSlot
 from runtime.kv.selection import Buffers, Selection
 from runtime.kv.slots import Rows
 from runtime.kv.store import DiskStore, RamStore, Store
+from runtime.llama import abi
 
 
 class SparseRows:

@@ -19,7 +19,7 @@ from runtime.errors import EngineError, H2OError, UsageError
 from runtime.sizes import format_size
 
 if TYPE_CHECKING:
-    from runtime.model_file import ModelFile
+    from runtime.llama.model_file import ModelFile
 
 FILE_TYPES: dict[str, int] = {
     "f32": 0,
@@ -43,7 +43,9 @@ COPY_TYPE = "q4_0"
 _COPY_BYTES_PER_VALUE = 0.6  # 4.5 bits, and more for the output matrix and small tensors
 _WORTH = 0.8  # a copy of more than this share of its original is no use as a draft
 _POLL_S = 0.2
-_CHILD = "import sys; sys.path[0] = sys.argv[1]; from runtime.quantize import child; sys.exit(child(*sys.argv[2:]))"
+_CHILD = (
+    "import sys; sys.path[0] = sys.argv[1]; from runtime.llama.quantize import child; sys.exit(child(*sys.argv[2:]))"
+)
 
 
 def parse_file_type(name: str) -> str:
@@ -59,7 +61,7 @@ def quantize(source: Path, target: Path, file_type: str, *, requantize: bool = F
 
     `requantize` allows a source that is itself quantised.
     """
-    from runtime import llama_abi as abi
+    from runtime.llama import abi
 
     params = abi.llama.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[parse_file_type(file_type)]
@@ -110,7 +112,7 @@ def low_bit_copy(file: ModelFile, folder: Path, note: Callable[[str], None], pro
 
 def _usable(path: Path) -> bool:
     from runtime.errors import ModelError
-    from runtime.model_file import ModelFile
+    from runtime.llama.model_file import ModelFile
 
     try:
         return path.is_file() and bool(ModelFile.open(path).n_layers)
@@ -170,7 +172,7 @@ def _taken(fd: int) -> bool:
 def _make(source: Path, target: Path, n_bytes: int, progress: Progress) -> None:
     """Quantise into a file beside the target and put it in place when it is complete."""
     partial = target.with_name(f".{target.name}.part")
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     command = [sys.executable, "-c", _CHILD, root, str(source), str(partial), COPY_TYPE]
 
     def share() -> float:

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime import llama_abi as abi
 from runtime.errors import EngineError
-from runtime.hollow import ContextBuffers, HollowModel
+from runtime.llama import abi
+from runtime.llama.hollow import ContextBuffers, HollowModel
+from runtime.llama.node_filter import NodeFilter
 from runtime.memory import drop_pages
-from runtime.node_filter import NodeFilter
 from runtime.settings import KV_TYPES, Settings
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime import llama_abi as abi
 from runtime.errors import LIMITS, NO_PROC, DiskError, EngineError, H2OError, ModelError
+from runtime.llama import abi
+from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, trim_heap, view
-from runtime.model_file import ModelFile
 
 _LOAD_MODE_MMAP = 1
 _CHUNK = 2**20

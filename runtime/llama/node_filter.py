@@ -12,7 +12,7 @@ import importlib.machinery
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime import llama_abi as abi
+from runtime.llama import abi
 
 _N_MARKS = 2**16
 _GRAIN = 16  # bytes: structs are aligned to it

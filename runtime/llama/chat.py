@@ -15,8 +15,8 @@ from types import ModuleType
 
 from runtime import limited
 from runtime.errors import PromptError
+from runtime.llama.tokenizer import Tokenizer
 from runtime.sizes import format_size
-from runtime.tokenizer import Tokenizer
 
 SECONDS = 5.0
 COMPILE_BYTES = 6 * 2**20  # the largest templates in use take 5
@@ -101,7 +101,7 @@ def _is_long(messages: Sequence[Message], most: int) -> bool:
 
 
 def _template() -> ModuleType:
-    return import_module("runtime.chat_template")  # a child's, until a conversation has compiled its template
+    return import_module("runtime.llama.chat_template")  # a child's, until a conversation has compiled its template
 
 
 def _told(error: limited.Failed, more_bytes: int) -> tuple[str, str]:

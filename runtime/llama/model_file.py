@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime import llama_abi as abi
-from runtime.checks import check_parts, check_splits, check_type
 from runtime.errors import LIMITS, ModelError
+from runtime.llama import abi
+from runtime.llama.checks import check_parts, check_splits, check_type
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
 try:

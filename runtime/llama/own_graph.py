@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from runtime import llama_abi as abi
 from runtime.errors import EngineError
+from runtime.llama import abi
 
 _GRAPH_MEMORY = 2**20
 _F32, _FLOAT_BYTES = 0, 4

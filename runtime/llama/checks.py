@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime import llama_abi as abi
 from runtime.errors import ModelError
+from runtime.llama import abi
 
 _F32 = 0
 _LOOKUPS = ("ffn_gate_tid2eid.weight",)  # tables of integers: rows are looked up, nothing is multiplied

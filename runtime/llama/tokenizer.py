@@ -8,11 +8,10 @@ import unicodedata
 from collections.abc import Iterator
 from functools import cached_property
 
-from runtime import cuts
-from runtime import llama_abi as abi
 from runtime.errors import ModelError, PromptError
-from runtime.hollow import HollowModel
-from runtime.model_file import ModelFile
+from runtime.llama import abi, cuts
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
 
 _BYTES = 256
 _PIECE_BYTES = 128

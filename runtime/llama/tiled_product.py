@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 
-from runtime import llama_abi as abi
-from runtime.own_graph import OwnGraph, cut_off, operate
+from runtime.llama import abi
+from runtime.llama.own_graph import OwnGraph, cut_off, operate
 
 
 class TiledProduct:
