@@ -8,7 +8,7 @@ from h2o_cli.opening import Session
 from h2o_cli.output import versions
 from runtime.memory import peak_bytes
 from runtime.meter import Statistics
-from runtime.plan import Layout
+from runtime.plans.plan import Layout
 from runtime.sizes import MB, format_size
 from runtime.speculate import DRAFT, OFF
 

@@ -16,7 +16,7 @@ from h2o_cli.output import emit, note, print_json, table
 from h2o_cli.smallest import CONVERSATION, PROMPT, smallest_budget
 from runtime.errors import EngineError, H2OError, ModelError, ProfileError, UsageError
 from runtime.llama.model_file import Layer, ModelFile, TensorInfo
-from runtime.residency import layer_bytes
+from runtime.plans.residency import layer_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB, format_size
 

@@ -16,9 +16,9 @@ from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
 from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
 from runtime.errors import BudgetError, DiskError, EngineError, ModelError, PlanError, ProfileError, UsageError
-from runtime.ledger import below_floor
-from runtime.plan import Layout, Plan
-from runtime.plan_file import default_plan_path, read_plan
+from runtime.plans.file import default_plan_path, read_plan
+from runtime.plans.ledger import below_floor
+from runtime.plans.plan import Layout, Plan
 from runtime.settings import KV_TYPES
 from runtime.sizes import format_size, parse_size
 

@@ -12,9 +12,9 @@ from h2o_cli.defaults import LEAST_UBATCH, default_budget
 from runtime.errors import BudgetError, PlanError, ProfileError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import memory_bytes
-from runtime.plan import Layout, Plan
-from runtime.plan_file import read_plan
-from runtime.residency import smallest_window
+from runtime.plans.file import read_plan
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import smallest_window
 from runtime.settings import Settings
 
 if TYPE_CHECKING:

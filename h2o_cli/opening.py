@@ -22,17 +22,17 @@ from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, ModelError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.head_start import Weights, head_start
-from runtime.ledger import MARGIN_BYTES, POSITION_BYTES, TURNS_MARGIN_BYTES, below_floor
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.quantize import copy_bytes, copy_pays, low_bit_copy
 from runtime.llama.tokenizer import Tokenizer
 from runtime.pass_memory import rows_for
-from runtime.plan import Layout
-from runtime.plan_file import default_plan_path
-from runtime.plan_stats import StatsWriter, stats_path
-from runtime.plan_watcher import PlanWatcher
-from runtime.residency import smallest_window
+from runtime.plans.file import default_plan_path
+from runtime.plans.ledger import MARGIN_BYTES, POSITION_BYTES, TURNS_MARGIN_BYTES, below_floor
+from runtime.plans.plan import Layout
+from runtime.plans.residency import smallest_window
+from runtime.plans.stats import StatsWriter, stats_path
+from runtime.plans.watcher import PlanWatcher
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, SHORT_PASS, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from h2o_cli.defaults import LEAST_UBATCH
 from h2o_cli.output import table
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 from runtime.sizes import MB, format_size
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from h2o_cli.models import need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, report
 from runtime.errors import UsageError
-from runtime.plan import Layout, Plan
-from runtime.plan_file import write_plan, write_source_plan
+from runtime.plans.file import write_plan, write_source_plan
+from runtime.plans.plan import Layout, Plan
 from runtime.sizes import MIB, parse_size
 
 MOST_EPISODES = 100_000

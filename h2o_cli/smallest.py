@@ -31,14 +31,14 @@ from runtime.errors import (
     PromptError,
     UsageError,
 )
-from runtime.ledger import MARGIN_BYTES, budget_for, more_margin, whole_floor
 from runtime.llama.abi import PINNED_VERSION
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.memory import trim_heap
 from runtime.pass_memory import rows_for
-from runtime.plan import Plan
-from runtime.residency import smallest_window
+from runtime.plans.ledger import MARGIN_BYTES, budget_for, more_margin, whole_floor
+from runtime.plans.plan import Plan
+from runtime.plans.residency import smallest_window
 from runtime.settings import FULL_TILES, Settings
 from runtime.sizes import MB
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from planner.footprint import streamable_bytes
 from profiler.model_profile import ModelProfile
 from profiler.source_format import SourceProfile
-from runtime.plan import Layout
-from runtime.residency import overlapping_window
+from runtime.plans.plan import Layout
+from runtime.plans.residency import overlapping_window
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from planner.footprint import Footprint, measure_footprint, streamable_bytes
 from planner.kv import KvUse
 from planner.simulator import decode_rates, first_token_s, limit_s, token_s
 from profiler.model_profile import ModelProfile, Spread
-from runtime.plan import Layout, Plan
+from runtime.plans.plan import Layout, Plan
 from runtime.sizes import format_size
 
 if TYPE_CHECKING:

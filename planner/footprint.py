@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from planner.kv import KvUse, kv_needs, padded
 from profiler.model_profile import ModelProfile
 from runtime.errors import BudgetError
-from runtime.ledger import POSITION_BYTES, budget_for, more_margin, usable_bytes
+from runtime.plans.ledger import POSITION_BYTES, budget_for, more_margin, usable_bytes
 from runtime.sizes import MB, format_size
 
 

@@ -10,7 +10,7 @@ from runtime.errors import ProfileError, UsageError
 from runtime.kv.needs import filter_needs
 from runtime.kv.options import KvFilter
 from runtime.kv.roles import default_filters, layer_roles
-from runtime.ledger import touched_bytes
+from runtime.plans.ledger import touched_bytes
 
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
 EARLY_POSITIONS = 256  # a prompt and the beginning of its answer: what a plan is made for

@@ -33,7 +33,7 @@ from planner.choose import pick, with_disk_speed
 from planner.footprint import streamable_bytes
 from planner.simulator import decode_rates, limit_s, token_s
 from profiler.model_profile import ModelProfile, Spread
-from runtime.plan import Layout
+from runtime.plans.plan import Layout
 
 MOST_PULLS = 39
 MOST_RESTARTS = 3

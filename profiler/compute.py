@@ -18,8 +18,8 @@ from profiler.timing import columns
 from runtime.engine import Engine
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Plan
-from runtime.residency import streamable_bytes
+from runtime.plans.plan import Plan
+from runtime.plans.residency import streamable_bytes
 from runtime.trace import LayerTrace
 
 PREFILL_TOKENS = 128

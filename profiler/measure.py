@@ -37,14 +37,14 @@ from runtime.aligned_io import WeightFiles
 from runtime.engine import Engine
 from runtime.errors import BudgetError, Cancelled, ModelError
 from runtime.kv.cache import K, V, find_cache
-from runtime.ledger import Ledger, budget_for, whole_floor
 from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import Layer, ModelFile
 from runtime.memory import available_bytes, resident_bytes
-from runtime.plan import Plan
-from runtime.residency import layer_bytes, smallest_window, streamable_bytes
+from runtime.plans.ledger import Ledger, budget_for, whole_floor
+from runtime.plans.plan import Plan
+from runtime.plans.residency import layer_bytes, smallest_window, streamable_bytes
 from runtime.settings import SHORT_PASS, Settings
 from runtime.sizes import MB, format_size
 

@@ -9,7 +9,7 @@ from profiler.model_profile import Spread
 from profiler.timing import seconds_of
 from runtime.homes import Homes
 from runtime.llama.model_file import Layer
-from runtime.residency import layer_bytes
+from runtime.plans.residency import layer_bytes
 from runtime.ring import Ring, Slot
 
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from runtime.ledger import touched_bytes
 from runtime.llama import abi
 from runtime.memory import drop_pages
+from runtime.plans.ledger import touched_bytes
 
 STEP = 32  # positions that room is made for at once
 _ROWS = re.compile(r"^cache_[kv]_l\d+$")  # a row for each position

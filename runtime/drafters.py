@@ -18,8 +18,8 @@ from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.loads import NONE, Numbers
 from runtime.memory import trim_heap
-from runtime.plan import Plan
-from runtime.residency import streamable_bytes
+from runtime.plans.plan import Plan
+from runtime.plans.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import FULL_TILES, Settings
 

@@ -16,7 +16,6 @@ from runtime.cache_memory import STEP, CacheMemory, growing_rows
 from runtime.embedding import RowTable
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.head_start import Weights, open_weights
-from runtime.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, more_margin, usable_bytes
 from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
@@ -24,8 +23,9 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
 from runtime.nodes import Nodes
 from runtime.pass_memory import PassMemory, Use, pass_sizes, rows_for
-from runtime.plan import Plan
-from runtime.residency import (
+from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, more_margin, usable_bytes
+from runtime.plans.plan import Plan
+from runtime.plans.residency import (
     layers_in,
     overlapping_window,
     resident_pieces,

@@ -9,10 +9,10 @@ from runtime.engine import Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
 from runtime.llama.tokenizer import Tokenizer
 from runtime.memory import memory_bytes
-from runtime.plan import Plan
-from runtime.plan_stats import StatsWriter
-from runtime.plan_watcher import PlanWatcher
-from runtime.residency import k_layers_worth, streamable_bytes, window_bytes
+from runtime.plans.plan import Plan
+from runtime.plans.residency import k_layers_worth, streamable_bytes, window_bytes
+from runtime.plans.stats import StatsWriter
+from runtime.plans.watcher import PlanWatcher
 from runtime.sampler import PENALTY_TOKENS, Sampler
 from runtime.sizes import format_size
 from runtime.speculate import Speculation

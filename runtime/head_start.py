@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from runtime.aligned_io import WeightFiles
 from runtime.layer_store import LayerStore
-from runtime.ledger import MARGIN_BYTES, usable_bytes
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Plan
-from runtime.residency import resident_pieces, streamable_bytes, window_bytes
+from runtime.plans.ledger import MARGIN_BYTES, usable_bytes
+from runtime.plans.plan import Plan
+from runtime.plans.residency import resident_pieces, streamable_bytes, window_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB, page_down
 from runtime.small_tensors import SmallTensors

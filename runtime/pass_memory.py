@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from runtime.ledger import embedding_rows_bytes
 from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.model_file import ModelFile, TensorInfo
+from runtime.plans.ledger import embedding_rows_bytes
 from runtime.settings import SHORT_PASS, Settings
 from runtime.sizes import MB, PAGE, page_up
 

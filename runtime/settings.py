@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.kv.options import KvFilter
-from runtime.ledger import MARGIN_BYTES
+from runtime.plans.ledger import MARGIN_BYTES
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 SHORT_PASS = 16  # tokens up to which a pass counts as no prompt: a token and a few drafts

@@ -9,7 +9,7 @@ import numpy as np
 from runtime.engine import Engine
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 from runtime.settings import Settings
 
 

@@ -16,7 +16,7 @@ from profiler.disk import cached_bytes, make_cold
 from runtime import aligned_io
 from runtime.aligned_io import BUFFERED, CACHED_BYTES, DIRECT, WeightFiles, has_direct_reads
 from runtime.memory import Region, device_bytes_read, view
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 from runtime.sizes import MB, MIB
 
 SIZE = 8 * MIB

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import ModelError
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Plan
-from runtime.plan_file import encode_record, write_plan
+from runtime.plans.file import encode_record, write_plan
+from runtime.plans.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 H2O = [sys.executable, "-m", "h2o_cli.main"]

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.cache_memory import STEP, CacheMemory, Rows
-from runtime.ledger import touched_bytes
-from runtime.plan import Layout, Plan
-from runtime.residency import smallest_window, streamable_bytes
+from runtime.plans.ledger import touched_bytes
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.sizes import MB, page_down, page_up
 
 CTX = 1024

@@ -13,8 +13,8 @@ from h2o_cli import models
 from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profile
 from profiler.source_format import save_source
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Layout, Plan
-from runtime.plan_file import read_plan, write_plan
+from runtime.plans.file import read_plan, write_plan
+from runtime.plans.plan import Layout, Plan
 from runtime.sizes import PAGE
 
 KEYS = {

@@ -17,8 +17,8 @@ from h2o_cli import main as cli
 from h2o_cli.models import remember_model
 from profiler.model_profile import save_profile
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Layout, Plan
-from runtime.plan_file import write_plan, write_source_plan
+from runtime.plans.file import write_plan, write_source_plan
+from runtime.plans.plan import Layout, Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 H2O = [sys.executable, "-m", "h2o_cli.main"]

@@ -10,7 +10,7 @@ import pytest
 from h2o_cli import closing, cmd_run, output
 from h2o_cli import main as cli
 from runtime.meter import Statistics
-from runtime.plan import Layout, Plan
+from runtime.plans.plan import Layout, Plan
 
 
 @pytest.fixture(autouse=True)

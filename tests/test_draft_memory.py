@@ -21,7 +21,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
 from runtime.meter import Statistics
 from runtime.pass_memory import rows_for
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 from runtime.settings import Settings
 from runtime.sizes import MB
 from runtime.speculate import MOST_DRAFTED, Speculation

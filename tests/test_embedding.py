@@ -13,9 +13,9 @@ from runtime.aligned_io import WeightFiles
 from runtime.embedding import RowTable
 from runtime.errors import DiskError
 from runtime.layer_store import LayerStore
-from runtime.ledger import embedding_rows_bytes
 from runtime.llama.model_file import ModelFile, TensorInfo
 from runtime.memory import view
+from runtime.plans.ledger import embedding_rows_bytes
 from runtime.sizes import PAGE, page_down, page_up
 
 MODEL = make_index([[64, 64]], [64])

@@ -17,12 +17,12 @@ from engines import engine, greedy
 from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.head_start import head_start
 from runtime.kv.options import KvFilter
-from runtime.ledger import MARGIN_BYTES
 from runtime.llama import abi, model_file
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
-from runtime.plan import Layout, Plan
-from runtime.residency import smallest_window, streamable_bytes
+from runtime.plans.ledger import MARGIN_BYTES
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB
 

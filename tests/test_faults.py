@@ -20,8 +20,8 @@ from test_bad_inputs import h2o, is_one_line
 from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Plan
-from runtime.plan_file import write_plan
+from runtime.plans.file import write_plan
+from runtime.plans.plan import Plan
 from runtime.sizes import PAGE
 
 ROOT = Path(__file__).resolve().parent.parent

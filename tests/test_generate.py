@@ -22,10 +22,10 @@ from runtime.generate import (
 )
 from runtime.llama.tokenizer import Tokenizer
 from runtime.meter import Meter
-from runtime.plan import Layout, Plan
-from runtime.plan_file import write_plan, write_source_plan
-from runtime.plan_watcher import PlanWatcher
-from runtime.residency import streamable_bytes
+from runtime.plans.file import write_plan, write_source_plan
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import streamable_bytes
+from runtime.plans.watcher import PlanWatcher
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import Machine
 

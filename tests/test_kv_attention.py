@@ -11,7 +11,7 @@ from kv_reference import Recorder, attend, best, per_head, softmax
 
 from runtime.kv.options import KvFilter
 from runtime.kv.selection import Selection
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 
 THREADS = 2
 PROMPT = [7 + (i * 37) % 200 for i in range(300)]

@@ -16,7 +16,7 @@ from runtime.kv.dense import TurnedValues
 from runtime.kv.options import KvFilter
 from runtime.llama import abi
 from runtime.memory import Region, view
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 
 RESIDENT = Plan(4, 1, pinned_bytes=10**9)
 PROMPT = [7 + (i * 37) % 200 for i in range(300)]

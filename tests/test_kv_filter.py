@@ -9,7 +9,7 @@ import pytest
 from engines import assert_same, engine, greedy
 
 from runtime.kv.options import KvFilter
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 
 THREADS = 2
 PROMPT = [7 + (i * 37) % 200 for i in range(300)]

@@ -23,7 +23,7 @@ from runtime.kv.store import DiskStore, RamStore
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 
 THREADS = 2
 PROMPT = [7 + (i * 37) % 200 for i in range(200)]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import BudgetError
-from runtime.ledger import (
+from runtime.plans.ledger import (
     MARGIN_BYTES,
     Ledger,
     below_floor,

@@ -21,8 +21,8 @@ from runtime.kv.options import KvFilter
 from runtime.llama import hollow
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Plan
-from runtime.plan_stats import StatsWriter, stats_path
+from runtime.plans.plan import Plan
+from runtime.plans.stats import StatsWriter, stats_path
 from runtime.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,17 +15,17 @@ from runtime.errors import BudgetError
 from runtime.generate import PlanFollower
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes
-from runtime.plan import Layout, Plan
-from runtime.plan_file import write_plan
-from runtime.plan_watcher import LOOK_EVERY_S, PlanWatcher
-from runtime.residency import streamable_bytes
+from runtime.plans.file import write_plan
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import streamable_bytes
+from runtime.plans.watcher import LOOK_EVERY_S, PlanWatcher
 
 MB = 10**6
 SHAPE = "llama:layers=8,dim=512,ffn=2048,heads=8,kv_heads=4,vocab=4096,ctx=512,tied=0"
 WRITER = """
 import sys
-from runtime.plan import Layout, Plan
-from runtime.plan_file import write_plan
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.file import write_plan
 budget, model_hash = int(sys.argv[2]), int(sys.argv[3])
 write_plan(sys.argv[1], Plan(2, 1, Layout.BALANCED, budget_bytes=budget, model_hash=model_hash))
 """

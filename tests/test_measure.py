@@ -16,7 +16,7 @@ from profiler.release import resident_release, slot_release
 from runtime.errors import BudgetError, Cancelled
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.residency import layer_bytes, smallest_window
+from runtime.plans.residency import layer_bytes, smallest_window
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from runtime.errors import Cancelled
 from runtime.llama import abi, node_filter
 from runtime.llama.node_filter import NodeFilter
 from runtime.nodes import Nodes
-from runtime.plan import Layout, Plan
+from runtime.plans.plan import Layout, Plan
 
 PROMPT = [7 + (i * 37) % 200 for i in range(7)]
 needs_compiled = pytest.mark.skipif(node_filter._LIBRARY is None, reason="built without a compiler")

@@ -10,8 +10,8 @@ from tiny_models import ARCHS, OTHER_ARCHS
 
 from runtime.llama import model_file
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Layout, Plan
-from runtime.residency import smallest_window, streamable_bytes
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import smallest_window, streamable_bytes
 
 THREADS = 2
 

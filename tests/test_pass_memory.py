@@ -13,8 +13,8 @@ from test_layer_store import bytes_in_memory
 
 from runtime.llama import abi
 from runtime.pass_memory import Use, pass_sizes, rows_for
-from runtime.plan import Layout, Plan
-from runtime.residency import smallest_window, streamable_bytes
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS
 from runtime.sizes import MB, page_down, page_up
 

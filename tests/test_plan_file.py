@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import PlanError
-from runtime.plan import Layout, Plan
-from runtime.plan_file import RECORD, default_plan_path, read_plan, write_plan, write_source_plan
+from runtime.plans.file import RECORD, default_plan_path, read_plan, write_plan, write_source_plan
+from runtime.plans.plan import Layout, Plan
 
 PLAN = Plan(3, 2, Layout.BALANCED, 10**9, 5 * 10**8, 2 * 10**9, 2**62 + 1)
 ROOT = Path(__file__).parents[1]
 WRITER = """
 import sys, time
-from runtime.plan import Layout, Plan
-from runtime.plan_file import write_plan
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.file import write_plan
 path, seconds = sys.argv[1], float(sys.argv[2])
 end, i = time.monotonic() + seconds, 0
 while time.monotonic() < end:
@@ -213,7 +213,7 @@ def test_two_writers_lose_no_generation(path):
 def test_locked_by_somebody(path, monkeypatch):
     import fcntl
 
-    monkeypatch.setattr("runtime.plan_file.LOCK_WAIT_S", 0.01)
+    monkeypatch.setattr("runtime.plans.file.LOCK_WAIT_S", 0.01)
     write_plan(path, PLAN)
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -19,8 +19,8 @@ from runtime.engine import Engine
 from runtime.kv.options import KvFilter
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Layout, Plan
-from runtime.residency import streamable_bytes
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import streamable_bytes
 from runtime.settings import Settings
 
 MB = 10**6

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime import plan_stats
 from runtime.errors import PlanError
-from runtime.plan import Layout, Plan
-from runtime.plan_file import read_plan, write_plan
-from runtime.plan_stats import (
+from runtime.plans import stats as plan_stats
+from runtime.plans.file import read_plan, write_plan
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.stats import (
     RECORD,
     Overtaken,
     RunningProcess,
@@ -31,8 +31,8 @@ MODEL = 42
 PROCESS = """
 import sys, time
 from types import SimpleNamespace
-from runtime.plan_stats import StatsWriter, stats_path
-from runtime.plan_watcher import PlanWatcher
+from runtime.plans.stats import StatsWriter, stats_path
+from runtime.plans.watcher import PlanWatcher
 path, pass_s, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 engine = SimpleNamespace(
     counters=SimpleNamespace(passes=0, tokens=0, seconds=0.0, bytes_read=0, wait_s=0.0),

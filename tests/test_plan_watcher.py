@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime import plan_watcher
-from runtime.plan import Layout, Plan
-from runtime.plan_file import write_plan, write_source_plan
-from runtime.plan_watcher import PlanWatcher
+from runtime.plans import watcher as plan_watcher
+from runtime.plans.file import write_plan, write_source_plan
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.watcher import PlanWatcher
 
 MODEL = 42
 ROOT = Path(__file__).parents[1]
@@ -219,7 +219,7 @@ def test_polling_is_cheap(path):
 
 def test_against_a_busy_writer(path, watcher):
     code = (
-        "import sys\nfrom runtime.plan import Plan\nfrom runtime.plan_file import write_plan\n"
+        "import sys\nfrom runtime.plans.plan import Plan\nfrom runtime.plans.file import write_plan\n"
         f"for i in range(20000): write_plan(sys.argv[1], Plan(i, i + 1, pinned_bytes=i * 7, model_hash={MODEL}))"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)

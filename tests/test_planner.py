@@ -18,8 +18,8 @@ from profiler.model_profile import KvLayer, KvProfile
 from profiler.source_format import SourceProfile, import_source
 from runtime.errors import BudgetError, ProfileError, UsageError
 from runtime.kv.options import KvFilter
-from runtime.ledger import POSITION_BYTES, budget_for
-from runtime.plan import Layout
+from runtime.plans.ledger import POSITION_BYTES, budget_for
+from runtime.plans.plan import Layout
 
 QWEN_1_5B, QWEN_0_5B = SOURCE_PROFILES["qwen2.5-1.5b-f16"], SOURCE_PROFILES["qwen2.5-0.5b-f16"]
 CTX = {"ctx_tokens": 100, "ubatch_tokens": 50}

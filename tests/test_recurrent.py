@@ -16,8 +16,8 @@ from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.generate import CANCELLED, Request, TokenSequence, generate
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
-from runtime.plan import Plan
-from runtime.plan_file import write_plan
+from runtime.plans.file import write_plan
+from runtime.plans.plan import Plan
 from runtime.sampler import Sampler, Sampling
 
 PROMPT = [5, 6, 7, 8]

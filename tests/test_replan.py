@@ -33,10 +33,10 @@ from planner.replan import (
 from planner.simulator import decode_rates, token_s
 from profiler.model_profile import save_profile
 from profiler.source_format import import_source
-from runtime import plan_stats
 from runtime.llama.model_file import ModelFile
-from runtime.plan import Layout, Plan
-from runtime.plan_file import read_plan, write_plan
+from runtime.plans import stats as plan_stats
+from runtime.plans.file import read_plan, write_plan
+from runtime.plans.plan import Layout, Plan
 
 ROOT = Path(__file__).parents[1]
 H2O = [sys.executable, "-m", "h2o_cli.main"]

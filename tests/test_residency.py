@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.llama.model_file import Layer, ModelFile, Piece, TensorInfo
-from runtime.plan import Layout, Plan
-from runtime.residency import (
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import (
     k_layers_worth,
     layer_bytes,
     layers_in,

@@ -18,7 +18,7 @@ from planner.simulator import (
     token_s,
 )
 from profiler.source_format import SourceProfile
-from runtime.plan import Layout
+from runtime.plans.plan import Layout
 
 # 10, 20 and 30 ms to load, 5, 15 and 25 to compute, 1, 2 and 3 to release.
 SOURCE = SourceProfile(1000, (10, 20, 30), (5, 15, 25), (1, 2, 3))
@@ -210,7 +210,7 @@ def test_a_window_smaller_than_a_layer_still_works():
 
 
 def test_whole_layers_are_the_ones_the_runtime_picks():
-    from runtime import residency
+    from runtime.plans import residency
 
     for n_layers in (1, 5, 24, 28):
         for k in range(n_layers + 1):

@@ -17,8 +17,8 @@ from cgroups import memory_limit
 from h2o_cli import opening, smallest
 from h2o_cli.smallest import CHAT, CONVERSATION, PLANNER_BYTES, PROMPT, agreed, ask, written
 from runtime.errors import ModelError
-from runtime.ledger import MARGIN_BYTES, TURNS_MARGIN_BYTES
 from runtime.llama.model_file import ModelFile
+from runtime.plans.ledger import MARGIN_BYTES, TURNS_MARGIN_BYTES
 from runtime.settings import Settings
 
 MB = 10**6

@@ -22,7 +22,7 @@ from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
 from runtime.meter import Meter
-from runtime.plan import Plan
+from runtime.plans.plan import Plan
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import Settings
 from runtime.speculate import MOST_DRAFTED, Speculation

@@ -16,7 +16,7 @@ from runtime.engine import Engine
 from runtime.layer_store import LayerStore
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.plan_file import read_plan
+from runtime.plans.file import read_plan
 from runtime.settings import Settings
 from runtime.trace import LayerTrace
 

@@ -18,8 +18,8 @@ from runtime.llama import abi
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
-from runtime.plan import Layout, Plan
-from runtime.residency import smallest_window
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import smallest_window
 from runtime.settings import Settings
 
 Floats = npt.NDArray[np.float32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from runtime.llama.model_file import Layer, ModelFile, Piece
-from runtime.plan import Layout, Plan
+from runtime.plans.plan import Layout, Plan
 from runtime.sizes import PAGE
 
 _SHORT_READ_S = 0.0011

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import PlanError
-from runtime.plan import Plan
-from runtime.plan_file import write_plan
-from runtime.shared_record import MOVE_AWAY, check_owner, is_whole, open_shared, with_crc
+from runtime.plans.file import write_plan
+from runtime.plans.plan import Plan
+from runtime.plans.shared_record import MOVE_AWAY, check_owner, is_whole, open_shared, with_crc
 from runtime.speculate import MOST_DRAFTED
 
 if TYPE_CHECKING:

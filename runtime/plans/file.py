@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from runtime.errors import PlanError
-from runtime.plan import Layout, Plan
-from runtime.shared_record import MOVE_AWAY, is_whole, open_shared, with_crc
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.shared_record import MOVE_AWAY, is_whole, open_shared, with_crc
 
 MAGIC = b"H2OPLAN\0"
 VERSION = 1

@@ -6,9 +6,9 @@ import os
 import time
 
 from runtime.errors import PlanError
-from runtime.plan import Plan
-from runtime.plan_file import RECORD, decode_record, is_torn
-from runtime.shared_record import check_owner, open_shared
+from runtime.plans.file import RECORD, decode_record, is_torn
+from runtime.plans.plan import Plan
+from runtime.plans.shared_record import check_owner, open_shared
 
 LOOK_EVERY_S = 0.2
 
