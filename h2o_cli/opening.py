@@ -21,7 +21,6 @@ from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, c
 from runtime.engine import Engine
 from runtime.errors import BudgetError, H2OError, ModelError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
-from runtime.head_start import Weights, head_start
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.quantize import copy_bytes, copy_pays, low_bit_copy
@@ -37,6 +36,7 @@ from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, SHORT_PASS, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size
 from runtime.speculate import Speculation, most_drafted
+from runtime.weights.head_start import Weights, head_start
 
 if TYPE_CHECKING:
     from profiler.model_profile import ModelProfile

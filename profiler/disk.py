@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 from profiler.awake import Computing
 from profiler.model_profile import DiskPoint, Mode, Spread
-from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
 from runtime.settings import Settings
 from runtime.sizes import MIB, PAGE, page_down, page_up
+from runtime.weights.files import BUFFERED, DIRECT, WeightFiles
 
 LEAST_BUFFER_BYTES, BUFFER_BYTES = MIB, 16 * MIB  # the most that is in flight at once
 SAMPLE_S = 0.25

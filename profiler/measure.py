@@ -33,7 +33,6 @@ from profiler.model_profile import (
 )
 from profiler.release import resident_release, slot_release
 from profiler.timing import columns
-from runtime.aligned_io import WeightFiles
 from runtime.engine import Engine
 from runtime.errors import BudgetError, Cancelled, ModelError
 from runtime.kv.cache import K, V, find_cache
@@ -47,6 +46,7 @@ from runtime.plans.plan import Plan
 from runtime.plans.residency import layer_bytes, smallest_window, streamable_bytes
 from runtime.settings import SHORT_PASS, Settings
 from runtime.sizes import MB, format_size
+from runtime.weights.files import WeightFiles
 
 CTX_TOKENS = 512
 _ROOT = Path(__file__).resolve().parent.parent

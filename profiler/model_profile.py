@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from runtime.aligned_io import BUFFERED, has_direct_reads
 from runtime.errors import ProfileError
 from runtime.settings import Machine
+from runtime.weights.files import BUFFERED, has_direct_reads
 
 SCHEMA = 2
 _MOST_BYTES = 64 * 2**20

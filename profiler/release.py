@@ -7,10 +7,10 @@ import threading
 
 from profiler.model_profile import Spread
 from profiler.timing import seconds_of
-from runtime.homes import Homes
 from runtime.llama.model_file import Layer
 from runtime.plans.residency import layer_bytes
-from runtime.ring import Ring, Slot
+from runtime.weights.homes import Homes
+from runtime.weights.ring import Ring, Slot
 
 
 def slot_release(layer: Layer, repeats: int) -> Spread:

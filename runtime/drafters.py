@@ -11,17 +11,17 @@ from typing import cast
 
 from runtime.engine import Engine
 from runtime.errors import Cancelled, H2OError, ModelError
-from runtime.head_start import open_weights
-from runtime.layer_store import LayerStore
 from runtime.llama import abi
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.loads import NONE, Numbers
 from runtime.memory import trim_heap
 from runtime.plans.plan import Plan
 from runtime.plans.residency import streamable_bytes
 from runtime.sampler import Sampler, Sampling
 from runtime.settings import FULL_TILES, Settings
+from runtime.weights.head_start import open_weights
+from runtime.weights.loads import NONE, Numbers
+from runtime.weights.store import LayerStore
 
 LONGEST, SHORTEST = 3, 1
 _MULTIPLIER = 0x9E3779B97F4A7C15

@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from runtime.cache_memory import STEP, CacheMemory, growing_rows
-from runtime.embedding import RowTable
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
-from runtime.head_start import Weights, open_weights
 from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
@@ -35,6 +33,8 @@ from runtime.plans.residency import (
 )
 from runtime.settings import FULL_TILES, SHORT_PASS, Settings
 from runtime.sizes import page_down
+from runtime.weights.head_start import Weights, open_weights
+from runtime.weights.rows import RowTable
 
 if TYPE_CHECKING:
     import numpy as np

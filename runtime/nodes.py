@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from runtime.embedding import RowTable
 from runtime.errors import EngineError
-from runtime.layer_store import LayerStore
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile, Piece
 from runtime.llama.node_filter import NodeFilter
 from runtime.llama.tiled_product import TiledProduct
-from runtime.repack import Repacker
 from runtime.trace import LayerTrace
+from runtime.weights.repack import Repacker
+from runtime.weights.rows import RowTable
+from runtime.weights.store import LayerStore
 
 if TYPE_CHECKING:
     from runtime.kv.filter import Filter

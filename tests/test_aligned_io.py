@@ -13,11 +13,11 @@ from cgroups import memory_limit
 from engines import engine
 
 from profiler.disk import cached_bytes, make_cold
-from runtime import aligned_io
-from runtime.aligned_io import BUFFERED, CACHED_BYTES, DIRECT, WeightFiles, has_direct_reads
 from runtime.memory import Region, device_bytes_read, view
 from runtime.plans.plan import Plan
 from runtime.sizes import MB, MIB
+from runtime.weights import files as aligned_io
+from runtime.weights.files import BUFFERED, CACHED_BYTES, DIRECT, WeightFiles, has_direct_reads
 
 SIZE = 8 * MIB
 
@@ -114,7 +114,7 @@ def test_pages_of_buffered_reads_are_in_the_ledger(tiny_model, monkeypatch):
 
 RUN_BUFFERED = """
 import sys
-from runtime import aligned_io
+from runtime.weights import files as aligned_io
 aligned_io._open_direct = lambda *_arguments: None
 from h2o_cli.main import run_command
 sys.exit(run_command(sys.argv[1:]))

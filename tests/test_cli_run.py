@@ -238,7 +238,7 @@ def test_absurd_plan_files(tiny_model, run, run_json, plan_file, plan, said):
 
 
 def test_an_old_profile_with_buffered_reads_is_not_used(tiny_model, run, run_json, tmp_path, monkeypatch):
-    from runtime.aligned_io import has_direct_reads
+    from runtime.weights.files import has_direct_reads
 
     path = tiny_model("qwen2")
     file = ModelFile.open(path)

@@ -85,7 +85,7 @@ def test_a_run_after_a_profile_predicts(tiny_model, tmp_path, monkeypatch, capsy
 @pytest.fixture
 def shares(monkeypatch):
     """What progress says of the tokens computed, asked at every piece of weights."""
-    from runtime.layer_store import LayerStore
+    from runtime.weights.store import LayerStore
 
     seen, asked = [], []
 

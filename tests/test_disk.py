@@ -7,12 +7,12 @@ import pytest
 from profiler import disk
 from profiler.awake import Computing
 from profiler.disk import Arrival, ChunkReader, Way
-from runtime import aligned_io
-from runtime.aligned_io import DIRECT, WeightFiles
 from runtime.errors import DiskError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, view
 from runtime.sizes import MIB, PAGE
+from runtime.weights import files as aligned_io
+from runtime.weights.files import DIRECT, WeightFiles
 
 BIG = "llama:layers=6,dim=512,ffn=1024,heads=4,kv_heads=2,vocab=2048,ctx=512"
 

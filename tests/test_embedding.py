@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from test_layer_store import PatternFiles, bytes_in_memory, pattern
 from test_residency import make_index
 
-from runtime.aligned_io import WeightFiles
-from runtime.embedding import RowTable
 from runtime.errors import DiskError
-from runtime.layer_store import LayerStore
 from runtime.llama.model_file import ModelFile, TensorInfo
 from runtime.memory import view
 from runtime.plans.ledger import embedding_rows_bytes
 from runtime.sizes import PAGE, page_down, page_up
+from runtime.weights.files import WeightFiles
+from runtime.weights.rows import RowTable
+from runtime.weights.store import LayerStore
 
 MODEL = make_index([[64, 64]], [64])
 

@@ -15,7 +15,6 @@ import pytest
 from engines import engine, greedy
 
 from runtime.errors import Cancelled, DiskError, EngineError
-from runtime.head_start import head_start
 from runtime.kv.options import KvFilter
 from runtime.llama import abi, model_file
 from runtime.llama.model_file import ModelFile
@@ -25,6 +24,7 @@ from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB
+from runtime.weights.head_start import head_start
 
 
 @pytest.mark.parametrize("n_reads", [0, 3])
@@ -132,9 +132,9 @@ def test_weights_that_cannot_be_opened_leave_nothing_behind(part, tiny_model, mo
     def fail(*_, **__):
         raise DiskError("no more of that")
 
-    name = {"small": "runtime.aligned_io.WeightFiles.read", "store": "runtime.layer_store.LayerStore.__init__"}
-    monkeypatch.setattr(name.get(part, "runtime.layer_store.LayerStore.apply"), fail)
-    monkeypatch.setattr("runtime.head_start._GUESSED_PROCESS_BYTES", 0)
+    name = {"small": "runtime.weights.files.WeightFiles.read", "store": "runtime.weights.store.LayerStore.__init__"}
+    monkeypatch.setattr(name.get(part, "runtime.weights.store.LayerStore.apply"), fail)
+    monkeypatch.setattr("runtime.weights.head_start._GUESSED_PROCESS_BYTES", 0)
     before = what_is_open()
     with pytest.raises(DiskError):
         head_start(file, Plan(0, 1, budget_bytes=MARGIN_BYTES + 4 * MB), Settings())
@@ -252,8 +252,10 @@ def test_what_the_process_takes_is_looked_up_once(tiny_model, monkeypatch):
 @pytest.mark.parametrize(("more_mb", "everything"), [(70, True), (30, False)])
 def test_a_head_start_has_huge_pages_where_all_weights_may_fit(bundled_model, monkeypatch, more_mb, everything):
     asked = []
-    monkeypatch.setattr("runtime.head_start.LayerStore.apply", lambda *_, **more: asked.append(more["everything"]))
-    monkeypatch.setattr("runtime.head_start.guessed_room", lambda file, _: streamable_bytes(file) // 2)
+    monkeypatch.setattr(
+        "runtime.weights.head_start.LayerStore.apply", lambda *_, **more: asked.append(more["everything"])
+    )
+    monkeypatch.setattr("runtime.weights.head_start.guessed_room", lambda file, _: streamable_bytes(file) // 2)
     file = ModelFile.open(bundled_model)
     plan = Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=streamable_bytes(file) + more_mb * MB)
     head_start(file, plan, Settings()).close()

@@ -17,12 +17,12 @@ import pytest
 from broken_models import Tensor
 from test_bad_inputs import h2o, is_one_line
 
-from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import write_plan
 from runtime.plans.plan import Plan
 from runtime.sizes import PAGE
+from runtime.weights.files import BUFFERED, DIRECT, WeightFiles
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTY = [sys.executable, str(ROOT / "tests" / "faulty.py")]

@@ -7,10 +7,10 @@ from cgroups import memory_limit
 from test_layer_store import bytes_in_memory
 from test_memory import flags_of
 
-from runtime.homes import Homes, home_bytes
 from runtime.llama.model_file import Piece, TensorInfo
 from runtime.memory import HUGE_PAGE, view
 from runtime.sizes import MB, PAGE
+from runtime.weights.homes import Homes, home_bytes
 
 ROW = 1024
 N_ROWS = 3 * HUGE_PAGE // ROW + 8  # three huge pages, and a bit more

@@ -18,13 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_residency import make_index
 
-from runtime import homes, layer_store
-from runtime.aligned_io import BUFFERED, DIRECT, WeightFiles
 from runtime.errors import DiskError, EngineError
-from runtime.layer_store import LayerStore
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, page_down, page_up
+from runtime.weights import homes
+from runtime.weights import store as layer_store
+from runtime.weights.files import BUFFERED, DIRECT, WeightFiles
+from runtime.weights.store import LayerStore
 
 SLOW = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 FEWER = settings(SLOW, max_examples=60)

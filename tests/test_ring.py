@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime.memory import view
-from runtime.ring import Ring
 from runtime.sizes import PAGE
+from runtime.weights.ring import Ring
 
 SIZE = 16
 

@@ -19,11 +19,11 @@ from test_layer_store import (
     wait_until,
 )
 
-from runtime import layer_store
 from runtime.errors import Cancelled, DiskError, EngineError
-from runtime.layer_store import LayerStore
 from runtime.memory import Region
 from runtime.sizes import PAGE, page_down
+from runtime.weights import store as layer_store
+from runtime.weights.store import LayerStore
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from runtime.layer_store import LayerStore
 from runtime.llama.model_file import TensorInfo
 from runtime.memory import Region
 from runtime.sizes import PAGE, page_down, page_up
+from runtime.weights.store import LayerStore
 
 _MOST_BYTES = 2**20
 

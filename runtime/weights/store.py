@@ -13,15 +13,15 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
-from runtime.aligned_io import WeightFiles
 from runtime.errors import EngineError
-from runtime.homes import Home, Homes
 from runtime.llama.model_file import ModelFile, Piece
-from runtime.loads import NONE, Batch, Chunk, Load, Numbers, remove
 from runtime.memory import touch
-from runtime.ring import Ring
 from runtime.sizes import PAGE, page_down
 from runtime.threads import join_threads, start_threads
+from runtime.weights.files import WeightFiles
+from runtime.weights.homes import Home, Homes
+from runtime.weights.loads import NONE, Batch, Chunk, Load, Numbers, remove
+from runtime.weights.ring import Ring
 
 _POLL_S = 0.1
 

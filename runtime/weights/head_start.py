@@ -5,15 +5,15 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from runtime.aligned_io import WeightFiles
-from runtime.layer_store import LayerStore
 from runtime.llama.model_file import ModelFile
 from runtime.plans.ledger import MARGIN_BYTES, usable_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import resident_pieces, streamable_bytes, window_bytes
 from runtime.settings import Settings
 from runtime.sizes import MB, page_down
-from runtime.small_tensors import SmallTensors
+from runtime.weights.files import WeightFiles
+from runtime.weights.small import SmallTensors
+from runtime.weights.store import LayerStore
 
 _GUESSED_PROCESS_BYTES = 80 * MB
 _LEAST_PROCESS_BYTES = 40 * MB  # with more left than this, all weights may fit in the end

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from runtime.aligned_io import WeightFiles
 from runtime.llama import abi
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile, TensorInfo
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, page_down, page_up
+from runtime.weights.files import WeightFiles
 
 
 class SmallTensors:

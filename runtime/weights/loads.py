@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from runtime.llama.model_file import Piece
-from runtime.ring import Slot
+from runtime.weights.ring import Slot
 
 Numbers = frozenset[int]  # of pieces
 NONE: Numbers = frozenset()
