@@ -18,14 +18,14 @@ from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
 from h2o_cli.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
+from runtime.engine.pass_memory import rows_for
 from runtime.errors import BudgetError, H2OError, ModelError, ProfileError, UsageError
 from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.quantize import copy_bytes, copy_pays, low_bit_copy
 from runtime.llama.tokenizer import Tokenizer
-from runtime.pass_memory import rows_for
 from runtime.plans.file import default_plan_path
 from runtime.plans.ledger import MARGIN_BYTES, POSITION_BYTES, TURNS_MARGIN_BYTES, below_floor
 from runtime.plans.plan import Layout

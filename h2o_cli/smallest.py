@@ -20,7 +20,8 @@ from io import StringIO
 from pathlib import Path
 
 from h2o_cli.models import replace_file
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
+from runtime.engine.pass_memory import rows_for
 from runtime.errors import (
     BudgetError,
     DiskError,
@@ -35,7 +36,6 @@ from runtime.llama.abi import PINNED_VERSION
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.memory import trim_heap
-from runtime.pass_memory import rows_for
 from runtime.plans.ledger import MARGIN_BYTES, budget_for, more_margin, whole_floor
 from runtime.plans.plan import Plan
 from runtime.plans.residency import smallest_window

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from profiler.awake import Waker
 from profiler.model_profile import Spread
 from profiler.timing import columns
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
+from runtime.engine.trace import LayerTrace
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.plan import Plan
 from runtime.plans.residency import streamable_bytes
-from runtime.trace import LayerTrace
 
 PREFILL_TOKENS = 128
 DISTURBED = 1.25  # a pass that takes this many times the fastest one's time was disturbed

@@ -33,7 +33,7 @@ from profiler.model_profile import (
 )
 from profiler.release import resident_release, slot_release
 from profiler.timing import columns
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import BudgetError, Cancelled, ModelError
 from runtime.kv.cache import K, V, find_cache
 from runtime.llama import abi

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
 
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import Cancelled, H2OError, ModelError
 from runtime.llama import abi
 from runtime.llama.hollow import HollowModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
 from runtime.llama.tokenizer import Tokenizer
 from runtime.memory import memory_bytes

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
-from runtime.engine import Counters, Engine
+from runtime.engine.engine import Counters, Engine
 from runtime.generate import CANCELLED, Step
 from runtime.memory import device_bytes_read
 from runtime.settings import Machine

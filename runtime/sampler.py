@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import UsageError
 from runtime.llama import abi
 

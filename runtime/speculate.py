@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from runtime.engine import Counters
+from runtime.engine.engine import Counters
 from runtime.gauge import Gauge, PassTime
 
 MOST_DRAFTED = 32

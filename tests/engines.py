@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.plan import Plan

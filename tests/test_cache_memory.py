@@ -14,7 +14,7 @@ from engines import engine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cache_memory import STEP, CacheMemory, Rows
+from runtime.kv.cache_memory import STEP, CacheMemory, Rows
 from runtime.plans.ledger import touched_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes

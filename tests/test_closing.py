@@ -109,7 +109,7 @@ def shares(monkeypatch):
 
 def test_progress_counts_computed_tokens_and_layers(tiny_model, shares, capsys):
     """Four passes over streamed layers: the share rises with every layer, not with the bytes that were read."""
-    from runtime.engine import Engine
+    from runtime.engine.engine import Engine
 
     passes = []
     forward = Engine._pass

@@ -91,14 +91,14 @@ def test_scratch_begins_at_a_cache_line_and_is_large_enough(tiny_model, file_typ
 @pytest.mark.parametrize(
     "broken",
     [
-        "runtime.engine.RowTable",
-        "runtime.engine.Nodes",
-        "runtime.engine.Context",
-        "runtime.engine.PassMemory",
-        "runtime.engine.resident_bytes_outside",
+        "runtime.engine.engine.RowTable",
+        "runtime.engine.engine.Nodes",
+        "runtime.engine.engine.Context",
+        "runtime.engine.engine.PassMemory",
+        "runtime.engine.engine.resident_bytes_outside",
         "runtime.kv.filter.Filter",
-        "runtime.engine.smallest_window",
-        "runtime.engine.Engine.apply",
+        "runtime.engine.engine.smallest_window",
+        "runtime.engine.engine.Engine.apply",
     ],
 )
 def test_an_engine_that_cannot_be_opened_leaves_nothing_behind(broken, tiny_model, monkeypatch):
@@ -232,7 +232,7 @@ def test_tiles_of_a_rearranged_matrix_are_read_anew_when_some_are_streamed(tiny_
         if not any(weight.address in opened.nodes._repacker._plain for weight in tiled):
             pytest.skip("llama.cpp rearranges nothing on this processor")
         opened.truncate(0)
-        monkeypatch.setattr("runtime.engine.resident_pieces", lambda *_, **__: everything - {tiles[1].number})
+        monkeypatch.setattr("runtime.engine.engine.resident_pieces", lambda *_, **__: everything - {tiles[1].number})
         opened.apply(Plan(0, 1))
         logits, tokens = greedy(opened, [5, 6, 7], 4)
         assert opened._store.is_resident(tiles[0])
@@ -243,7 +243,7 @@ def test_tiles_of_a_rearranged_matrix_are_read_anew_when_some_are_streamed(tiny_
 
 def test_what_the_process_takes_is_looked_up_once(tiny_model, monkeypatch):
     calls = []
-    monkeypatch.setattr("runtime.engine.resident_bytes_outside", lambda ranges: calls.append(ranges) or 50 * MB)
+    monkeypatch.setattr("runtime.engine.engine.resident_bytes_outside", lambda ranges: calls.append(ranges) or 50 * MB)
     with engine(tiny_model("llama"), Plan(0, 1, budget_bytes=10**9)) as opened:
         assert opened.ledger.process_bytes == 50 * MB
     assert len(calls) == 1

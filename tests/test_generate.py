@@ -6,7 +6,7 @@ import reference
 from engines import engine
 
 from runtime import meter as meters
-from runtime.engine import Counters
+from runtime.engine.engine import Counters
 from runtime.errors import EngineError, PromptError
 from runtime.generate import (
     CANCELLED,

@@ -151,7 +151,11 @@ def test_a_context_without_address_space_says_so(tiny_model, monkeypatch):
 
 @pytest.mark.parametrize(
     "broken",
-    ["runtime.engine.Nodes", "runtime.weights.head_start.SmallTensors", "runtime.weights.files.WeightFiles.read"],
+    [
+        "runtime.engine.engine.Nodes",
+        "runtime.weights.head_start.SmallTensors",
+        "runtime.weights.files.WeightFiles.read",
+    ],
 )
 def test_a_draft_model_that_cannot_be_opened_leaves_nothing_behind(broken, tiny_model, monkeypatch):
     file = ModelFile.open(tiny_model("llama"))

@@ -9,10 +9,10 @@ from engines import assert_same, engine, greedy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.engine.nodes import Nodes
 from runtime.errors import Cancelled
 from runtime.llama import abi, node_filter
 from runtime.llama.node_filter import NodeFilter
-from runtime.nodes import Nodes
 from runtime.plans.plan import Layout, Plan
 
 PROMPT = [7 + (i * 37) % 200 for i in range(7)]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_layer_store import bytes_in_memory
 
+from runtime.engine.pass_memory import Use, pass_sizes, rows_for
 from runtime.llama import abi
-from runtime.pass_memory import Use, pass_sizes, rows_for
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.settings import FULL_TILES, SHORT_PASS
@@ -42,7 +42,7 @@ def test_memory_never_makes_a_pass_shorter_than_a_tile_of_attention(n_tokens, n_
 
 @pytest.mark.parametrize("n_ubatch", [100, 128, 200, 512])
 def test_a_small_budget_makes_no_context_for_shorter_passes(n_ubatch, tiny_model, monkeypatch):
-    monkeypatch.setattr("runtime.engine.Engine.apply", lambda *_: None)
+    monkeypatch.setattr("runtime.engine.engine.Engine.apply", lambda *_: None)
     with engine(tiny_model("llama"), Plan(0, 1, budget_bytes=1), n_ubatch=n_ubatch) as opened:
         assert opened.pass_sizes(n_ubatch) == [n_ubatch] * (n_ubatch <= 128) or min(opened.pass_sizes(n_ubatch)) >= 64
 

@@ -15,7 +15,7 @@ from test_model_profile import make_profile
 from planner.footprint import measure_footprint
 from planner.kv import EARLY_POSITIONS, KvUse
 from profiler.measure import default_settings, measure_memory
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.kv.options import KvFilter
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile

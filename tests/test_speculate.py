@@ -13,7 +13,7 @@ from engines import engine
 
 from h2o_cli import main as cli
 from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
-from runtime.engine import Counters
+from runtime.engine.engine import Counters
 from runtime.errors import BudgetError, H2OError, ModelError
 from runtime.gauge import Gauge, Mean, PassTime
 from runtime.generate import CANCELLED, EOS, LENGTH, STOP, Request, TokenSequence, generate

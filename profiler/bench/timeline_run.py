@@ -12,12 +12,12 @@ import msgspec
 
 from profiler.bench.rows import Read, Span, Timeline
 from profiler.compute import layer_trace
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
+from runtime.engine.trace import LayerTrace
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import read_plan
 from runtime.settings import Settings
-from runtime.trace import LayerTrace
 from runtime.weights.store import LayerStore
 
 _WARM_PASSES = 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import Cancelled, EngineError, UsageError
 from runtime.kv.options import WINDOWED, KvFilter
 from runtime.llama import abi

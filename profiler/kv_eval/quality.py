@@ -15,7 +15,7 @@ from profiler.kv_eval.needles import Trial, haystack, is_right, make_trials, pla
 from profiler.kv_eval.readers import ANSWER_TOKENS, Example, measure_of, read_examples, score, truncate_middle
 from profiler.kv_eval.rows import KvRow
 from profiler.kv_eval.texts import NAMES
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 
 _ROOM = 64  # tokens of an answer, or of a second question and its answer
 _STEP = 256

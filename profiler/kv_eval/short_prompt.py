@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.errors import H2OError
 from runtime.llama import abi
 

@@ -18,7 +18,7 @@ import msgspec
 
 from profiler.kv_eval.model import EvalModel, begin, start_of
 from profiler.kv_eval.short_prompt import short_attention
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
 from runtime.kv.options import DEFAULT_SELECT, KvFilter, parse_layers, parse_strategy
 from runtime.sizes import MB
 

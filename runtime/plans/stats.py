@@ -25,7 +25,7 @@ from runtime.plans.shared_record import MOVE_AWAY, check_owner, is_whole, open_s
 from runtime.speculate import MOST_DRAFTED
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine
+    from runtime.engine.engine import Engine
 
 MAGIC = b"H2OSTAT\0"
 VERSION = 1

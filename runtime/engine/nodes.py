@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from runtime.engine.trace import LayerTrace
 from runtime.errors import EngineError
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile, Piece
 from runtime.llama.node_filter import NodeFilter
 from runtime.llama.tiled_product import TiledProduct
-from runtime.trace import LayerTrace
 from runtime.weights.repack import Repacker
 from runtime.weights.rows import RowTable
 from runtime.weights.store import LayerStore

@@ -12,15 +12,15 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from runtime.cache_memory import STEP, CacheMemory, growing_rows
+from runtime.engine.nodes import Nodes
+from runtime.engine.pass_memory import PassMemory, Use, pass_sizes, rows_for
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
+from runtime.kv.cache_memory import STEP, CacheMemory, growing_rows
 from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
-from runtime.nodes import Nodes
-from runtime.pass_memory import PassMemory, Use, pass_sizes, rows_for
 from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, more_margin, usable_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import (
