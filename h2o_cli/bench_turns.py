@@ -12,9 +12,9 @@ from pathlib import Path
 from h2o_cli.opening import OpenModel, RunOptions, Session, open_session
 from h2o_cli.output import note
 from profiler.bench.rounds import serve
-from runtime.generate import Request, Step, generate
-from runtime.meter import Meter
-from runtime.sampler import Sampling
+from runtime.answer.generate import Request, Step, generate
+from runtime.answer.meter import Meter
+from runtime.answer.sampler import Sampling
 
 
 class SessionAnswer:

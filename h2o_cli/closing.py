@@ -6,11 +6,11 @@ from typing import Any
 
 from h2o_cli.opening import Session
 from h2o_cli.output import versions
+from runtime.answer.meter import Statistics
+from runtime.answer.speculate import DRAFT, OFF
 from runtime.memory import peak_bytes
-from runtime.meter import Statistics
 from runtime.plans.plan import Layout
 from runtime.sizes import MB, format_size
-from runtime.speculate import DRAFT, OFF
 
 WIDTH, LINES = 80, 2
 DRAFT_LOSS = 0.02  # of an answer's time that a draft model may cost before that is said

@@ -20,10 +20,10 @@ from h2o_cli.models import DEFAULT_MODEL, read_text, resolve_model
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import Progress, emit, note, print_json, styled, tell
 from h2o_cli.smallest import CHAT, CONVERSATION, PROMPT
+from runtime.answer.generate import LENGTH, Request, Step, check_prompt, generate
+from runtime.answer.meter import Meter
+from runtime.answer.sampler import Sampling
 from runtime.errors import DiskError, EngineError, PromptError, UsageError
-from runtime.generate import LENGTH, Request, Step, check_prompt, generate
-from runtime.meter import Meter
-from runtime.sampler import Sampling
 from runtime.sizes import parse_size
 
 PROMPT_LEAST_BYTES, PROMPT_MOST_BYTES = 2**18, 2**24

@@ -19,11 +19,11 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import emit, is_terminal, note, print_error, styled, tell
 from h2o_cli.transcript import Transcript, load, save
+from runtime.answer.generate import CANCELLED, LENGTH, Request, generate
+from runtime.answer.meter import Meter, Statistics
+from runtime.answer.sampler import Sampler
 from runtime.errors import Cancelled, H2OError, PromptError, UsageError
-from runtime.generate import CANCELLED, LENGTH, Request, generate
 from runtime.llama.chat import Chat, Message
-from runtime.meter import Meter, Statistics
-from runtime.sampler import Sampler
 
 PROMPT = "> "
 QUOTES = '"""'

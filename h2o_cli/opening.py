@@ -17,11 +17,13 @@ from h2o_cli.kv_layers import warn_of_guess
 from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
 from h2o_cli.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
-from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
+from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
+from runtime.answer.generate import PlanFollower, TokenSequence, check_budget
+from runtime.answer.sampler import Sampler, Sampling
+from runtime.answer.speculate import Speculation, most_drafted
 from runtime.engine.engine import Engine
 from runtime.engine.pass_memory import rows_for
 from runtime.errors import BudgetError, H2OError, ModelError, ProfileError, UsageError
-from runtime.generate import PlanFollower, TokenSequence, check_budget
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.quantize import copy_bytes, copy_pays, low_bit_copy
@@ -32,10 +34,8 @@ from runtime.plans.plan import Layout
 from runtime.plans.residency import smallest_window
 from runtime.plans.stats import StatsWriter, stats_path
 from runtime.plans.watcher import PlanWatcher
-from runtime.sampler import Sampler, Sampling
 from runtime.settings import KV_TYPES, SHORT_PASS, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size
-from runtime.speculate import Speculation, most_drafted
 from runtime.weights.head_start import Weights, head_start
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 
 from h2o_cli import closing, cmd_run, output
 from h2o_cli import main as cli
-from runtime.meter import Statistics
+from runtime.answer.meter import Statistics
 from runtime.plans.plan import Layout, Plan
 
 

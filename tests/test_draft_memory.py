@@ -14,17 +14,17 @@ from test_speculate import STORIES, Always, Known, Rig
 from h2o_cli import main as cli
 from h2o_cli import opening
 from h2o_cli.closing import closing_line
-from runtime.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter
+from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter
+from runtime.answer.meter import Statistics
+from runtime.answer.speculate import MOST_DRAFTED, Speculation
 from runtime.engine.engine import Counters
 from runtime.engine.pass_memory import rows_for
 from runtime.errors import BudgetError, Cancelled
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
-from runtime.meter import Statistics
 from runtime.plans.plan import Plan
 from runtime.settings import Settings
 from runtime.sizes import MB
-from runtime.speculate import MOST_DRAFTED, Speculation
 
 # --- when it comes and goes, on a simulated machine -----------------------------------------------------------------
 

@@ -5,10 +5,8 @@ import pytest
 import reference
 from engines import engine
 
-from runtime import meter as meters
-from runtime.engine.engine import Counters
-from runtime.errors import EngineError, PromptError
-from runtime.generate import (
+from runtime.answer import meter as meters
+from runtime.answer.generate import (
     CANCELLED,
     LENGTH,
     STOP,
@@ -20,13 +18,15 @@ from runtime.generate import (
     check_budget,
     generate,
 )
+from runtime.answer.meter import Meter
+from runtime.answer.sampler import Sampler, Sampling
+from runtime.engine.engine import Counters
+from runtime.errors import EngineError, PromptError
 from runtime.llama.tokenizer import Tokenizer
-from runtime.meter import Meter
 from runtime.plans.file import write_plan, write_source_plan
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import streamable_bytes
 from runtime.plans.watcher import PlanWatcher
-from runtime.sampler import Sampler, Sampling
 from runtime.settings import Machine
 
 PROMPT = tuple(range(3, 15))

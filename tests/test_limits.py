@@ -15,7 +15,7 @@ from test_bad_inputs import is_one_line
 from test_engine import what_is_open
 
 from h2o_cli import main as cli
-from runtime.drafters import DraftModel
+from runtime.answer.drafters import DraftModel
 from runtime.errors import DiskError, EngineError, H2OError, UsageError
 from runtime.kv.options import KvFilter
 from runtime.llama import hollow

@@ -11,8 +11,8 @@ import pytest
 from engines import engine, greedy
 from reference import reference_logits_and_tokens
 
+from runtime.answer.generate import PlanFollower
 from runtime.errors import BudgetError
-from runtime.generate import PlanFollower
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes
 from runtime.plans.file import write_plan

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from runtime.answer.speculate import MOST_DRAFTED
 from runtime.errors import PlanError
 from runtime.plans import stats as plan_stats
 from runtime.plans.file import read_plan, write_plan
@@ -23,7 +24,6 @@ from runtime.plans.stats import (
     decode_stats,
     stats_path,
 )
-from runtime.speculate import MOST_DRAFTED
 
 ROOT = Path(__file__).parents[1]
 MODEL = 42

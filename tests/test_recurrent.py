@@ -12,13 +12,13 @@ from recurrent_models import ARCHS, recurrent_model
 from test_faults import end, ends_soon, is_disk_error, start, text_of  # noqa: F401 - start is a fixture
 
 from h2o_cli import main as cli
+from runtime.answer.generate import CANCELLED, Request, TokenSequence, generate
+from runtime.answer.sampler import Sampler, Sampling
 from runtime.errors import Cancelled, DiskError, EngineError
-from runtime.generate import CANCELLED, Request, TokenSequence, generate
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
 from runtime.plans.file import write_plan
 from runtime.plans.plan import Plan
-from runtime.sampler import Sampler, Sampling
 
 PROMPT = [5, 6, 7, 8]
 LONG = ["-p", "he is in the stone house", "-n", "900", "--temp", "0", "-t", "1", "--ctx", "1024"]

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from engines import engine
 
+from runtime.answer.sampler import Sampler, Sampling
 from runtime.errors import UsageError
-from runtime.sampler import Sampler, Sampling
 
 PROMPT = list(range(3, 15))
 SETTINGS = [

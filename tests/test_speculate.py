@@ -12,20 +12,20 @@ import pytest
 from engines import engine
 
 from h2o_cli import main as cli
-from runtime.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
+from runtime.answer.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
+from runtime.answer.gauge import Gauge, Mean, PassTime
+from runtime.answer.generate import CANCELLED, EOS, LENGTH, STOP, Request, TokenSequence, generate
+from runtime.answer.meter import Meter
+from runtime.answer.sampler import Sampler, Sampling
+from runtime.answer.speculate import MOST_DRAFTED, Speculation
 from runtime.engine.engine import Counters
 from runtime.errors import BudgetError, H2OError, ModelError
-from runtime.gauge import Gauge, Mean, PassTime
-from runtime.generate import CANCELLED, EOS, LENGTH, STOP, Request, TokenSequence, generate
 from runtime.llama import quantize
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
-from runtime.meter import Meter
 from runtime.plans.plan import Plan
-from runtime.sampler import Sampler, Sampling
 from runtime.settings import Settings
-from runtime.speculate import MOST_DRAFTED, Speculation
 
 RECALL = (
     "It was a rainy day and Henry felt tired. Emma's scarf is in the green pot. Henry found an old map in a tin. "
@@ -365,7 +365,7 @@ def test_state_that_cannot_be_shortened_is_computed_again(rig, monkeypatch):
             raise H2OError("no")
         truncate(n_past)
 
-    monkeypatch.setattr("runtime.generate.EngineError", H2OError)
+    monkeypatch.setattr("runtime.answer.generate.EngineError", H2OError)
     monkeypatch.setattr(rig.engine, "truncate", whole_only)
     assert rig.answer(STORIES[1], 10, Speculation(Known(known, 0.5, rig.engine.n_vocab), 4, Always())) == plain
 

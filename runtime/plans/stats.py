@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.answer.speculate import MOST_DRAFTED
 from runtime.errors import PlanError
 from runtime.plans.file import write_plan
 from runtime.plans.plan import Plan
 from runtime.plans.shared_record import MOVE_AWAY, check_owner, is_whole, open_shared, with_crc
-from runtime.speculate import MOST_DRAFTED
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine

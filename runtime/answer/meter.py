@@ -6,8 +6,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
+from runtime.answer.generate import CANCELLED, Step
 from runtime.engine.engine import Counters, Engine
-from runtime.generate import CANCELLED, Step
 from runtime.memory import device_bytes_read
 from runtime.settings import Machine
 

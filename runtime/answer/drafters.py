@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
 
+from runtime.answer.sampler import Sampler, Sampling
 from runtime.engine.engine import Engine
 from runtime.errors import Cancelled, H2OError, ModelError
 from runtime.llama import abi
@@ -17,7 +18,6 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import trim_heap
 from runtime.plans.plan import Plan
 from runtime.plans.residency import streamable_bytes
-from runtime.sampler import Sampler, Sampling
 from runtime.settings import FULL_TILES, Settings
 from runtime.weights.head_start import open_weights
 from runtime.weights.loads import NONE, Numbers

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from runtime.answer.gauge import Gauge, PassTime
 from runtime.engine.engine import Counters
-from runtime.gauge import Gauge, PassTime
 
 MOST_DRAFTED = 32
 LOOKUP, DRAFT, OFF = "lookup", "draft", "off"

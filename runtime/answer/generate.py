@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from runtime.answer.sampler import PENALTY_TOKENS, Sampler
+from runtime.answer.speculate import Speculation
 from runtime.engine.engine import Engine
 from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
 from runtime.llama.tokenizer import Tokenizer
@@ -13,9 +15,7 @@ from runtime.plans.plan import Plan
 from runtime.plans.residency import k_layers_worth, streamable_bytes, window_bytes
 from runtime.plans.stats import StatsWriter
 from runtime.plans.watcher import PlanWatcher
-from runtime.sampler import PENALTY_TOKENS, Sampler
 from runtime.sizes import format_size
-from runtime.speculate import Speculation
 
 LENGTH, STOP, EOS, CANCELLED = "length", "stop", "eos", "cancelled"
 
