@@ -224,8 +224,8 @@ def _parse_set(text: str) -> tuple[int, int]:
 
 def _load(path: Path | None, model: str | None) -> ModelProfile:
     """The profile named, or the one of the model. Raises ProfileError."""
+    from planner.source.profile import load_foreign
     from profiler.model_profile import load_profile
-    from profiler.source_format import load_foreign
 
     if path is None:
         from runtime.llama.model_file import ModelFile

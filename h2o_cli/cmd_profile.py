@@ -15,6 +15,11 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.models import DEFAULT_MODEL, profiles_folder, remember_model, resolve_model
 from h2o_cli.output import Progress, emit, note, table
 from h2o_cli.smallest import PLANNER, PROMPT, agreed
+from planner.source.profile import (
+    export_source,
+    load_foreign,
+    save_source,
+)
 from profiler.measure import Measurement
 from profiler.model_profile import (
     HeadProfile,
@@ -22,11 +27,6 @@ from profiler.model_profile import (
     ModelProfile,
     Spread,
     save_profile,
-)
-from profiler.source_format import (
-    export_source,
-    load_foreign,
-    save_source,
 )
 from runtime.errors import Cancelled, UsageError
 from runtime.sizes import MB, format_size, parse_size

@@ -45,9 +45,9 @@ class SourceSearch:
 
 def plan_as_source(search: SourceSearch, path: Path, *, compat: bool, json: bool) -> None:
     """Find the plan of the source system, write it, and say so. Raises ProfileError, BudgetError, PlanError."""
-    from planner.source import source_plan
+    from planner.source.planner import source_plan
+    from planner.source.profile import export_source, load_foreign
     from profiler.model_profile import load_profile
-    from profiler.source_format import export_source, load_foreign
 
     if search.profile:
         profile = load_foreign(search.profile)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.footprint import streamable_bytes
+from planner.source.profile import SourceProfile
 from profiler.model_profile import ModelProfile
-from profiler.source_format import SourceProfile
 from runtime.plans.plan import Layout
 from runtime.plans.residency import overlapping_window
 

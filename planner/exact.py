@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from planner.arms import Arm, source_arms, tie_order
 from planner.footprint import streamable_bytes
 from planner.simulator import limit_s, source_token_ms, token_s
+from planner.source.profile import SourceProfile
 from profiler.model_profile import ModelProfile
-from profiler.source_format import SourceProfile
 from runtime.errors import BudgetError
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner.arms import Arm, pinned_per_unit
+from planner.source.profile import SourceProfile
 from profiler.model_profile import HeadProfile, LayerProfile, ModelProfile, Spread
-from profiler.source_format import SourceProfile
 
 INVALID_REWARD = -1e6
 HANDOVER_S = 0.0005  # from the end of a computation to the first byte read into the room it leaves

@@ -5,7 +5,7 @@ A value that comes several times in a row is written once: "28*24" is 28 for 24 
 
 from __future__ import annotations
 
-from profiler.source_format import SourceProfile
+from planner.source.profile import SourceProfile
 
 # name: MiB per second, then per layer MiB, ms of computing, ms of releasing
 _NUMBERS = {

@@ -8,7 +8,7 @@ from planner.arms import Arm, h2o_arms, source_arms
 from planner.bandit import Ucb1, noisy_pull
 from planner.exact import best_arm, best_source_arm
 from planner.simulator import source_token_ms, token_s
-from profiler.source_format import SourceProfile
+from planner.source.profile import SourceProfile
 from runtime.plans.plan import Layout
 
 SHARES = [share / 10 for share in range(1, 11)]

@@ -10,8 +10,8 @@ from test_source_format import log_text
 
 from h2o_cli import main as cli
 from h2o_cli import models
+from planner.source.profile import save_source
 from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profile
-from profiler.source_format import save_source
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Layout, Plan

@@ -10,9 +10,9 @@ import pytest
 
 from h2o_cli import models
 from h2o_cli.main import run_command
+from planner.source.profile import load_source
 from profiler import disk
 from profiler.model_profile import load_profile
-from profiler.source_format import load_source
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = {"io_speed": 600, "layer_sizes": [28, 28], "t_compute": [36, 35], "t_release": [10, 9]}

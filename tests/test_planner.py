@@ -14,8 +14,8 @@ from planner.exact import best_arm, best_source_arm
 from planner.footprint import measure_footprint, streamable_bytes
 from planner.kv import KvUse
 from planner.simulator import limit_s, source_token_ms, token_s
+from planner.source.profile import SourceProfile, import_source
 from profiler.model_profile import KvLayer, KvProfile
-from profiler.source_format import SourceProfile, import_source
 from runtime.errors import BudgetError, ProfileError, UsageError
 from runtime.kv.options import KvFilter
 from runtime.plans.ledger import POSITION_BYTES, budget_for

@@ -31,8 +31,8 @@ from planner.replan import (
     with_compute_time,
 )
 from planner.simulator import decode_rates, token_s
+from planner.source.profile import import_source
 from profiler.model_profile import save_profile
-from profiler.source_format import import_source
 from runtime.llama.model_file import ModelFile
 from runtime.plans import stats as plan_stats
 from runtime.plans.file import read_plan, write_plan

@@ -17,7 +17,7 @@ from planner.simulator import (
     source_token_ms,
     token_s,
 )
-from profiler.source_format import SourceProfile
+from planner.source.profile import SourceProfile
 from runtime.plans.plan import Layout
 
 # 10, 20 and 30 ms to load, 5, 15 and 25 to compute, 1, 2 and 3 to release.

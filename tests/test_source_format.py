@@ -1,7 +1,7 @@
 import pytest
 from source_profiles import SOURCE_PROFILES
 
-from profiler.source_format import (
+from planner.source.profile import (
     SourceProfile,
     export_source,
     import_source,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from planner.arms import Arm, source_arms, tie_order
 from planner.exact import Best, best_source_arm
 from planner.simulator import source_token_ms
-from profiler.source_format import SourceProfile
+from planner.source.profile import SourceProfile
 
 EPISODES, C = 500, 1.0  # the source system's
 
