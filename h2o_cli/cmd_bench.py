@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from h2o_cli.bench_kv import EPILOG as KV_EPILOG
-from h2o_cli.bench_kv import bench_kv
-from h2o_cli.bench_speculation import bench_speculation
+from h2o_cli.cmd_bench_kv import EPILOG as KV_EPILOG
+from h2o_cli.cmd_bench_kv import bench_kv
+from h2o_cli.cmd_bench_speculation import bench_speculation
 from h2o_cli.defaults import default_threads
 from h2o_cli.output import Progress, duration, emit, note, print_json, table, versions
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from profiler.bench.rows import Row, Suite
-    from profiler.bench.runs import Settings
+    from h2o_cli.bench.rows import Row, Suite
+    from h2o_cli.bench.speed.runs import Settings
 
 MODELS = {
     "qwen2.5-0.5b/f16": ("floor", "40%", "419", "524", "60%", "734", "80%", "100%", "106%", "112%"),
@@ -142,7 +142,7 @@ def _unthrottled(settings: Settings, budgets: tuple[str, ...]) -> Settings:
 
 
 def _this_command() -> str:
-    from profiler.bench.children import shown_command
+    from h2o_cli.bench.children import shown_command
 
     return shown_command([sys.executable, "-m", "h2o_cli.main", *sys.argv[1:]])
 
@@ -151,7 +151,7 @@ def _settings(models: list[str] | None, budgets: list[str] | None, *, quick: boo
     """What the flags ask for. Raises UsageError."""
     import platformdirs
 
-    from profiler.bench.runs import Settings, bench_model, check_budget
+    from h2o_cli.bench.speed.runs import Settings, bench_model, check_budget
 
     folder = Path(platformdirs.user_cache_path("h2o")) / "models"
     names = models or list(MODELS)[: 1 if quick else None]
@@ -198,9 +198,9 @@ def _run(settings: Settings, rows_file: Path, *, json: bool) -> None:
 
     import msgspec
 
-    from profiler.bench.children import Children
-    from profiler.bench.rows import append_line
-    from profiler.bench.runs import Bench
+    from h2o_cli.bench.children import Children
+    from h2o_cli.bench.rows import append_line
+    from h2o_cli.bench.speed.runs import Bench
 
     _make_models(settings)
     with tempfile.TemporaryDirectory(prefix="h2o-bench-") as work:
@@ -219,7 +219,7 @@ def _run(settings: Settings, rows_file: Path, *, json: bool) -> None:
 
 def _check_devices(settings: Settings) -> None:
     """Raise H2OError where this process cannot emulate the device, before anything is written."""
-    from profiler.bench.device import Device, check_rights
+    from h2o_cli.bench.box import Device, check_rights
 
     for folder in {model.path.parent for model in (*settings.models, *settings.resident_models)}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def _check_devices(settings: Settings) -> None:
 
 def _make_models(settings: Settings) -> None:
     """Write the generated models that are not there yet."""
-    from profiler.bench.runs import prepare
+    from h2o_cli.bench.speed.runs import prepare
 
     written = [0, 1]
 
@@ -258,9 +258,9 @@ def _open_output(output: Path, *, add: bool) -> Path:
 
 def _draw(output: Path) -> list[Row]:
     """Draw the pictures, where that can be done, and write the report around them; the rows."""
-    from profiler.bench.plots import draw
-    from profiler.bench.report import report
-    from profiler.bench.rows import read_rows, read_timelines
+    from h2o_cli.bench.plots import draw
+    from h2o_cli.bench.report import report
+    from h2o_cli.bench.rows import read_rows, read_timelines
 
     rows, timelines = read_rows(output / ROWS), read_timelines(output / TIMELINES)
     pictures: list[Path] = []
@@ -288,7 +288,7 @@ def _told(row: Row) -> str:
 
 def _summary(rows: list[Row]) -> str:
     """The medians, one line per model, budget and engine."""
-    from profiler.bench.report import summary_rows
+    from h2o_cli.bench.report import summary_rows
 
     return table(summary_rows(rows), right=(3, 4, 5, 6, 7))
 
@@ -301,7 +301,7 @@ def make_model(
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same bytes.")] = 0,
 ) -> None:
     """Write a model with random weights of a real shape."""
-    from profiler.bench.make_model import make_model as write_model
+    from h2o_cli.bench.models.make_model import make_model as write_model
     from runtime.sizes import format_size
 
     written = [0, 1]

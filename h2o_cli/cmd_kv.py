@@ -210,7 +210,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _draw(found: LayerChoice, path: Path) -> None:
-    from profiler.bench.kv_plots import draw_choice
+    from h2o_cli.bench.kv.plots import draw_choice
 
     draw_choice(found, path)
     note(f"the curves are in {path}")

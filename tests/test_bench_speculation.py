@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from h2o_cli import main as cli
-from profiler.bench.device import Outcome
-from profiler.bench.engines import Result
-from profiler.bench.speculation import MODES, OFF, TEXTS, SpeculationRow, measure, report, summaries, table_rows
+from h2o_cli.bench.box import Outcome
+from h2o_cli.bench.engines import Result
+from h2o_cli.bench.speed.speculation import MODES, OFF, TEXTS, SpeculationRow, measure, report, summaries, table_rows
 
 MB = 10**6
 
@@ -96,7 +96,7 @@ def test_report(rows):
 
 
 def test_command(rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("h2o_cli.bench_speculation._rows", lambda disk, repeats: iter(rows))
+    monkeypatch.setattr("h2o_cli.cmd_bench_speculation._rows", lambda disk, repeats: iter(rows))
     assert cli.run_command(["bench", "speculation", "--output", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert "tokens/pass" in out

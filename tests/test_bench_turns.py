@@ -8,9 +8,9 @@ from io import StringIO
 
 import pytest
 
-from profiler.bench import turns
-from profiler.bench.engines import tokens_hash
-from profiler.bench.rounds import AGAIN, serve
+from h2o_cli.bench import turns
+from h2o_cli.bench.engines import tokens_hash
+from h2o_cli.bench.rounds import AGAIN, serve
 from runtime.errors import EngineError
 from runtime.sizes import MB
 

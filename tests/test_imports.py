@@ -16,14 +16,14 @@ FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob(
 
 # Heavy package -> modules that import it when they are imported themselves, and those that do so inside a function.
 HEAVY = {
-    "llama_cpp": (set(), {"profiler/bench/make_model.py", "profiler/bench/llama_cpp_run.py"}),
+    "llama_cpp": (set(), {"h2o_cli/bench/models/make_model.py", "h2o_cli/bench/llama_cpp_run.py"}),
     "jinja2": (set(), {"runtime/llama/chat_template.py"}),
-    "gguf": (set(), {"profiler/bench/make_model.py"}),
-    "matplotlib": (set(), {"profiler/bench/plots.py", "profiler/bench/kv_plots.py"}),
+    "gguf": (set(), {"h2o_cli/bench/models/make_model.py"}),
+    "matplotlib": (set(), {"h2o_cli/bench/plots.py", "h2o_cli/bench/kv/plots.py"}),
     "torch": (set(), set()),
     "sentencepiece": (set(), set()),
 }
-NEVER_ON_THE_RUN_PATH = ("gguf", "matplotlib", "torch", "sentencepiece", "profiler.bench.make_model", "rich")
+NEVER_ON_THE_RUN_PATH = ("gguf", "matplotlib", "torch", "sentencepiece", "h2o_cli.bench.models.make_model", "rich")
 REPORT = "import sys; print(','.join(name for name in {names!r} if name in sys.modules), file=sys.stderr)"
 
 

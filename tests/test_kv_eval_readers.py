@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from profiler.kv_eval import readers
-from profiler.kv_eval.readers import Example, measure_of, read_examples, score, truncate_middle
+from h2o_cli.bench.kv import readers
+from h2o_cli.bench.kv.readers import Example, measure_of, read_examples, score, truncate_middle
 from runtime.errors import UsageError
 
 LONG = {

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from h2o_cli.bench.kv.short_prompt import short_attention
+from h2o_cli.bench.kv.speed import SpeedRun, Way
+from h2o_cli.bench.kv.speed_run import Run
 from profiler.kv_eval import model as kv_eval_model
 from profiler.kv_eval.model import EvalModel, Start, begin
-from profiler.kv_eval.short_prompt import short_attention
-from profiler.kv_eval.speed import SpeedRun, Way
-from profiler.kv_eval.speed_run import Run
 from runtime.kv.options import KvFilter
 
 PROMPT = [10 + i * 7 % 200 for i in range(600)]

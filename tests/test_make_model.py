@@ -13,8 +13,8 @@ import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiler.bench import make_model as mm
-from profiler.bench.shapes import ARCHS, NAMED, Shape, hyper_parameters, parse_shape, tensor_specs
+from h2o_cli.bench.models import make_model as mm
+from h2o_cli.bench.models.shapes import ARCHS, NAMED, Shape, hyper_parameters, parse_shape, tensor_specs
 from runtime.errors import EngineError, H2OError, UsageError
 
 TEXTS = ["Once upon a time", "the cat sat on the mat 123", "Zürich → 東京 🙂\n\ttabs", "", "x"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from profiler.bench.make_model import make_model, quantize
+from h2o_cli.bench.models.make_model import make_model, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "model_configs" / "bundled" / "h2o-stories-q8_0.gguf"

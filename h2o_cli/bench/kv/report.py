@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from profiler.kv_eval.methods import HEAVY, OTHERS
-from profiler.kv_eval.rows import KvRow
+from h2o_cli.bench.kv.methods import HEAVY, OTHERS
+from h2o_cli.bench.kv.rows import KvRow
 
 Table = list[list[str]]
 

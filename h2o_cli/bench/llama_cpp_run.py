@@ -1,6 +1,6 @@
 """llama.cpp alone, as its own low-level API runs it: one prompt, greedy, one JSON object with the figures.
 
-With --turns it does rounds instead (see rounds.py). A process of its own (`python -m profiler.bench.llama_cpp_run`), so
+With --turns it does rounds instead (see rounds.py). A process of its own (`python -m h2o_cli.bench.llama_cpp_run`), so
 that nothing of this program is in it. Only the ctypes bindings of llama-cpp-python are imported: its package would take
 23 MB of a small budget, and time before the first token.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from profiler.bench.rounds import serve
+from h2o_cli.bench.rounds import serve
 
 
 def _bindings() -> Any:

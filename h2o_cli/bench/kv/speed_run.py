@@ -1,6 +1,6 @@
 """Times of decode passes at one context, as one JSON object, in a process of its own.
 
-`python -m profiler.kv_eval.speed_run` measures one method, with its memory; with --turns full attention and the filter
+`python -m h2o_cli.bench.kv.speed_run` measures one method, with its memory; with --turns full attention and the filter
 at several budgets are open side by side and decode one token each in turns, so that they share whatever else the
 machine does.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from h2o_cli.bench.kv.short_prompt import short_attention
 from profiler.kv_eval.model import EvalModel, begin, start_of
-from profiler.kv_eval.short_prompt import short_attention
 from runtime.engine.engine import Engine
 from runtime.kv.options import DEFAULT_SELECT, KvFilter, parse_layers, parse_strategy
 from runtime.sizes import MB

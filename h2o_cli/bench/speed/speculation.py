@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from profiler.bench.children import Children
-from profiler.bench.device import Device
-from profiler.bench.engines import H2O, Job, tokens_hash
+from h2o_cli.bench.box import Device
+from h2o_cli.bench.children import Children
+from h2o_cli.bench.engines import H2O, Job, tokens_hash
 
 OFF, LOOKUP, DRAFT = "off", "look-up", "draft auto"
 MODES: dict[str, tuple[str, ...]] = {OFF: ("--speculate", "off"), LOOKUP: (), DRAFT: ("--draft", "auto")}

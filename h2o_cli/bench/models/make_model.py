@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from profiler.bench.shapes import Shape, TensorSpec, hyper_parameters, parse_shape, tensor_specs
+from h2o_cli.bench.models.shapes import Shape, TensorSpec, hyper_parameters, parse_shape, tensor_specs
 from runtime.errors import H2OError, UsageError
 from runtime.llama.quantize import FILE_TYPES, parse_file_type, quantize
 from runtime.sizes import format_size

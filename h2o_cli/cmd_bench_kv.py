@@ -29,10 +29,10 @@ from runtime.kv.options import (
 )
 
 if TYPE_CHECKING:
-    from profiler.kv_eval.methods import Method
+    from h2o_cli.bench.kv.methods import Method
+    from h2o_cli.bench.kv.quality import Quality
+    from h2o_cli.bench.kv.rows import KvRow
     from profiler.kv_eval.model import EvalModel
-    from profiler.kv_eval.quality import Quality
-    from profiler.kv_eval.rows import KvRow
 
 EPILOG = """Examples:
 
@@ -144,8 +144,8 @@ def bench_kv(  # noqa: PLR0913, PLR0917 - one parameter per flag
     as_json: Json = False,
 ) -> None:
     """Measure filtered keys and values beside full attention and baselines: answers, divergence, speed, memory."""
-    from profiler.kv_eval.quality import Quality, examples_of
-    from profiler.kv_eval.rows import read_rows
+    from h2o_cli.bench.kv.quality import Quality, examples_of
+    from h2o_cli.bench.kv.rows import read_rows
 
     _check(suite, task, method, store, keep, select, strategy)
     quality = Quality(
@@ -185,7 +185,7 @@ def _check(
     suite: Suites, task: Tasks, method: Methods, store: Stores, keep: Keeps, select: Select, strategy: Strategies
 ) -> None:
     """Raise UsageError for names and shares that do not exist."""
-    from profiler.kv_eval.methods import NAMES
+    from h2o_cli.bench.kv.methods import NAMES
     from profiler.kv_eval.needles import TASKS as KNOWN_TASKS
     from runtime.kv.options import KvFilter
 
@@ -209,8 +209,8 @@ def _measure(path: Path, wanted: Wanted) -> Iterator[KvRow]:
 
 
 def _quality_rows(path: Path, wanted: Wanted, quality: Quality, passed: dict[str, object]) -> Iterator[KvRow]:
+    from h2o_cli.bench.kv.quality import QualityRun
     from profiler.kv_eval.model import EvalModel
-    from profiler.kv_eval.quality import QualityRun
 
     model = EvalModel(path, n_threads=wanted.threads, budget_bytes=wanted.budget_bytes)
     try:
@@ -224,7 +224,7 @@ def _quality_rows(path: Path, wanted: Wanted, quality: Quality, passed: dict[str
 
 def _methods(model: EvalModel, wanted: Wanted) -> list[Method]:
     """Full attention, the filter, baselines, other filter layers, for the layers that are asked for or were found."""
-    from profiler.kv_eval.methods import Roles, compared_methods
+    from h2o_cli.bench.kv.methods import Roles, compared_methods
     from runtime.kv.options import KvFilter
 
     choice = find_choice(model.file.hash)
@@ -248,8 +248,8 @@ def _methods(model: EvalModel, wanted: Wanted) -> list[Method]:
 def _speed_rows(wanted: Wanted, passed: dict[str, object]) -> Iterator[KvRow]:
     import platformdirs
 
-    from profiler.bench.make_model import make_model
-    from profiler.kv_eval.speed import FILE_TYPE, SHAPE, SpeedRun
+    from h2o_cli.bench.kv.speed import FILE_TYPE, SHAPE, SpeedRun
+    from h2o_cli.bench.models.make_model import make_model
 
     folder = Path(platformdirs.user_cache_path("h2o")) / "models"
     folder.mkdir(parents=True, exist_ok=True)
@@ -304,7 +304,7 @@ def _open(output: Path, *, add: bool) -> Path:
 def _keep(row: KvRow, rows_file: Path, *, as_json: bool) -> None:
     import msgspec
 
-    from profiler.kv_eval.rows import append_row
+    from h2o_cli.bench.kv.rows import append_row
 
     append_row(rows_file, row)
     if as_json:
@@ -313,8 +313,8 @@ def _keep(row: KvRow, rows_file: Path, *, as_json: bool) -> None:
 
 def _write(rows: list[KvRow], output: Path, *, quiet: bool) -> None:
     """Draw the pictures, where that can be done, and write the report around them."""
-    from profiler.bench.kv_plots import draw_rows
-    from profiler.kv_eval.report import report
+    from h2o_cli.bench.kv.plots import draw_rows
+    from h2o_cli.bench.kv.report import report
 
     pictures: list[Path] = []
     try:

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import msgspec
 
-from profiler.bench.engines import tokens_hash
-from profiler.bench.rounds import AGAIN
-from profiler.bench.rows import InTurns, Rounds
+from h2o_cli.bench.engines import tokens_hash
+from h2o_cli.bench.rounds import AGAIN
+from h2o_cli.bench.rows import InTurns, Rounds
 from runtime.errors import EngineError
 
 OPENINGS = 3

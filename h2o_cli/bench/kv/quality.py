@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from profiler.kv_eval.methods import FULL, HEAVY, Method
+from h2o_cli.bench.kv.methods import FULL, HEAVY, Method
+from h2o_cli.bench.kv.readers import ANSWER_TOKENS, Example, measure_of, read_examples, score, truncate_middle
+from h2o_cli.bench.kv.rows import KvRow
 from profiler.kv_eval.model import EvalModel, Start, begin, check_length, divergence, forced, kept_share
 from profiler.kv_eval.needles import Trial, haystack, is_right, make_trials, place_fact
-from profiler.kv_eval.readers import ANSWER_TOKENS, Example, measure_of, read_examples, score, truncate_middle
-from profiler.kv_eval.rows import KvRow
 from profiler.kv_eval.texts import NAMES
 from runtime.engine.engine import Engine
 

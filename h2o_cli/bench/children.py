@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 
-from profiler.bench.device import Device, Outcome, Talk, run_in_device, talk_in_device
-from profiler.bench.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, turns_commands
-from profiler.bench.rows import Timeline
-from profiler.bench.turns import Taken, take_turns
+from h2o_cli.bench.box import Device, Outcome, Talk, run_in_device, talk_in_device
+from h2o_cli.bench.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, turns_commands
+from h2o_cli.bench.rows import Timeline
+from h2o_cli.bench.turns import Taken, take_turns
 from profiler.model_profile import ModelProfile, load_profile
 from runtime.errors import EngineError
 from runtime.sizes import MB
@@ -96,7 +96,7 @@ class Children:
 
     def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline:
         """One token under the clock. Raises EngineError where that could not be measured."""
-        run = [sys.executable, "-m", "profiler.bench.timeline_run", str(model), "--plan", str(planned.plan_file)]
+        run = [sys.executable, "-m", "h2o_cli.bench.speed.timeline_run", str(model), "--plan", str(planned.plan_file)]
         outcome = self._run([*run, "--threads", str(threads)], device, self._env, model)
         if outcome.rc != 0:
             raise _failed("the timeline", outcome)

@@ -14,7 +14,7 @@ from h2o_cli.output import emit, note, print_json, table
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from profiler.bench.speculation import SpeculationRow
+    from h2o_cli.bench.speed.speculation import SpeculationRow
 
 DISK_MB_PER_S = 16.0
 REPEATS = 3
@@ -36,7 +36,7 @@ def bench_speculation(
     """
     import msgspec
 
-    from profiler.bench.speculation import report, table_rows
+    from h2o_cli.bench.speed.speculation import report, table_rows
 
     rows: list[SpeculationRow] = []
     try:
@@ -63,9 +63,9 @@ def _rows(disk: float, repeats: int) -> Iterator[SpeculationRow]:
     """Measure, in a device of this disk speed and without a memory limit of its own: -m is the budget."""
     import tempfile
 
-    from profiler.bench.children import Children
-    from profiler.bench.device import Device, check_rights
-    from profiler.bench.speculation import measure
+    from h2o_cli.bench.box import Device, check_rights
+    from h2o_cli.bench.children import Children
+    from h2o_cli.bench.speed.speculation import measure
 
     device = Device(0, int(disk * 10**6), BUNDLED_MODEL.parent)
     check_rights(device)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import msgspec
 
-from profiler.kv_eval.methods import COMPARED, FULL, OMNIKV
-from profiler.kv_eval.rows import KvRow
-from profiler.kv_eval.speed_run import Speed, Turns
+from h2o_cli.bench.kv.methods import COMPARED, FULL, OMNIKV
+from h2o_cli.bench.kv.rows import KvRow
+from h2o_cli.bench.kv.speed_run import Speed, Turns
 from runtime.errors import EngineError
 from runtime.kv.options import DEFAULT_SELECT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 SHAPE = "llama:layers=8,dim=1024,ffn=1024,heads=16,kv_heads=8,vocab=1024,ctx=131072"
 FILE_TYPE = "q4_0"
 LAYERS, WAIT = (0,), 0  # weights are random: any filter layer is as good as another
@@ -109,7 +109,7 @@ class SpeedRun:
 
     def _run(self, context: int, threads: int, flags: Sequence[str]) -> bytes:
         """What a process of its own prints."""
-        command = [sys.executable, "-m", "profiler.kv_eval.speed_run", str(self.model)]
+        command = [sys.executable, "-m", "h2o_cli.bench.kv.speed_run", str(self.model)]
         sizes = ["--context", str(context), "--tokens", str(self.n_tokens), "--threads", str(threads)]
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         done = subprocess.run(

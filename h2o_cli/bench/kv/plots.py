@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from profiler.bench.plots import picture
+from h2o_cli.bench.kv.methods import COMPARED, EVERYWHERE, FULL, HEAVY, OMNIKV, OTHERS, RANDOM, SINKS
+from h2o_cli.bench.kv.report import accuracy_of, chosen, distinct
+from h2o_cli.bench.kv.rows import KvRow
+from h2o_cli.bench.plots import picture
 from profiler.kv_eval.layers_file import LayerChoice
-from profiler.kv_eval.methods import COMPARED, EVERYWHERE, FULL, HEAVY, OMNIKV, OTHERS, RANDOM, SINKS
-from profiler.kv_eval.report import accuracy_of, chosen, distinct
-from profiler.kv_eval.rows import KvRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

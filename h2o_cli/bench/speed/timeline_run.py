@@ -1,6 +1,6 @@
 """One token under the clock: when every read, wait and layer of a decode pass began and ended, as one JSON object.
 
-A process of its own (`python -m profiler.bench.timeline_run`), so that it can run in an emulated device.
+A process of its own (`python -m h2o_cli.bench.speed.timeline_run`), so that it can run in an emulated device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from profiler.bench.rows import Read, Span, Timeline
+from h2o_cli.bench.rows import Read, Span, Timeline
 from profiler.compute import layer_trace
 from runtime.engine.engine import Engine
 from runtime.engine.trace import LayerTrace
