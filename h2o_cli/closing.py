@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from h2o_cli.opening import Session
 from h2o_cli.output import versions
+from h2o_cli.session.opening import Session
 from runtime.answer.meter import Statistics
 from runtime.answer.speculate import DRAFT, OFF
 from runtime.memory import peak_bytes

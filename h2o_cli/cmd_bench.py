@@ -12,8 +12,8 @@ import typer
 from h2o_cli.cmd_bench_kv import EPILOG as KV_EPILOG
 from h2o_cli.cmd_bench_kv import bench_kv
 from h2o_cli.cmd_bench_speculation import bench_speculation
-from h2o_cli.defaults import default_threads
 from h2o_cli.output import Progress, duration, emit, note, print_json, table, versions
+from h2o_cli.session.defaults import default_threads
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:

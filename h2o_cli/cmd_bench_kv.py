@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from h2o_cli.defaults import MOST_THREADS, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import store_folder
-from h2o_cli.kv_layers import find_choice
-from h2o_cli.models import BUNDLED_MODEL
 from h2o_cli.output import Progress, emit, note, print_json, versions
+from h2o_cli.session.defaults import MOST_THREADS, default_budget, default_threads
+from h2o_cli.session.kv_layers import find_choice
+from h2o_cli.session.models import BUNDLED_MODEL
 from runtime.errors import UsageError
 from runtime.kv.options import (
     DEFAULT_SELECT,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from h2o_cli.defaults import default_threads
-from h2o_cli.models import BUNDLED_MODEL
 from h2o_cli.output import emit, note, print_json, table
+from h2o_cli.session.defaults import default_threads
+from h2o_cli.session.models import BUNDLED_MODEL
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:

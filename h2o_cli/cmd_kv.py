@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from h2o_cli.cmd_profile import check_writable
-from h2o_cli.defaults import MOST_THREADS, default_budget, default_threads
 from h2o_cli.interrupts import interrupts
-from h2o_cli.models import DEFAULT_MODEL, profiles_folder, read_text, resolve_model
 from h2o_cli.output import Progress, duration, emit, note, table, versions
+from h2o_cli.session.defaults import MOST_THREADS, default_budget, default_threads
+from h2o_cli.session.models import DEFAULT_MODEL, profiles_folder, read_text, resolve_model
 from runtime.errors import Cancelled, ProfileError, PromptError, UsageError
 from runtime.kv.options import parse_keep
 from runtime.sizes import parse_size

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from h2o_cli import kv_flags as flag
-from h2o_cli.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_budget
-from h2o_cli.models import DEFAULT_MODEL, ROOT, find_profile, need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
 from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
+from h2o_cli.session.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_budget
+from h2o_cli.session.models import DEFAULT_MODEL, ROOT, find_profile, need_profile, resolve_model
 from runtime.errors import BudgetError, DiskError, EngineError, ModelError, PlanError, ProfileError, UsageError
 from runtime.plans.file import default_plan_path, read_plan
 from runtime.plans.ledger import below_floor
@@ -254,7 +254,7 @@ def _floor(options: PlanOptions, profile: ModelProfile) -> int:
     path = ROOT / profile.model.path
     if not profile.model.hash or not path.is_file():
         return 0
-    from h2o_cli.smallest import PROMPT, smallest_budget
+    from h2o_cli.session.smallest import PROMPT, smallest_budget
     from runtime.llama.model_file import ModelFile
     from runtime.settings import Settings
 

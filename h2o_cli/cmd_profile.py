@@ -9,12 +9,12 @@ from typing import Annotated
 import msgspec
 import typer
 
-from h2o_cli import run_memory
-from h2o_cli.defaults import MOST_THREADS, default_threads
 from h2o_cli.interrupts import interrupts
-from h2o_cli.models import DEFAULT_MODEL, profiles_folder, remember_model, resolve_model
 from h2o_cli.output import Progress, emit, note, table
-from h2o_cli.smallest import PLANNER, PROMPT, agreed
+from h2o_cli.session import run_memory
+from h2o_cli.session.defaults import MOST_THREADS, default_threads
+from h2o_cli.session.models import DEFAULT_MODEL, profiles_folder, remember_model, resolve_model
+from h2o_cli.session.smallest import PLANNER, PROMPT, agreed
 from planner.source.profile import (
     export_source,
     load_foreign,

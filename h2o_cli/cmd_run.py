@@ -14,12 +14,12 @@ import typer
 
 from h2o_cli import kv_flags as kv
 from h2o_cli.closing import closing_line, figures
-from h2o_cli.defaults import N_PREDICT, default_budget
 from h2o_cli.interrupts import interrupts
-from h2o_cli.models import DEFAULT_MODEL, read_text, resolve_model
-from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import Progress, emit, note, print_json, styled, tell
-from h2o_cli.smallest import CHAT, CONVERSATION, PROMPT
+from h2o_cli.session.defaults import N_PREDICT, default_budget
+from h2o_cli.session.models import DEFAULT_MODEL, read_text, resolve_model
+from h2o_cli.session.opening import OpenModel, RunOptions, Session, context_for, open_session
+from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT
 from runtime.answer.generate import LENGTH, Request, Step, check_prompt, generate
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling

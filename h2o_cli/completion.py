@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from h2o_cli.models import user_folder
+from h2o_cli.session.models import user_folder
 from runtime.errors import UsageError
 
 MODELS, FILES, NOTHING = "models", "files", ""

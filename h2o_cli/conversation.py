@@ -14,10 +14,10 @@ from typing import Any
 
 from h2o_cli.closing import closing_line
 from h2o_cli.cmd_run import first_with_progress
-from h2o_cli.defaults import CONVERSATION_CONTEXT
 from h2o_cli.interrupts import interrupts
-from h2o_cli.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.output import emit, is_terminal, note, print_error, styled, tell
+from h2o_cli.session.defaults import CONVERSATION_CONTEXT
+from h2o_cli.session.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.transcript import Transcript, load, save
 from runtime.answer.generate import CANCELLED, LENGTH, Request, generate
 from runtime.answer.meter import Meter, Statistics

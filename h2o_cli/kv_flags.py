@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from h2o_cli.kv_layers import find_choice
+from h2o_cli.session.kv_layers import find_choice
 from runtime.errors import UsageError
 from runtime.kv.options import (
     DEFAULT_KEEP,
@@ -27,7 +27,7 @@ from runtime.kv.options import (
 )
 
 if TYPE_CHECKING:
-    from h2o_cli.kv_config import KvConfig
+    from h2o_cli.session.kv_config import KvConfig
 
 _PANEL = "Filtering keys and values"
 
@@ -178,6 +178,6 @@ def read_kv_config(path: str | None) -> KvConfig | None:
     """The file that --kv-config names. Raises UsageError."""
     if path is None:
         return None
-    from h2o_cli.kv_config import read_config
+    from h2o_cli.session.kv_config import read_config
 
     return read_config(path)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.defaults import LEAST_UBATCH
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import emit, note, print_json, table
 from h2o_cli.plan_report import Outlook, as_json, outlook_of, report
+from h2o_cli.session.defaults import LEAST_UBATCH
 from runtime.errors import BudgetError, H2OError
 from runtime.plans.file import write_plan
 from runtime.plans.plan import Layout, Plan

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h2o_cli.defaults import LEAST_UBATCH
 from h2o_cli.output import table
+from h2o_cli.session.defaults import LEAST_UBATCH
 from runtime.plans.plan import Plan
 from runtime.sizes import MB, format_size
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from h2o_cli.models import need_profile, resolve_model
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, report
+from h2o_cli.session.models import need_profile, resolve_model
 from runtime.errors import UsageError
 from runtime.plans.file import write_plan, write_source_plan
 from runtime.plans.plan import Layout, Plan

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from h2o_cli.models import read_text, replace_file
+from h2o_cli.session.models import read_text, replace_file
 from runtime.errors import H2OError
 from runtime.llama.chat import Message
 

@@ -52,7 +52,8 @@ class Opener:
 
 def _run_all():
     sys.path[:0] = [str(ROOT)]
-    from h2o_cli import cmd_inspect, cmd_plan, cmd_profile, cmd_run, main, opening  # noqa: F401
+    from h2o_cli import cmd_inspect, cmd_plan, cmd_profile, cmd_run, main
+    from h2o_cli.session import opening
 
     cases = json.load(sys.stdin)
     answers, running = [None] * len(cases), {}

@@ -15,7 +15,8 @@ import broken_models
 import pytest
 
 from h2o_cli import main as cli
-from h2o_cli import models, output
+from h2o_cli import output
+from h2o_cli.session import models
 from runtime.errors import Cancelled, H2OError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ H2O = [sys.executable, "-m", "h2o_cli.main"]
 def own_plan_file(tmp_path, monkeypatch):
     """No test meets the plan file of the user who runs it."""
     path = tmp_path / "default-plan.bin"
-    monkeypatch.setattr("h2o_cli.opening.default_plan_path", lambda: path)
+    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: path)
     return path
 
 

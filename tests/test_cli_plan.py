@@ -9,7 +9,7 @@ from test_model_profile import make_profile
 from test_source_format import log_text
 
 from h2o_cli import main as cli
-from h2o_cli import models
+from h2o_cli.session import models
 from planner.source.profile import save_source
 from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profile
 from runtime.llama.model_file import ModelFile

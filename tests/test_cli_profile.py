@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from h2o_cli import models
 from h2o_cli.main import run_command
+from h2o_cli.session import models
 from planner.source.profile import load_source
 from profiler import disk
 from profiler.model_profile import load_profile

@@ -14,7 +14,7 @@ import reference
 from test_model_profile import make_profile
 
 from h2o_cli import main as cli
-from h2o_cli.models import remember_model
+from h2o_cli.session.models import remember_model
 from profiler.model_profile import save_profile
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import write_plan, write_source_plan
@@ -53,7 +53,7 @@ PROMPT = "the old man and the sea"
 def plan_file(tmp_path, monkeypatch):
     """The default plan file of these tests."""
     path = tmp_path / "default-plan.bin"
-    monkeypatch.setattr("h2o_cli.opening.default_plan_path", lambda: path)
+    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: path)
     return path
 
 
@@ -186,7 +186,7 @@ def test_a_model_that_was_not_named_is_in_the_closing_line(tiny_model, run, monk
     """H2O_MODEL comes first, then the model profiled last, then the one that comes with the program."""
     named, other = tiny_model("qwen2"), tiny_model("llama")
     assert "model " not in run(named, "-p", PROMPT, "-n", 2)[2]
-    monkeypatch.setattr("h2o_cli.models.BUNDLED_MODEL", named)
+    monkeypatch.setattr("h2o_cli.session.models.BUNDLED_MODEL", named)
     assert f"h2o: model {named.name}," in run("-p", PROMPT, "-n", 2)[2]
     remember_model(other)
     assert f"h2o: model {other.name}," in run("-p", PROMPT, "-n", 2)[2]
@@ -271,7 +271,7 @@ def test_a_forgotten_plan_is_named_and_left_out(tiny_model, run, run_json, plan_
 
 def test_the_budget_is_decided_once(tiny_model, run_json, monkeypatch):
     answers = iter(range(500, 600))
-    monkeypatch.setattr("h2o_cli.first_plan.default_budget", lambda: next(answers) * 10**6)
+    monkeypatch.setattr("h2o_cli.session.first_plan.default_budget", lambda: next(answers) * 10**6)
     assert run_json(tiny_model("qwen2"), "-p", PROMPT, "-n", 3)[0]["budget_bytes"] == 500 * 10**6
     assert next(answers) == 501
 

@@ -15,7 +15,7 @@ from runtime.plans.plan import Layout, Plan
 
 @pytest.fixture(autouse=True)
 def plan_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("h2o_cli.opening.default_plan_path", lambda: tmp_path / "plan.bin")
+    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: tmp_path / "plan.bin")
 
 
 def session(*, streamed=1, profile=None, layout=Layout.BALANCED, kv=None):

@@ -12,8 +12,8 @@ from test_layer_store import bytes_in_memory
 from test_speculate import STORIES, Always, Known, Rig
 
 from h2o_cli import main as cli
-from h2o_cli import opening
 from h2o_cli.closing import closing_line
+from h2o_cli.session import opening
 from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter
 from runtime.answer.meter import Statistics
 from runtime.answer.speculate import MOST_DRAFTED, Speculation

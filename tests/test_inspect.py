@@ -3,8 +3,9 @@ import json
 import pytest
 from broken_models import BROKEN
 
-from h2o_cli import cmd_inspect, models
+from h2o_cli import cmd_inspect
 from h2o_cli.main import run_command
+from h2o_cli.session import models
 from runtime.errors import ModelError
 from runtime.llama import model_file
 from runtime.llama.model_file import ModelFile

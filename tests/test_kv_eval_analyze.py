@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from children import without_progress
 
-from h2o_cli import cmd_kv, kv_layers
+from h2o_cli import cmd_kv
 from h2o_cli.main import run_command
+from h2o_cli.session import kv_layers
 from profiler.kv_eval.analyze import Analysis, Search, choose, neighbours
 from profiler.kv_eval.layers_file import Candidate, load_choice
 from profiler.kv_eval.model import divergence, log_softmax

@@ -8,8 +8,8 @@ from children import without_progress
 from h2o_cli.bench.kv.methods import EVERYWHERE, FULL, OMNIKV, Roles, compared_methods
 from h2o_cli.bench.kv.report import accuracy_of, markdown, report
 from h2o_cli.bench.kv.rows import KvRow, append_row, read_rows
-from h2o_cli.kv_layers import find_choice
 from h2o_cli.main import run_command
+from h2o_cli.session.kv_layers import find_choice
 from runtime.errors import UsageError
 from runtime.llama.model_file import ModelFile
 

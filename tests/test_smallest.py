@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 from cgroups import memory_limit
 
-from h2o_cli import opening, smallest
-from h2o_cli.smallest import CHAT, CONVERSATION, PLANNER_BYTES, PROMPT, agreed, ask, written
+from h2o_cli.session import opening, smallest
+from h2o_cli.session.smallest import CHAT, CONVERSATION, PLANNER_BYTES, PROMPT, agreed, ask, written
 from runtime.errors import ModelError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.ledger import MARGIN_BYTES, TURNS_MARGIN_BYTES

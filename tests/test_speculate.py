@@ -536,7 +536,7 @@ def test_copies_that_cannot_be_made(bundled_model, bundled_variant, tmp_path, mo
 @pytest.fixture
 def run(capsys, bundled_model, tmp_path, monkeypatch):
     """run(*arguments): exit code, standard output, standard error of `h2o run` on the bundled model."""
-    monkeypatch.setattr("h2o_cli.opening.default_plan_path", lambda: tmp_path / "plan")
+    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: tmp_path / "plan")
 
     def call(*arguments):
         flags = ["run", str(bundled_model), "-t", "1", "--temp", "0", "--ctx", "256", *map(str, arguments)]
@@ -596,7 +596,7 @@ def test_drafts_that_are_refused(run, tiny_model, monkeypatch):
     assert run("-p", "a", "--draft", "auto", "--speculate", "off")[0] == 2
     assert run("-p", "a", "--speculate", "often")[0] == 2
     assert run("-p", "a", "--draft", "nowhere.gguf")[0] == 1
-    monkeypatch.setattr("h2o_cli.opening.can_take_back", lambda _: False)
+    monkeypatch.setattr("h2o_cli.session.opening.can_take_back", lambda _: False)
     code, _, err = run("-p", "a", "-n", 2, "--draft", "auto")
     assert (code, err.count("speculation is off")) == (0, 1)
     code, _, err = run("-p", "a", "-n", 2)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from h2o_cli.bench.rounds import serve
-from h2o_cli.opening import OpenModel, RunOptions, Session, open_session
 from h2o_cli.output import note
+from h2o_cli.session.opening import OpenModel, RunOptions, Session, open_session
 from runtime.answer.generate import Request, Step, generate
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling

@@ -12,7 +12,7 @@ from pathlib import Path
 from runtime.errors import H2OError, ModelError, ProfileError
 from runtime.sizes import format_size
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUNDLED_MODEL = ROOT / "model_configs" / "bundled" / "h2o-stories-q8_0.gguf"
 LAST_MODEL = "last-model"
 _HASH_KEY = re.compile(rb'"hash":\s*(\d+)')

@@ -1,6 +1,6 @@
 """What the code of a run takes in memory: `h2o profile` has loaded more, and asks a process that has loaded just that.
 
-`python -m h2o_cli.run_memory` is this process: it loads what `h2o run` loads for a model with a profile, then what a
+`python -m h2o_cli.session.run_memory` is this process: it loads what `h2o run` loads for a model with a profile, then what a
 filter of keys and values needs, and prints the bytes of both.
 """
 
@@ -21,11 +21,11 @@ FILTER = ("runtime.kv.filter",)
 
 def measure_run_memory() -> RunMemory | None:
     """The bytes; None where no process can be started."""
-    from h2o_cli.smallest import output_of  # here: the process that is measured loads it later
+    from h2o_cli.session.smallest import output_of  # here: the process that is measured loads it later
     from profiler.measure import RunMemory
 
     try:
-        process_bytes, filter_bytes = map(int, output_of("h2o_cli.run_memory").split())
+        process_bytes, filter_bytes = map(int, output_of("h2o_cli.session.run_memory").split())
     except ValueError:
         return None
     return RunMemory(process_bytes, filter_bytes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.defaults import LEAST_UBATCH, default_budget
+from h2o_cli.session.defaults import LEAST_UBATCH, default_budget
 from runtime.errors import BudgetError, PlanError, ProfileError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import memory_bytes

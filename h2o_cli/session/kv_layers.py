@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.models import BUNDLED_MODEL, profiles_folder
 from h2o_cli.output import warn
+from h2o_cli.session.models import BUNDLED_MODEL, profiles_folder
 
 if TYPE_CHECKING:
     from profiler.kv_eval.layers_file import LayerChoice

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from h2o_cli.models import read_text
+from h2o_cli.session.models import read_text
 from runtime.errors import UsageError
 from runtime.kv.options import READERS, WINDOW, KvFilter, parse_layers
 

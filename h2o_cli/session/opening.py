@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from h2o_cli.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_threads
-from h2o_cli.first_plan import DEFAULT, FROM_FILE, Chosen, FirstPlan
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
-from h2o_cli.kv_layers import warn_of_guess
-from h2o_cli.models import find_profile
 from h2o_cli.output import Progress
-from h2o_cli.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
+from h2o_cli.session.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_threads
+from h2o_cli.session.first_plan import DEFAULT, FROM_FILE, Chosen, FirstPlan
+from h2o_cli.session.kv_layers import warn_of_guess
+from h2o_cli.session.models import find_profile
+from h2o_cli.session.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.answer.generate import PlanFollower, TokenSequence, check_budget
 from runtime.answer.sampler import Sampler, Sampling

@@ -4,7 +4,7 @@ It is what an engine without weights takes, and its smallest window, in whole MB
 hundred KB from run to run. So the number is written down in the user's cache folder, and stays for as long as later
 measurements agree with it.
 
-`python -m h2o_cli.smallest KIND FLAGS...` is a run with these flags that only says the number: commands that have
+`python -m h2o_cli.session.smallest KIND FLAGS...` is a run with these flags that only says the number: commands that have
 loaded other code than a run ask such a process.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
-from h2o_cli.models import replace_file
+from h2o_cli.session.models import replace_file
 from runtime.engine.engine import Engine
 from runtime.engine.pass_memory import rows_for
 from runtime.errors import (
@@ -139,7 +139,7 @@ def ask(kind: str, flags: Sequence[str]) -> int:
     Raises what the run would, EngineError where no process can be started.
     """
     try:
-        found = json.loads(output_of("h2o_cli.smallest", kind, *flags))
+        found = json.loads(output_of("h2o_cli.session.smallest", kind, *flags))
     except ValueError:
         raise EngineError("the smallest budget could not be measured", "try again with more free memory") from None
     if "floor_bytes" in found:
