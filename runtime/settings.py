@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from runtime.kv.options import KvFilter
-from runtime.plans.ledger import MARGIN_BYTES
+from runtime.sizes import MB
 
+if TYPE_CHECKING:
+    from runtime.kv.options import KvFilter
+
+MARGIN_BYTES = 5 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
+TURNS_MARGIN_BYTES = 8 * MB  # of a conversation: a turn is rendered and tokenised while the engine is open
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 SHORT_PASS = 16  # tokens up to which a pass counts as no prompt: a token and a few drafts
 FULL_TILES = 128  # memory never makes passes shorter than this; see pass_memory.pass_sizes

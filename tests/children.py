@@ -52,7 +52,7 @@ class Opener:
 
 def _run_all():
     sys.path[:0] = [str(ROOT)]
-    from h2o_cli import cmd_inspect, cmd_plan, cmd_profile, cmd_run, main
+    from h2o_cli import cmd_inspect, cmd_plan, cmd_profile, cmd_run, main  # noqa: F401
     from h2o_cli.session import opening
 
     cases = json.load(sys.stdin)

@@ -19,10 +19,9 @@ from runtime.kv.options import KvFilter
 from runtime.llama import abi, model_file
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
-from runtime.plans.ledger import MARGIN_BYTES
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
-from runtime.settings import Settings
+from runtime.settings import MARGIN_BYTES, Settings
 from runtime.sizes import MB
 from runtime.weights.head_start import head_start
 

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BOTTOM_UP = ("runtime", "profiler", "planner", "h2o_cli")
+GROUND = ("errors", "limited", "memory", "settings", "sizes", "threads")
+ROOMS = (GROUND, "llama", "plans", "weights", "kv", "engine", "answer")  # of runtime/, from the bottom up
 FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob("*.py"))
 
 # Heavy package -> modules that import it when they are imported themselves, and those that do so inside a function.
@@ -27,8 +29,11 @@ NEVER_ON_THE_RUN_PATH = ("gguf", "matplotlib", "torch", "sentencepiece", "h2o_cl
 REPORT = "import sys; print(','.join(name for name in {names!r} if name in sys.modules), file=sys.stderr)"
 
 
-def imports_of(path, *, when_imported=False):
-    """Dotted names that a file imports; when_imported: without those inside functions or for type checkers only."""
+def imports_of(path, *, when_imported=False, for_types=True):
+    """Dotted names that a file imports; when_imported: without those inside functions or for type checkers only.
+
+    for_types False: without those for type checkers, with those inside functions.
+    """
     nodes = [ast.parse(path.read_text())]
     while nodes:
         node = nodes.pop()
@@ -37,21 +42,45 @@ def imports_of(path, *, when_imported=False):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module
-        if not (when_imported and is_put_off(node)):
+        if not (when_imported and is_put_off(node)) and (for_types or not is_for_types(node)):
             nodes += ast.iter_child_nodes(node)
+
+
+def is_for_types(node):
+    """Whether what is inside a node is for type checkers only."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def is_put_off(node):
     """Whether what is inside a node does not run when its module is imported."""
-    if isinstance(node, ast.If):
-        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    return is_for_types(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 def test_every_module_of_the_runtime_is_in_the_table():
     table = (ROOT / "docs" / "design.md").read_text().split("## 2.")[0]
-    modules = [path.name for path in (ROOT / "runtime").glob("*.py") if path.stem != "__init__"]
-    assert [name for name in modules if f"`{name}`" not in table] == []
+    rooms = [path for path in (ROOT / "runtime").rglob("*.py") if path.stem != "__init__" and path.parent.name != "kv"]
+    assert [relative(path) for path in rooms if f"`{path.name}`" not in table] == []
+
+
+def test_the_root_of_the_runtime_is_the_ground_only():
+    assert {path.stem for path in (ROOT / "runtime").glob("*.py")} == {"__init__", *GROUND}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.is_relative_to(ROOT / "runtime")], ids=lambda p: p.name
+)
+def test_rooms_of_the_runtime_go_down_only(path):
+    allowed = ROOMS[: ROOMS.index(room_of(path)) + 1]
+    for name in imports_of(path, for_types=False):
+        if name.startswith("runtime."):
+            room = name.split(".")[1]
+            assert (GROUND if room in GROUND else room) in allowed, f"{relative(path)} imports {name}"
+
+
+def room_of(path):
+    """The room of the runtime that a file is in; the ground for those at its root."""
+    inside = path.relative_to(ROOT / "runtime")
+    return inside.parts[0] if len(inside.parts) > 1 else GROUND
 
 
 def relative(path):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from runtime.errors import BudgetError
 from runtime.plans.ledger import (
-    MARGIN_BYTES,
     Ledger,
     below_floor,
     budget_for,
@@ -20,6 +19,7 @@ from runtime.plans.ledger import (
     usable_bytes,
     whole_floor,
 )
+from runtime.settings import MARGIN_BYTES
 from runtime.sizes import MB, PAGE, page_down, page_up, parse_size
 
 QUICK = settings(max_examples=50, deadline=None)

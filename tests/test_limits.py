@@ -16,13 +16,13 @@ from test_engine import what_is_open
 
 from h2o_cli import main as cli
 from runtime.answer.drafters import DraftModel
+from runtime.answer.plan_stats import StatsWriter, stats_path
 from runtime.errors import DiskError, EngineError, H2OError, UsageError
 from runtime.kv.options import KvFilter
 from runtime.llama import hollow
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.plan import Plan
-from runtime.plans.stats import StatsWriter, stats_path
 from runtime.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,12 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.answer.speculate import MOST_DRAFTED
-from runtime.errors import PlanError
-from runtime.plans import stats as plan_stats
-from runtime.plans.file import read_plan, write_plan
-from runtime.plans.plan import Layout, Plan
-from runtime.plans.stats import (
+from runtime.answer import plan_stats
+from runtime.answer.plan_stats import (
     RECORD,
     Overtaken,
     RunningProcess,
@@ -24,6 +20,10 @@ from runtime.plans.stats import (
     decode_stats,
     stats_path,
 )
+from runtime.answer.speculate import MOST_DRAFTED
+from runtime.errors import PlanError
+from runtime.plans.file import read_plan, write_plan
+from runtime.plans.plan import Layout, Plan
 
 ROOT = Path(__file__).parents[1]
 MODEL = 42
@@ -31,7 +31,7 @@ MODEL = 42
 PROCESS = """
 import sys, time
 from types import SimpleNamespace
-from runtime.plans.stats import StatsWriter, stats_path
+from runtime.answer.plan_stats import StatsWriter, stats_path
 from runtime.plans.watcher import PlanWatcher
 path, pass_s, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 engine = SimpleNamespace(

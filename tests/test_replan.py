@@ -33,8 +33,8 @@ from planner.replan import (
 from planner.simulator import decode_rates, token_s
 from planner.source.profile import import_source
 from profiler.model_profile import save_profile
+from runtime.answer import plan_stats
 from runtime.llama.model_file import ModelFile
-from runtime.plans import stats as plan_stats
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Layout, Plan
 

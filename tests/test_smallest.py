@@ -18,8 +18,7 @@ from h2o_cli.session import opening, smallest
 from h2o_cli.session.smallest import CHAT, CONVERSATION, PLANNER_BYTES, PROMPT, agreed, ask, written
 from runtime.errors import ModelError
 from runtime.llama.model_file import ModelFile
-from runtime.plans.ledger import MARGIN_BYTES, TURNS_MARGIN_BYTES
-from runtime.settings import Settings
+from runtime.settings import MARGIN_BYTES, TURNS_MARGIN_BYTES, Settings
 
 MB = 10**6
 H2O = [sys.executable, "-m", "h2o_cli.main"]

@@ -19,6 +19,7 @@ from h2o_cli.session.models import find_profile
 from h2o_cli.session.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.answer.generate import PlanFollower, TokenSequence, check_budget
+from runtime.answer.plan_stats import StatsWriter, stats_path
 from runtime.answer.sampler import Sampler, Sampling
 from runtime.answer.speculate import Speculation, most_drafted
 from runtime.engine.engine import Engine
@@ -29,12 +30,11 @@ from runtime.llama.model_file import ModelFile
 from runtime.llama.quantize import copy_bytes, copy_pays, low_bit_copy
 from runtime.llama.tokenizer import Tokenizer
 from runtime.plans.file import default_plan_path
-from runtime.plans.ledger import MARGIN_BYTES, POSITION_BYTES, TURNS_MARGIN_BYTES, below_floor
+from runtime.plans.ledger import POSITION_BYTES, below_floor
 from runtime.plans.plan import Layout
 from runtime.plans.residency import smallest_window
-from runtime.plans.stats import StatsWriter, stats_path
 from runtime.plans.watcher import PlanWatcher
-from runtime.settings import KV_TYPES, SHORT_PASS, Machine, Settings
+from runtime.settings import KV_TYPES, MARGIN_BYTES, SHORT_PASS, TURNS_MARGIN_BYTES, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size
 from runtime.weights.head_start import Weights, head_start
 

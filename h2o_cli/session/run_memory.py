@@ -1,7 +1,7 @@
 """What the code of a run takes in memory: `h2o profile` has loaded more, and asks a process that has loaded just that.
 
-`python -m h2o_cli.session.run_memory` is this process: it loads what `h2o run` loads for a model with a profile, then what a
-filter of keys and values needs, and prints the bytes of both.
+`python -m h2o_cli.session.run_memory` is this process: it loads what `h2o run` loads for a model with a profile, then
+what a filter of keys and values needs, and prints the bytes of both.
 """
 
 from __future__ import annotations

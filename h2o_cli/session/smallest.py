@@ -4,8 +4,8 @@ It is what an engine without weights takes, and its smallest window, in whole MB
 hundred KB from run to run. So the number is written down in the user's cache folder, and stays for as long as later
 measurements agree with it.
 
-`python -m h2o_cli.session.smallest KIND FLAGS...` is a run with these flags that only says the number: commands that have
-loaded other code than a run ask such a process.
+`python -m h2o_cli.session.smallest KIND FLAGS...` is a run with these flags that only says the number: commands that
+have loaded other code than a run ask such a process.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from runtime.llama.abi import PINNED_VERSION
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.memory import trim_heap
-from runtime.plans.ledger import MARGIN_BYTES, budget_for, more_margin, whole_floor
+from runtime.plans.ledger import budget_for, more_margin, whole_floor
 from runtime.plans.plan import Plan
 from runtime.plans.residency import smallest_window
-from runtime.settings import FULL_TILES, Settings
+from runtime.settings import FULL_TILES, MARGIN_BYTES, Settings
 from runtime.sizes import MB
 
 PROMPT, CHAT, CONVERSATION = "prompt", "chat", "conversation"  # kinds of runs: they load other code

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from runtime.answer.plan_stats import StatsWriter
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler
 from runtime.answer.speculate import Speculation
 from runtime.engine.engine import Engine
@@ -13,7 +14,6 @@ from runtime.llama.tokenizer import Tokenizer
 from runtime.memory import memory_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import k_layers_worth, streamable_bytes, window_bytes
-from runtime.plans.stats import StatsWriter
 from runtime.plans.watcher import PlanWatcher
 from runtime.sizes import format_size
 

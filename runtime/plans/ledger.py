@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.errors import BudgetError
+from runtime.settings import MARGIN_BYTES
 from runtime.sizes import MB, PAGE, format_size, page_up
 
-MARGIN_BYTES = 5 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
-TURNS_MARGIN_BYTES = 8 * MB  # of a conversation: a turn is rendered and tokenised while the engine is open
 POSITION_BYTES = 48  # what llama.cpp keeps per position of a context, without keys and values
 _THREAD_BYTES = 80 * 2**10  # what a thread that computes takes: stack, page tables, kernel memory
 _THREADS_IN_MARGIN = 16

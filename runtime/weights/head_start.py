@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from runtime.llama.model_file import ModelFile
-from runtime.plans.ledger import MARGIN_BYTES, usable_bytes
+from runtime.plans.ledger import usable_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import resident_pieces, streamable_bytes, window_bytes
-from runtime.settings import Settings
+from runtime.settings import MARGIN_BYTES, Settings
 from runtime.sizes import MB, page_down
 from runtime.weights.files import WeightFiles
 from runtime.weights.small import SmallTensors
