@@ -102,14 +102,20 @@ class Conversation:
 
     def run(self) -> int:
         """Read lines and answer them until the end; returns the exit code."""
-        while True:
-            line = self._read()
-            if line is None or line.strip() in ("/exit", "/quit", "/bye"):
-                return 0
-            try:
-                self._take(line)
-            except PromptError as error:
-                print_error(error.message, error.next_step)
+        with interrupts.ending(_stop, patient=True):  # also while a message is made ready for the model
+            while True:
+                line = self._read()
+                if line is None or line.strip() in ("/exit", "/quit", "/bye"):
+                    return 0
+                try:
+                    self._take(line)
+                except PromptError as error:
+                    print_error(error.message, error.next_step)
+                except Cancelled as error:
+                    if error.signal_number != signal.SIGINT:
+                        raise
+                    _drop_typed_ahead()
+                    note("stopped")
 
     def _take(self, line: str) -> None:
         """Do what a line says: a command, or a message to be answered. Raises PromptError, Cancelled."""
@@ -155,7 +161,8 @@ class Conversation:
 
         def stop(number: int) -> None:
             nonlocal typed
-            typed = self._readline.get_line_buffer() if self._readline else ""
+            if self._readline:
+                typed = self._readline.get_line_buffer() or ("\n" if _takes_lines() else "")
             interrupts.take()
             raise Cancelled(number)
 
@@ -322,6 +329,18 @@ def _file_named(text: str, command: str) -> Path:
     if not text:
         raise UsageError(f"{command} needs a file", f"give one: {command} talk.json")
     return Path(text).expanduser()
+
+
+def _takes_lines() -> bool:
+    """Whether the terminal gives whole lines: not while readline edits one, so Enter was pressed already."""
+    with suppress(termios.error, OSError, ValueError):
+        return bool(termios.tcgetattr(sys.stdin.fileno())[3] & termios.ICANON)
+    return False
+
+
+def _stop(number: int) -> None:
+    interrupts.take()
+    raise Cancelled(number)
 
 
 def _drop_typed_ahead() -> None:
