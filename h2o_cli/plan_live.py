@@ -64,7 +64,7 @@ def plan_live(
     emit(report(outlook, profile) + "\n")
     if show_arms:
         emit("\n" + _explain_live(found) + "\n")
-    note(f"plan {outlook.plan.generation} stays in {path}: {outlook.method}")
+    note(f"plan {outlook.plan.generation} stays in {path}")
 
 
 def _write_whole(path: str | os.PathLike[str], wanted: Plan) -> Plan:

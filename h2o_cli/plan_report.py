@@ -113,6 +113,8 @@ def report(outlook: Outlook, profile: ModelProfile | None) -> str:
             f"predicted: {outlook.ms_per_token:.1f} ms per token ({1000 / outlook.ms_per_token:.1f} tokens/s){first}",
             f"limit: {outlook.limit_ms:.1f} ms per token ({share:.0%} of it reached)",
         ]
+    if outlook.method:
+        lines.append(f"found by: {outlook.method}")
     if outlook.kv and outlook.kv.filter and outlook.kv.filter.store == "disk":
         lines.append("not in these times: keys and values read from the disk")
     if outlook.live:
@@ -130,13 +132,24 @@ def report(outlook: Outlook, profile: ModelProfile | None) -> str:
 
 
 def explain_choice(choice: Choice) -> str:
-    """The plans the planner compared, best first."""
+    """The plans the bandit compared, best first, and beside them the one of the exact search."""
+    from planner.choose import BESIDE, NEAR
+
     rows: list[Sequence[str]] = [("k", "w", "layout", "resident", "window", "ms/token", "+-", "plays")]
     for seen in sorted(choice.statistics, key=lambda s: s.mean_ms)[:MOST_ARMS_SHOWN]:
         arm = seen.arm
         sizes = (format_size(arm.pinned_bytes), format_size(arm.window_bytes))
         times = (f"{seen.mean_ms:.2f}", f"{seen.sd_ms:.2f}", str(seen.n_plays))
         rows.append((str(arm.k), str(arm.w), arm.layout.label, *sizes, *times))
+    lines = [
+        f"compared by the bandit, with the disk at {BESIDE:.0%} of its speed (of those within {NEAR - 1:.0%} of the",
+        "fastest, balanced ones come first, and the one with most resident is taken):",
+        table(rows, right=(0, 1, 3, 4, 5, 6, 7)),
+    ]
     left_out = len(choice.statistics) - MOST_ARMS_SHOWN
-    lines = [f"compared ({choice.method}):", table(rows, right=(0, 1, 3, 4, 5, 6, 7))]
-    return "\n".join(lines + ([f"... and {left_out} more"] if left_out > 0 else []))
+    if left_out > 0:
+        lines.append(f"... and {left_out} more")
+    arm, window = choice.exact.arm, format_size(choice.exact.arm.window_bytes)
+    lines.append(f"exact search: k={arm.k} w={arm.w} {arm.layout.label}, window {window}: ")
+    lines[-1] += f"predicted {choice.exact.token_ms:.1f} ms per token"
+    return "\n".join(lines)

@@ -1,8 +1,8 @@
 """UCB1 (Auer, Cesa-Bianchi, Fischer 2002) over arms whose reward is noisy: minus the ms of one token.
 
-Every arm is played once before any is repeated, however few episodes are asked for: the arms left out of a short run
-would be the last in order, not the worst. At the end the confirm_arms best by mean are played confirm_plays times each,
-because the best of many single noisy plays is mostly the luckiest.
+Every arm is played once before any is repeated, however few episodes are asked for. A short run would otherwise leave
+out the last arms, not the worst ones. At the end the confirm_arms best by mean and the chosen arm are each played
+confirm_plays times, because the best of many single noisy plays is mostly the luckiest one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,17 @@ class ArmStatistics:
     sd_ms: float
 
 
+Times = Sequence[tuple[Arm, float]]  # arms with their mean ms per token
+
+
+def fastest(times: Times) -> Arm:
+    """The arm with the best mean, by tie_order."""
+    return min(times, key=lambda pair: tie_order(*pair))[0]
+
+
 @dataclass(frozen=True)
 class BanditResult:
-    """The arm with the best mean, and what was seen of every arm (best first)."""
+    """The arm that was chosen, and what was seen of every arm (best mean first)."""
 
     best: Arm
     statistics: tuple[ArmStatistics, ...]
@@ -41,8 +49,9 @@ class BanditResult:
 class Ucb1:
     """UCB1 with the reward range seen so far as its scale: score = mean + c * range * sqrt(2 ln t / n).
 
-    pull(arm) returns a reward (minus ms per token). seed decides the order of the first plays. A small c fits rewards
-    whose noise is small against the range between arms, as it is here.
+    pull(arm) returns a reward (minus ms per token). choice(times) says which arm to take when these are the means. seed
+    decides the order of the first plays. A small c fits rewards whose noise is small against the range between arms, as
+    it is here.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class Ucb1:
         arms: Sequence[Arm],
         pull: Callable[[Arm], float],
         *,
+        choice: Callable[[Times], Arm] = fastest,
         episodes: int = 500,
         c: float = 0.05,
         seed: int = 0,
@@ -58,6 +68,7 @@ class Ucb1:
     ) -> None:
         self.arms = tuple(arms)
         self.pull = pull
+        self.choice = choice
         self.episodes = episodes
         self.c = c
         self.seed = seed
@@ -69,7 +80,7 @@ class Ucb1:
         self._lowest, self._highest = math.inf, -math.inf
 
     def run(self) -> BanditResult:
-        """Play max(episodes, number of arms) times, then confirm the leaders."""
+        """Play max(episodes, number of arms) times, then confirm the leaders and the choice."""
         order = list(range(len(self.arms)))
         random.Random(self.seed).shuffle(order)
         for i in order:
@@ -77,19 +88,19 @@ class Ucb1:
         for t in range(len(order) + 1, self.episodes + 1):
             width = self.c * (self._highest - self._lowest) * np.sqrt(2 * math.log(t) / self._n)
             self._play(int(np.argmax(self._sum / self._n + width)))
-        self._confirm()
-        statistics = self._statistics()
-        return BanditResult(statistics[0].arm, statistics, int(self._n.sum()))
+        return BanditResult(self._confirmed(), self._statistics(), int(self._n.sum()))
 
-    def _confirm(self) -> None:
-        """Play the arms that lead until none of them leads by luck."""
+    def _confirmed(self) -> Arm:
+        """Play the arms that lead, and the one to be chosen, until none of them is where it is by luck."""
         while True:
-            leaders = np.argsort(-self._sum / self._n)[: self.confirm_arms]
-            unsure = leaders[self._n[leaders] < self.confirm_plays]
-            if not len(unsure):
-                return
+            means = self._sum / self._n
+            chosen = self.choice(list(zip(self.arms, (-means).tolist(), strict=True)))
+            leaders = {*np.argsort(-means)[: self.confirm_arms].tolist(), self.arms.index(chosen)}
+            unsure = [i for i in sorted(leaders) if self._n[i] < self.confirm_plays]
+            if not unsure:
+                return chosen
             for i in unsure:
-                self._play(int(i))
+                self._play(i)
 
     def _play(self, i: int) -> None:
         reward = self.pull(self.arms[i])

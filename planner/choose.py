@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,17 +23,21 @@ if TYPE_CHECKING:
 
 BESIDE = 0.85  # of the profile's disk speed: what is left of it beside a computation
 NEAR = 1.05  # an arm that streams less may be simulated to take this many times the fastest one's time
-MOST_PLAYED_ARMS = 32  # in the bandit's run that is shown beside the exact search
-EPISODES = 120
-CONFIRM_ARMS = 4
-PROMPT_TOKENS = 128
-SAME_SPEED = 1.0005
+MOST_PLAYED_ARMS = 32  # by the bandit; with more, most plays would be first plays
+EPISODES = 120  # for so few arms more find nothing better, and each costs a millisecond or two
+CONFIRM_ARMS = 4  # the leaders and the choice; the arms behind them are further off than the noise
+PROMPT_TOKENS = 128  # of the prompt whose first token is predicted: one pass at the least memory
+SAME_TIME = 0.01  # relative; the predictions are not better than that
+SHOWN = 0.0005  # relative; smaller differences would be shown as 0.0%
 WORTH_SAYING = 0.99  # what helps is named when it brings the time below this part of the predicted one
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan for a budget, and the figures that justify it. ledger's parts add up to the budget."""
+    """A plan for a budget, and the figures that justify it. ledger's parts add up to the budget.
+
+    statistics is what the bandit saw, with the disk at BESIDE of its speed. exact is the exact search's arm.
+    """
 
     plan: Plan
     predicted_ms_per_token: float
@@ -42,6 +47,7 @@ class Choice:
     ledger: dict[str, int]
     what_helps: tuple[str, ...]
     statistics: tuple[ArmStatistics, ...]
+    exact: Best
     method: str
 
 
@@ -59,15 +65,15 @@ def choose(
     """The plan for a process of budget_bytes, a context of ctx_tokens and passes of at most ubatch_tokens.
 
     layout None: the best of all. predicted_ttft_s is for a prompt of PROMPT_TOKENS. kv: how keys and values are kept
-    (None: all of them, f16); what a disk store reads of them is not in the predictions. The bandit and the exact
-    search both look; the exact one decides. Raises BudgetError, with the smallest budget that works, below the floor.
+    (None: all of them, f16); what a disk store reads of them is not in the predictions. The bandit decides; the exact
+    search checks it (see decide). Raises BudgetError, with the smallest budget that works, below the floor.
     floor_bytes: that budget, where it is known better than from the profile (0: not).
     """
     footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv, floor_bytes)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
-    best = pick(profile, arms)
-    bandit = play(profile, arms, best, seed)
+    exact, bandit = pick(profile, arms), play(profile, arms, seed)
+    best, method = decide(profile, bandit, exact)
     arm = best.arm
     return Choice(
         plan=_plan(profile, arm, budget_bytes),
@@ -78,7 +84,8 @@ def choose(
         ledger=footprint.ledger(budget_bytes, arm.pinned_bytes, arm.window_bytes),
         what_helps=what_helps(profile, footprint, budget_bytes, layouts, best),
         statistics=bandit.statistics,
-        method=_method(profile, best, bandit),
+        exact=exact,
+        method=method,
     )
 
 
@@ -91,7 +98,7 @@ def choose_exactly(
     layout: Layout | None = None,
     kv: KvUse | None = None,
 ) -> Plan:
-    """The plan of choose() without its explanations: what a run that has no plan yet starts with."""
+    """The exact search's plan alone: what a run that has no plan yet starts with. It needs no numpy, and less time."""
     footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
@@ -102,40 +109,50 @@ def _plan(profile: ModelProfile, arm: Arm, budget_bytes: int) -> Plan:
     return Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget_bytes, profile.model.hash)
 
 
-def pick(profile: ModelProfile, arms: list[Arm]) -> Best:
-    """The arm to run, with its simulated time: of those simulated to be NEAR the fastest, the one that streams the
-    fewest bytes, balanced if there is such a one.
+def lean(arm: Arm) -> tuple[int, int, int]:
+    """Sort key: balanced arms first, and of each layout those first that stream the fewest bytes."""
+    return (-arm.layout, -arm.pinned_bytes, arm.window_bytes)
+
+
+def leanest(times: Sequence[tuple[Arm, float]]) -> Arm:
+    """The arm to run: of those that take at most NEAR the fastest one's time, the first by `lean`.
 
     Wide windows gain little by the simulation and cost bytes for certain, more so where the disk turns out slower.
     """
+    limit = NEAR * min(ms for _, ms in times)
+    return min((arm for arm, ms in times if ms <= limit), key=lean)
+
+
+def pick(profile: ModelProfile, arms: list[Arm]) -> Best:
+    """The leanest() of all arms by the exact search, with its simulated time."""
     beside = with_disk_speed(profile, BESIDE)
-    best = best_arm(beside, arms)
-    for arm in sorted(arms, key=lambda arm: (-arm.layout, -arm.pinned_bytes, arm.window_bytes)):
-        if 1000 * token_s(beside, arm) <= NEAR * best.token_ms:
-            return Best(arm, 1000 * token_s(profile, arm), best.n_simulated)
-    return best
+    limit = NEAR * best_arm(beside, arms).token_ms
+    arm = next(arm for arm in sorted(arms, key=lean) if 1000 * token_s(beside, arm) <= limit)
+    return Best(arm, 1000 * token_s(profile, arm))
 
 
-def play(profile: ModelProfile, arms: list[Arm], best: Best, seed: int) -> BanditResult:
-    """The bandit, on tokens simulated with the profile's noise, over the arms that stream the fewest bytes."""
-    fewest = sorted(arms, key=lambda arm: -arm.pinned_bytes)[:MOST_PLAYED_ARMS]
-    played = [*fewest, best.arm] if best.arm not in fewest else fewest
-    episodes = EPISODES if len(played) > 1 else 1
+def play(profile: ModelProfile, arms: list[Arm], seed: int) -> BanditResult:
+    """The bandit's leanest() of the arms that stream the fewest bytes, on tokens simulated with the profile's noise."""
     from planner.bandit import Ucb1, noisy_pull  # numpy: not on the path of a run
 
-    pull = noisy_pull(profile, random.Random(seed))
-    return Ucb1(played, pull, episodes=episodes, seed=seed, confirm_arms=CONFIRM_ARMS).run()
+    played = sorted(arms, key=lambda arm: -arm.pinned_bytes)[:MOST_PLAYED_ARMS]
+    episodes = EPISODES if len(played) > 1 else 1
+    pull = noisy_pull(with_disk_speed(profile, BESIDE), random.Random(seed))
+    return Ucb1(played, pull, choice=leanest, episodes=episodes, seed=seed, confirm_arms=CONFIRM_ARMS).run()
 
 
-def _method(profile: ModelProfile, best: Best, bandit: BanditResult) -> str:
-    """One line: which search found the plan, and how the two compare."""
-    plays = f"bandit of {bandit.n_episodes} plays over {len(bandit.statistics)} arms"
-    if bandit.best == best.arm:
-        return f"{plays}, confirmed by the exact search"
-    bandit_ms = 1000 * token_s(profile, bandit.best)
-    if bandit_ms <= best.token_ms * SAME_SPEED:
-        return f"exact search; the {plays} found an arm as fast that leaves the disk or the window less slack"
-    return f"exact search; the {plays} found an arm {bandit_ms / best.token_ms - 1:.1%} slower"
+def decide(profile: ModelProfile, bandit: BanditResult, exact: Best) -> tuple[Best, str]:
+    """The bandit's arm, unless the exact search's is faster by more than SAME_TIME; and a line on who found it."""
+    found = Best(bandit.best, 1000 * token_s(profile, bandit.best))
+    n_plans = len(bandit.statistics)
+    name = f"the bandit ({bandit.n_episodes} plays of {n_plans} plan{'' if n_plans == 1 else 's'})"
+    if found.arm == exact.arm:
+        return found, f"{name}; the exact search finds the same"
+    gain = found.token_ms / exact.token_ms - 1
+    if gain > SAME_TIME:
+        return exact, f"the exact search, whose plan is {gain:.1%} faster than that of {name}"
+    than = "as fast" if abs(gain) < SHOWN else f"{abs(gain):.1%} {'faster' if gain > 0 else 'slower'}"
+    return found, f"{name}; the exact search's plan is {than}"
 
 
 def what_helps(

@@ -14,7 +14,7 @@ Layers spread evenly are not nested from k to k + 1; there an arm is the largest
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from planner.arms import Arm, source_arms, tie_order
 from planner.footprint import streamable_bytes
@@ -26,11 +26,10 @@ from runtime.errors import BudgetError
 
 @dataclass(frozen=True)
 class Best:
-    """The best arm, its simulated time in ms per token, and how many arms had to be simulated."""
+    """An arm, and its simulated time in ms per token."""
 
     arm: Arm
     token_ms: float
-    n_simulated: int
 
 
 def best_arm(profile: ModelProfile, arms: list[Arm]) -> Best:
@@ -41,13 +40,13 @@ def best_arm(profile: ModelProfile, arms: list[Arm]) -> Best:
     """
     total = streamable_bytes(profile)
     order = sorted(arms, key=lambda arm: (-arm.pinned_bytes, arm.window_bytes, -arm.layout))
-    best = Best(order[0], 1000 * token_s(profile, order[0]), 1)
-    for n, arm in enumerate(order[1:], 2):
+    best = Best(order[0], 1000 * token_s(profile, order[0]))
+    for arm in order[1:]:
         if 1000 * limit_s(profile, total - arm.pinned_bytes) >= best.token_ms * (1 - 1e-9):
             break
         token_ms = 1000 * token_s(profile, arm)
-        faster = token_ms < best.token_ms * (1 - 1e-9)
-        best = Best(arm, token_ms, n) if faster else replace(best, n_simulated=n)
+        if token_ms < best.token_ms * (1 - 1e-9):
+            best = Best(arm, token_ms)
     return best
 
 
@@ -58,5 +57,4 @@ def best_source_arm(source: SourceProfile, memory_mib: float) -> Best:
         need = source.layer_sizes[0]
         raise BudgetError(f"{memory_mib} MiB is less than the first layer", f"give at least {need} MiB", need * 2**20)
     timed = [(arm, source_token_ms(source, arm.k, arm.w)) for arm in arms]
-    arm, token_ms = min(timed, key=lambda pair: tie_order(*pair))
-    return Best(arm, token_ms, len(timed))
+    return Best(*min(timed, key=lambda pair: tie_order(*pair)))

@@ -111,6 +111,23 @@ def test_ties_go_to_larger_k_plus_w_then_larger_k():
     assert Ucb1(arms, lambda arm: -5.0).run().best == Arm(2, 1)
 
 
+def test_the_choice_is_confirmed_too():
+    """Of ten arms the tenth is the slowest, and wanted where it is near the fastest: one lucky play is not enough."""
+    arms = [Arm(k, 1) for k in range(10)]
+    lucky = iter([-105.0])
+
+    def pull(arm):
+        return next(lucky, -120.0) if arm.k == 9 else -100.0 - arm.k
+
+    def wanted(times):
+        return max((arm for arm, ms in times if ms <= 110), key=lambda arm: arm.k)
+
+    result = Ucb1(arms, pull, choice=wanted, episodes=10, confirm_arms=1, confirm_plays=8).run()
+    plays = {row.arm.k: row.n_plays for row in result.statistics}
+    assert result.best == arms[8]
+    assert plays[9] > 1 and plays[8] == 8 and plays[7] == 1
+
+
 def test_statistics():
     rewards = iter([-10.0, -20.0] * 50)
     result = Ucb1([Arm(1, 1)], lambda arm: next(rewards), episodes=100).run()

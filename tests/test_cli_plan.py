@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 from dataclasses import replace
 
@@ -198,9 +199,18 @@ def test_a_profile_without_layers_to_filter(plan, profile):
 
 def test_explain_shows_the_arms(plan, profile):
     out = plan("-c", profile, "-m", 300, "--explain")[1]
-    assert "compared (" in out
+    assert "compared by the bandit" in out
+    assert re.search(r"exact search: k=\d+ w=\d+ \w+, window .*: predicted [0-9.]+ ms per token", out)
     header = next(line for line in out.splitlines() if "ms/token" in line)
     assert header.split() == ["k", "w", "layout", "resident", "window", "ms/token", "+-", "plays"]
+
+
+def test_it_is_said_who_found_the_plan(plan, plan_json, profile, monkeypatch):
+    assert "found by: the bandit (" in plan("-c", profile, "-m", 300)[1]
+    assert plan_json("-c", profile, "-m", 300)["method"].startswith("the bandit")
+    monkeypatch.setattr("planner.choose.decide", lambda profile, bandit, exact: (exact, "the exact search"))
+    assert "found by: the exact search\n" in plan("-c", profile, "-m", 300)[1]
+    assert "found by" not in plan("-c", profile, "--set", "3,2")[1]
 
 
 def test_plan_by_hand(plan_json, profile, plan_file):

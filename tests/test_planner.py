@@ -9,8 +9,9 @@ from source_profiles import SOURCE_PROFILES
 from test_model_profile import make_profile
 
 from planner.arms import Arm, h2o_arms, pinned_per_unit, whole_layers
-from planner.choose import choose, pick
-from planner.exact import best_arm, best_source_arm
+from planner.bandit import BanditResult
+from planner.choose import choose, choose_exactly, decide, leanest, pick, play
+from planner.exact import Best, best_arm, best_source_arm
 from planner.footprint import measure_footprint, streamable_bytes
 from planner.kv import KvUse
 from planner.simulator import limit_s, source_token_ms, token_s
@@ -330,18 +331,97 @@ def test_unequal_layers_and_imported_profiles():
     assert times[-1].plan.k == 28
 
 
+# --- the bandit decides, the exact search checks ----------------------------------------------------------------------
+
+
+@st.composite
+def noisy_profiles(draw):
+    """With spreads of a third, a bandit is often wrong."""
+    profile = draw(profiles())
+    noise = draw(st.sampled_from([0.0, 0.03, 0.3]))
+    sizes = [layer.bytes for layer in profile.layers]
+    compute_s = [layer.decode_compute_s.mean for layer in profile.layers]
+    return make_profile(sizes, compute_s, disk=1e8, head=profile.head.bytes, overhead_s=0.001, noise=noise)
+
+
+@QUICK
+@given(noisy_profiles(), st.floats(0.05, 0.95), st.integers(0, 3))
+def test_the_bandits_arm_is_the_plan_unless_the_exact_search_is_over_a_percent_faster(profile, share, seed):
+    footprint = measure_footprint(profile, **CTX)
+    budget = footprint.floor_bytes + int(share * streamable_bytes(profile))
+    arms = h2o_arms(profile, footprint.available_bytes(budget))
+    exact, bandit = pick(profile, arms), play(profile, arms, seed)
+    choice = choose(profile, budget, seed=seed, **CTX)
+    plan = choice.plan
+    chosen = Arm(plan.k, plan.w, plan.layout, plan.pinned_bytes, plan.window_bytes)
+    assert chosen in arms
+    bandit_ms = 1000 * token_s(profile, bandit.best)
+    assert choice.exact == exact
+    assert choice.predicted_ms_per_token == 1000 * token_s(profile, chosen) <= 1.01 * exact.token_ms
+    if bandit_ms <= 1.01 * exact.token_ms:
+        assert choice.predicted_ms_per_token == bandit_ms
+        assert choice.method.startswith("the bandit")
+    else:
+        assert choice.predicted_ms_per_token == exact.token_ms < bandit_ms
+        assert choice.method.startswith(f"the exact search, whose plan is {bandit_ms / exact.token_ms - 1:.1%} faster")
+
+
+WIDE = make_profile([2_240_000] * 30, [0.0004] * 30, disk=3e9, head=30_000_000, head_s=0.002, min_window=557_000)
+
+
+def test_the_exact_search_wins_where_the_bandit_missed_the_better_arm(monkeypatch):
+    """A bandit that is shown nothing but the first layers' arm, which lets the disk rest."""
+    monkeypatch.setattr("planner.choose.MOST_PLAYED_ARMS", 1)
+    choice = choose(WIDE, 66_000_000, **CTX)
+    (played,) = choice.statistics
+    gain = 1000 * token_s(WIDE, played.arm) / choice.predicted_ms_per_token - 1
+    assert gain > 0.1
+    assert (choice.plan.layout, played.arm.layout) == (choice.exact.arm.layout, Layout.PREFIX)
+    text = f"the exact search, whose plan is {gain:.1%} faster than that of the bandit (24 plays of 1 plan)"
+    assert choice.method == text
+
+
+def test_the_bandit_wins_where_its_arm_is_the_faster_one():
+    """The exact search takes an arm that is slower by the allowance; a bandit that took the fastest one wins."""
+    fastest = best_arm(WIDE, h2o_arms(WIDE, 66_000_000)).arm
+    found, text = decide(WIDE, BanditResult(fastest, (), 9), pick(WIDE, h2o_arms(WIDE, 66_000_000)))
+    assert found.arm == fastest
+    assert "the exact search's plan is" in text and text.endswith("% slower")
+
+
+def test_nothing_is_said_of_differences_that_nobody_can_see():
+    twins = [Arm(2, 1, Layout.PREFIX, 4_480_000, 4_480_000), Arm(2, 1, Layout.PREFIX, 4_480_000, 4_480_001)]
+    exact = Best(twins[0], 1000 * token_s(WIDE, twins[0]))
+    assert decide(WIDE, BanditResult(twins[1], (), 9), exact)[1].endswith("the exact search's plan is as fast")
+
+
+def test_a_run_begins_with_the_exact_searchs_plan():
+    plan = choose_exactly(WIDE, 66_000_000, **CTX)
+    arm = choose(WIDE, 66_000_000, **CTX).exact.arm
+    assert (plan.k, plan.w, plan.pinned_bytes, plan.window_bytes) == (arm.k, arm.w, arm.pinned_bytes, arm.window_bytes)
+
+
 # --- what is taken of what is nearly as fast ------------------------------------------------------------------------
 
 
 def test_bytes_decide_between_arms_that_are_nearly_as_fast():
     """A wider window that gains a percent is not worth its bytes; one that gains much is."""
-    profile = make_profile([2_240_000] * 30, [0.0004] * 30, disk=3e9, head=30_000_000, head_s=0.002, min_window=557_000)
-    arms = h2o_arms(profile, 66_000_000)
-    fastest, taken = best_arm(profile, arms), pick(profile, arms)
+    arms = h2o_arms(WIDE, 66_000_000)
+    fastest, taken = best_arm(WIDE, arms), pick(WIDE, arms)
     assert taken.arm.pinned_bytes > fastest.arm.pinned_bytes
     assert taken.token_ms < 1.15 * fastest.token_ms
     narrowest = max(arms, key=lambda arm: arm.pinned_bytes)
-    assert taken.arm != narrowest and token_s(profile, narrowest) > 1.2 * fastest.token_ms / 1000
+    assert taken.arm != narrowest and token_s(WIDE, narrowest) > 1.2 * fastest.token_ms / 1000
+
+
+@given(st.lists(st.tuples(st.sampled_from(Layout), st.integers(0, 9), st.floats(1, 2)), min_size=1))
+def test_the_leanest_of_what_is_near_the_fastest(rows):
+    times = [(Arm(0, 1, layout, pinned, 10 - pinned), ms) for layout, pinned, ms in rows]
+    taken, fastest = leanest(times), min(ms for _, ms in times)
+    near = [arm for arm, ms in times if ms <= 1.05 * fastest]
+    assert taken in near
+    assert taken.layout == max(arm.layout for arm in near)
+    assert taken.pinned_bytes == max(arm.pinned_bytes for arm in near if arm.layout == taken.layout)
 
 
 def test_balanced_is_taken_where_others_are_no_faster():
