@@ -17,7 +17,7 @@ from h2o_cli.session.defaults import default_threads
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from h2o_cli.bench.rows import Row, Suite
+    from h2o_cli.bench.speed.rows import Row, Suite
     from h2o_cli.bench.speed.runs import Settings
 
 MODELS = {
@@ -142,7 +142,7 @@ def _unthrottled(settings: Settings, budgets: tuple[str, ...]) -> Settings:
 
 
 def _this_command() -> str:
-    from h2o_cli.bench.children import shown_command
+    from h2o_cli.bench.speed.children import shown_command
 
     return shown_command([sys.executable, "-m", "h2o_cli.main", *sys.argv[1:]])
 
@@ -198,8 +198,8 @@ def _run(settings: Settings, rows_file: Path, *, json: bool) -> None:
 
     import msgspec
 
-    from h2o_cli.bench.children import Children
-    from h2o_cli.bench.rows import append_line
+    from h2o_cli.bench.speed.children import Children
+    from h2o_cli.bench.speed.rows import append_line
     from h2o_cli.bench.speed.runs import Bench
 
     _make_models(settings)
@@ -258,9 +258,9 @@ def _open_output(output: Path, *, add: bool) -> Path:
 
 def _draw(output: Path) -> list[Row]:
     """Draw the pictures, where that can be done, and write the report around them; the rows."""
-    from h2o_cli.bench.plots import draw
-    from h2o_cli.bench.report import report
-    from h2o_cli.bench.rows import read_rows, read_timelines
+    from h2o_cli.bench.speed.plots import draw
+    from h2o_cli.bench.speed.report import report
+    from h2o_cli.bench.speed.rows import read_rows, read_timelines
 
     rows, timelines = read_rows(output / ROWS), read_timelines(output / TIMELINES)
     pictures: list[Path] = []
@@ -288,7 +288,7 @@ def _told(row: Row) -> str:
 
 def _summary(rows: list[Row]) -> str:
     """The medians, one line per model, budget and engine."""
-    from h2o_cli.bench.report import summary_rows
+    from h2o_cli.bench.speed.report import summary_rows
 
     return table(summary_rows(rows), right=(3, 4, 5, 6, 7))
 

@@ -64,7 +64,7 @@ def _rows(disk: float, repeats: int) -> Iterator[SpeculationRow]:
     import tempfile
 
     from h2o_cli.bench.box import Device, check_rights
-    from h2o_cli.bench.children import Children
+    from h2o_cli.bench.speed.children import Children
     from h2o_cli.bench.speed.speculation import measure
 
     device = Device(0, int(disk * 10**6), BUNDLED_MODEL.parent)

@@ -17,9 +17,9 @@ import pytest
 from h2o_cli import cmd_bench
 from h2o_cli.bench import box as device_module
 from h2o_cli.bench.box import ROOT, Device, Outcome, check_rights, run_in_device, talk_in_device
-from h2o_cli.bench.engines import H2O, Job, command, read_result, tokens_hash, turns_commands
-from h2o_cli.bench.report import report, summary_rows
-from h2o_cli.bench.rows import InTurns, Read, Rounds, Row, Span, Timeline, append_line, read_rows, read_timelines
+from h2o_cli.bench.speed.engines import H2O, Job, command, read_result, tokens_hash, turns_commands
+from h2o_cli.bench.speed.report import report, summary_rows
+from h2o_cli.bench.speed.rows import InTurns, Read, Rounds, Row, Span, Timeline, append_line, read_rows, read_timelines
 from h2o_cli.bench.speed.runs import (
     MMAP,
     BenchModel,
@@ -497,7 +497,7 @@ def test_rows_go_to_a_file_and_come_back(tmp_path):
 
 def test_the_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
-    from h2o_cli.bench.plots import draw
+    from h2o_cli.bench.speed.plots import draw
 
     spans = (Span(0, 0.0, 0.1, 0.05), Span(1, 0.1, 0.2, 0.0))
     reads = (Read(0, 10, -0.01, 0.05), Read(1, 10, 0.05, 0.1))
@@ -511,7 +511,7 @@ def test_the_plots_are_written(tmp_path):
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
-    from h2o_cli.bench.plots import draw
+    from h2o_cli.bench.speed.plots import draw
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)

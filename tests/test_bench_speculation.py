@@ -7,7 +7,7 @@ import pytest
 
 from h2o_cli import main as cli
 from h2o_cli.bench.box import Outcome
-from h2o_cli.bench.engines import Result
+from h2o_cli.bench.speed.engines import Result
 from h2o_cli.bench.speed.speculation import MODES, OFF, TEXTS, SpeculationRow, measure, report, summaries, table_rows
 
 MB = 10**6

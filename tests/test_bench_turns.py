@@ -8,9 +8,9 @@ from io import StringIO
 
 import pytest
 
-from h2o_cli.bench import turns
-from h2o_cli.bench.engines import tokens_hash
-from h2o_cli.bench.rounds import AGAIN, serve
+from h2o_cli.bench.speed import turns
+from h2o_cli.bench.speed.engines import tokens_hash
+from h2o_cli.bench.speed.rounds import AGAIN, serve
 from runtime.errors import EngineError
 from runtime.sizes import MB
 

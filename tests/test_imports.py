@@ -18,10 +18,10 @@ FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob(
 
 # Heavy package -> modules that import it when they are imported themselves, and those that do so inside a function.
 HEAVY = {
-    "llama_cpp": (set(), {"h2o_cli/bench/models/make_model.py", "h2o_cli/bench/llama_cpp_run.py"}),
+    "llama_cpp": (set(), {"h2o_cli/bench/models/make_model.py", "h2o_cli/bench/speed/llama_cpp_run.py"}),
     "jinja2": (set(), {"runtime/llama/chat_template.py"}),
     "gguf": (set(), {"h2o_cli/bench/models/make_model.py"}),
-    "matplotlib": (set(), {"h2o_cli/bench/plots.py", "h2o_cli/bench/kv/plots.py"}),
+    "matplotlib": (set(), {"h2o_cli/bench/speed/plots.py", "h2o_cli/bench/kv/plots.py"}),
     "torch": (set(), set()),
     "sentencepiece": (set(), set()),
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from h2o_cli.bench.kv.methods import COMPARED, EVERYWHERE, FULL, HEAVY, OMNIKV, OTHERS, RANDOM, SINKS
 from h2o_cli.bench.kv.report import accuracy_of, chosen, distinct
 from h2o_cli.bench.kv.rows import KvRow
-from h2o_cli.bench.plots import picture
+from h2o_cli.bench.speed.plots import picture
 from profiler.kv_eval.layers_file import LayerChoice
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 
 from h2o_cli.bench.box import Device
-from h2o_cli.bench.children import Children, Planned, shown_command
-from h2o_cli.bench.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash
 from h2o_cli.bench.models.make_model import make_model, parse_file_type
 from h2o_cli.bench.models.shapes import parse_shape
-from h2o_cli.bench.rows import Row, Suite, Timeline
-from h2o_cli.bench.turns import N_TOKENS, OPENINGS, PREFILL_PAIRS
+from h2o_cli.bench.speed.children import Children, Planned, shown_command
+from h2o_cli.bench.speed.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash
+from h2o_cli.bench.speed.rows import Row, Suite, Timeline
+from h2o_cli.bench.speed.turns import N_TOKENS, OPENINGS, PREFILL_PAIRS
 from profiler.device import device_info
 from profiler.model_profile import ModelProfile
 from runtime.errors import EngineError, UsageError

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from h2o_cli.bench.box import Device
-from h2o_cli.bench.children import Children
-from h2o_cli.bench.engines import H2O, Job, tokens_hash
+from h2o_cli.bench.speed.children import Children
+from h2o_cli.bench.speed.engines import H2O, Job, tokens_hash
 
 OFF, LOOKUP, DRAFT = "off", "look-up", "draft auto"
 MODES: dict[str, tuple[str, ...]] = {OFF: ("--speculate", "off"), LOOKUP: (), DRAFT: ("--draft", "auto")}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from h2o_cli.bench.rows import Read, Span, Timeline
+from h2o_cli.bench.speed.rows import Read, Span, Timeline
 from profiler.compute import layer_trace
 from runtime.engine.engine import Engine
 from runtime.engine.trace import LayerTrace

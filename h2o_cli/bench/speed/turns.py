@@ -16,9 +16,9 @@ from typing import Protocol
 
 import msgspec
 
-from h2o_cli.bench.engines import tokens_hash
-from h2o_cli.bench.rounds import AGAIN
-from h2o_cli.bench.rows import InTurns, Rounds
+from h2o_cli.bench.speed.engines import tokens_hash
+from h2o_cli.bench.speed.rounds import AGAIN
+from h2o_cli.bench.speed.rows import InTurns, Rounds
 from runtime.errors import EngineError
 
 OPENINGS = 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from h2o_cli.bench.engines import H2O, LLAMA_CPP
-from h2o_cli.bench.rows import Median, Rounds, Row, Setup, chosen, distinct, median_of, setups
+from h2o_cli.bench.speed.engines import H2O, LLAMA_CPP
+from h2o_cli.bench.speed.rows import Median, Rounds, Row, Setup, chosen, distinct, median_of, setups
 from runtime.sizes import format_size
 
 Quantity = Callable[[Row], float | None]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from h2o_cli.bench.box import Outcome
-from h2o_cli.bench.llama_cpp_run import LOADS
+from h2o_cli.bench.speed.llama_cpp_run import LOADS
 from runtime.sizes import MB
 
 Status = Literal["ok", "oom", "too small", "timeout", "failed"]
@@ -71,14 +71,14 @@ def h2o_command(job: Job) -> list[str]:
 def llama_cpp_command(job: Job, load: str) -> list[str]:
     """llama.cpp alone, on the same sizes."""
     sizes = ["--ctx", str(job.ctx), "--ubatch", str(job.ubatch), "--threads", str(job.threads)]
-    run = [sys.executable, "-m", "h2o_cli.bench.llama_cpp_run", str(job.model), "--load", load]
+    run = [sys.executable, "-m", "h2o_cli.bench.speed.llama_cpp_run", str(job.model), "--load", load]
     return [*run, "--prompt", job.prompt, "--predict", str(job.n_predict), *sizes]
 
 
 def turns_commands(job: Job) -> tuple[list[str], list[str]]:
     """h2o and llama.cpp with its own defaults, each doing rounds of the same answer on demand."""
     sizes = ["--prompt", job.prompt, "--ctx", str(job.ctx), "--threads", str(job.threads)]
-    own = [sys.executable, "-m", "h2o_cli.bench.turns_run", str(job.model), "--budget", str(job.budget_bytes)]
+    own = [sys.executable, "-m", "h2o_cli.bench.speed.turns_run", str(job.model), "--budget", str(job.budget_bytes)]
     return [*own, *sizes, "--plan-file", str(job.plan_file)], [*llama_cpp_command(job, "default"), "--turns"]
 
 

@@ -1,8 +1,8 @@
 """llama.cpp alone, as its own low-level API runs it: one prompt, greedy, one JSON object with the figures.
 
-With --turns it does rounds instead (see rounds.py). A process of its own (`python -m h2o_cli.bench.llama_cpp_run`), so
-that nothing of this program is in it. Only the ctypes bindings of llama-cpp-python are imported: its package would take
-23 MB of a small budget, and time before the first token.
+With --turns it does rounds instead (see rounds.py). It is a process of its own, so that nothing of this program is in
+it: `python -m h2o_cli.bench.speed.llama_cpp_run`. It imports only the ctypes bindings of llama-cpp-python, because the
+whole package would take 23 MB of a small budget, and time before the first token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from h2o_cli.bench.rounds import serve
+from h2o_cli.bench.speed.rounds import serve
 
 
 def _bindings() -> Any:

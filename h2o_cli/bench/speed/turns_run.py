@@ -1,6 +1,6 @@
-"""h2o's side of the benchmark's turns: an answer as `h2o run` gives it, in rounds (see h2o_cli/bench/rounds.py).
+"""h2o's side of the benchmark's turns: an answer as `h2o run` gives it, in rounds (see h2o_cli/bench/speed/rounds.py).
 
-A process of its own (`python -m h2o_cli.bench.turns_run`), so that it can run in an emulated device.
+A process of its own (`python -m h2o_cli.bench.speed.turns_run`), so that it can run in an emulated device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from h2o_cli.bench.rounds import serve
+from h2o_cli.bench.speed.rounds import serve
 from h2o_cli.output import note
 from h2o_cli.session.opening import OpenModel, RunOptions, Session, open_session
 from runtime.answer.generate import Request, Step, generate

@@ -14,14 +14,14 @@ from pathlib import Path
 import msgspec
 
 from h2o_cli.bench.box import Device, Outcome, Talk, run_in_device, talk_in_device
-from h2o_cli.bench.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, turns_commands
-from h2o_cli.bench.rows import Timeline
-from h2o_cli.bench.turns import Taken, take_turns
+from h2o_cli.bench.speed.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, turns_commands
+from h2o_cli.bench.speed.rows import Timeline
+from h2o_cli.bench.speed.turns import Taken, take_turns
 from profiler.model_profile import ModelProfile, load_profile
 from runtime.errors import EngineError
 from runtime.sizes import MB
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 _TIMEOUT_S = 900.0
 
 

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.bench.engines import H2O
-from h2o_cli.bench.rows import Row, Setup, Timeline, chosen, distinct, median_of, setups
+from h2o_cli.bench.speed.engines import H2O
+from h2o_cli.bench.speed.rows import Row, Setup, Timeline, chosen, distinct, median_of, setups
 from runtime.errors import UsageError
 from runtime.sizes import format_size
 
