@@ -70,11 +70,10 @@ def predicted_ms(session: Session) -> float | None:
     profile, engine = session.model.profile, session.engine
     if profile is None:
         return None
-    from planner.arms import Arm
-    from planner.simulator import token_s
-
-    plan, ledger = engine.plan, engine.ledger
-    return 1000 * token_s(profile, Arm(plan.k, plan.w, plan.layout, ledger.resident_bytes, ledger.window_bytes))
+    try:
+        return profile.token_ms(engine.plan, engine.ledger)
+    finally:
+        profile.rest()
 
 
 def closing_line(session: Session, statistics: Statistics, *, cut: bool = False) -> str:

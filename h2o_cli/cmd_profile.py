@@ -14,7 +14,7 @@ from h2o_cli.output import Progress, emit, note, table
 from h2o_cli.session import run_memory
 from h2o_cli.session.defaults import MOST_THREADS, default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, profiles_folder, remember_model, resolve_model
-from h2o_cli.session.smallest import PLANNER, PROMPT, agreed
+from h2o_cli.session.smallest import PROMPT, agreed
 from planner.source.profile import (
     export_source,
     load_foreign,
@@ -123,7 +123,7 @@ def _measured(measurement: Measurement) -> ModelProfile:
     for line in measurement.notes:
         note(line)
     settings, need = measurement.settings, measurement.need_bytes
-    floor = agreed(found.model.hash, settings, PROMPT, need, has_planner=PLANNER in run_memory.RUN)
+    floor = agreed(found.model.hash, settings, PROMPT, need)
     return msgspec.structs.replace(found, floor_bytes=floor)
 
 

@@ -141,3 +141,12 @@ def test_a_run_loads_nothing_it_does_not_need(tmp_path, tiny_model):
     bindings = "llama_cpp.llama_cpp"  # the package around them is heavy: numpy, jinja2, a server's formats
     names = (bindings, "llama_cpp", "numpy", "jinja2", *NEVER_ON_THE_RUN_PATH)
     assert loaded_after(arguments, names, tmp_path) == [bindings]
+
+
+def test_a_run_with_a_profile_loads_no_planner(tmp_path, tiny_model, monkeypatch):
+    """A child plans and predicts: what the planner takes would be missing for weights."""
+    monkeypatch.setenv("H2O_PROFILES", str(tmp_path))
+    model = str(tiny_model("llama"))
+    loaded_after(["profile", model, "--repeats", "1"], (), tmp_path)
+    names = ("msgspec", "planner", "profiler", "pickle")
+    assert loaded_after(["run", model, "-p", "a", "-n", "3", "-s", str(tmp_path / "plan")], names, tmp_path) == []

@@ -15,7 +15,7 @@ import pytest
 from cgroups import memory_limit
 
 from h2o_cli.session import opening, smallest
-from h2o_cli.session.smallest import CHAT, CONVERSATION, PLANNER_BYTES, PROMPT, agreed, ask, written
+from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT, agreed, ask, written
 from runtime.errors import ModelError
 from runtime.llama.model_file import ModelFile
 from runtime.settings import MARGIN_BYTES, TURNS_MARGIN_BYTES, Settings
@@ -38,21 +38,16 @@ def test_a_conversation_keeps_more_free_for_its_turns(bundled_model):
 
 
 def test_the_number_stays_while_measurements_agree():
-    first = agreed(77, SETTINGS, PROMPT, 40_300_000, has_planner=True)
+    first = agreed(77, SETTINGS, PROMPT, 40_300_000)
     assert first == written(77, SETTINGS, PROMPT) == 42 * MB
     for need in (40_300_000, 40_900_000, 41_990_000, 39_000_000):
-        assert agreed(77, SETTINGS, PROMPT, need, has_planner=True) == first
-    assert agreed(77, SETTINGS, PROMPT, 42_100_000, has_planner=True) == 44 * MB
-    assert agreed(77, SETTINGS, PROMPT, 30_000_000, has_planner=True) == 31 * MB == written(77, SETTINGS, PROMPT)
-
-
-def test_a_profile_does_not_change_the_number():
-    first = agreed(77, SETTINGS, PROMPT, 40 * MB, has_planner=False)
-    assert agreed(77, SETTINGS, PROMPT, 40 * MB + PLANNER_BYTES, has_planner=True) == first
+        assert agreed(77, SETTINGS, PROMPT, need) == first
+    assert agreed(77, SETTINGS, PROMPT, 42_100_000) == 44 * MB
+    assert agreed(77, SETTINGS, PROMPT, 30_000_000) == 31 * MB == written(77, SETTINGS, PROMPT)
 
 
 def test_other_runs_have_other_numbers():
-    agreed(77, SETTINGS, PROMPT, 40 * MB, has_planner=True)
+    agreed(77, SETTINGS, PROMPT, 40 * MB)
     others = [replace(SETTINGS, n_ctx=513), replace(SETTINGS, kv_type="q8_0"), replace(SETTINGS, prefetch_input=True)]
     assert [written(77, other, PROMPT) for other in others] == [0, 0, 0]
     assert (written(78, SETTINGS, PROMPT), written(77, SETTINGS, CHAT)) == (0, 0)
@@ -61,22 +56,10 @@ def test_other_runs_have_other_numbers():
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": []}', "\x00", '{"a": "b"}'])
 def test_a_damaged_file_is_as_good_as_none(text):
-    agreed(77, SETTINGS, PROMPT, 40 * MB, has_planner=True)
+    agreed(77, SETTINGS, PROMPT, 40 * MB)
     smallest._path().write_text(text)
     assert written(77, SETTINGS, PROMPT) == 0
-    assert agreed(77, SETTINGS, PROMPT, 50 * MB, has_planner=True) == 51 * MB == written(77, SETTINGS, PROMPT)
-
-
-def test_the_planner_takes_what_is_reserved_for_it():
-    code = """import importlib
-from runtime.memory import resident_bytes
-from h2o_cli.main import LazyGroup
-LazyGroup(name="h2o").get_command(None, "run")
-before = resident_bytes()
-importlib.import_module("profiler.model_profile"), importlib.import_module("planner.choose")
-print(resident_bytes() - before)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert PLANNER_BYTES / 4 < int(done.stdout) <= PLANNER_BYTES
+    assert agreed(77, SETTINGS, PROMPT, 50 * MB) == 51 * MB == written(77, SETTINGS, PROMPT)
 
 
 # --- everybody names it ---------------------------------------------------------------------------------------------

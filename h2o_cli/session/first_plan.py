@@ -6,19 +6,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from h2o_cli.session.defaults import LEAST_UBATCH, default_budget
-from runtime.errors import BudgetError, PlanError, ProfileError
+from h2o_cli.session.defaults import default_budget
+from h2o_cli.session.profiled import Profiled
+from runtime.errors import PlanError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import memory_bytes
 from runtime.plans.file import read_plan
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window
 from runtime.settings import Settings
-
-if TYPE_CHECKING:
-    from profiler.model_profile import ModelProfile
 
 WINDOW_PIECES = 2  # of the largest size: the engine makes it wider where the disk is fast
 FROM_FILE, FROM_PROFILE, DEFAULT = "plan file", "profile", "default"
@@ -66,15 +63,13 @@ class FirstPlan:
         """The same without the plan in the file, whose budget is none of this run's, either."""
         return replace(self, in_file=None, budget_bytes=self.cap_bytes or default_budget())
 
-    def choose(
-        self, file: ModelFile, profile: ModelProfile | None, settings: Settings, layout: Layout | None
-    ) -> Chosen:
+    def choose(self, file: ModelFile, profile: Profiled | None, settings: Settings, layout: Layout | None) -> Chosen:
         """The plan in the file, else the planner's for the profile, else the default one. layout None: the best."""
         budget = self.budget_bytes
         if self.in_file:
             plan = replace(self.in_file, layout=self.in_file.layout if layout is None else layout)
             return Chosen(plan, FROM_FILE, budget)
-        planned = _planned(profile, budget - settings.draft_bytes, settings, layout) if profile else None
+        planned = profile.plan(budget - settings.draft_bytes, settings, layout) if profile else None
         if planned:
             return Chosen(replace(planned, budget_bytes=budget), FROM_PROFILE, budget)
         plan = Plan(
@@ -118,21 +113,3 @@ def _check(plan: Plan, path: Path, file: ModelFile) -> None:
         plan.check(file.n_layers, memory_bytes())
     except PlanError as error:
         raise PlanError(f"the plan in {path}: {error.message}", error.next_step) from None
-
-
-def _planned(profile: ModelProfile, budget_bytes: int, settings: Settings, layout: Layout | None) -> Plan | None:
-    """The planner's choice; None where the profile's figures say that the budget is too small (the engine decides)."""
-    from planner.choose import choose_exactly
-    from planner.kv import KvUse
-
-    try:
-        return choose_exactly(
-            profile,
-            budget_bytes,
-            ctx_tokens=settings.n_ctx,
-            ubatch_tokens=min(LEAST_UBATCH, settings.n_ubatch),
-            layout=layout,
-            kv=KvUse(settings.kv_type, settings.kv),
-        )
-    except (BudgetError, ProfileError):
-        return None

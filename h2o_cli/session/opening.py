@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
@@ -15,7 +15,7 @@ from h2o_cli.output import Progress
 from h2o_cli.session.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_threads
 from h2o_cli.session.first_plan import DEFAULT, FROM_FILE, Chosen, FirstPlan
 from h2o_cli.session.kv_layers import warn_of_guess
-from h2o_cli.session.models import find_profile
+from h2o_cli.session.profiled import Profiled
 from h2o_cli.session.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.answer.generate import PlanFollower, TokenSequence, check_budget
@@ -24,7 +24,7 @@ from runtime.answer.sampler import Sampler, Sampling
 from runtime.answer.speculate import Speculation, most_drafted
 from runtime.engine.engine import Engine
 from runtime.engine.pass_memory import rows_for
-from runtime.errors import BudgetError, H2OError, ModelError, ProfileError, UsageError
+from runtime.errors import BudgetError, H2OError, ModelError, UsageError
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.quantize import copy_bytes, copy_pays, low_bit_copy
@@ -37,9 +37,6 @@ from runtime.plans.watcher import PlanWatcher
 from runtime.settings import KV_TYPES, MARGIN_BYTES, SHORT_PASS, TURNS_MARGIN_BYTES, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size
 from runtime.weights.head_start import Weights, head_start
-
-if TYPE_CHECKING:
-    from profiler.model_profile import ModelProfile
 
 CONTEXT_STEP = 256
 HARMLESS_BYTES = 64 * MB
@@ -138,7 +135,7 @@ class OpenModel:
         self.is_named = options.is_named
         with interrupts.held():
             self.file = ModelFile.open(options.model)
-            self.profile = _profile(self.file, note)
+            self.profile = Profiled.find(self.file, note)
             path, is_named = options.plan_file or default_plan_path(), options.plan_file is not None
             self.first_plan = FirstPlan.find(self.file, path, options.budget_bytes, note, is_named=is_named)
             settings = _settings(self.file, options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
@@ -178,6 +175,8 @@ class OpenModel:
         """Free the model."""
         if self.weights:
             self.weights.close()
+        if self.profile:
+            self.profile.rest()
         self.hollow.free()
 
 
@@ -278,7 +277,7 @@ def _open_planned(
 ) -> tuple[Chosen, Engine]:
     """The first plan and the engine that follows it. A plan in the default file that does not fit is left out."""
     first, layout = model.first_plan, options.fixed_layout
-    chosen = first.choose(model.file, model.profile, settings, layout)
+    chosen = _choose(model, first, settings, layout)
     try:
         return chosen, _open_inside(model, options, chosen, settings, note)
     except BudgetError as error:
@@ -288,8 +287,16 @@ def _open_planned(
         if first.is_named:
             raise BudgetError(message, error.next_step, error.floor_bytes) from None
         note(message)
-    chosen = first.without_file().choose(model.file, model.profile, settings, layout)
+    chosen = _choose(model, first.without_file(), settings, layout)
     return chosen, _open_inside(model, options, chosen, settings, note)
+
+
+def _choose(model: OpenModel, first: FirstPlan, settings: Settings, layout: Layout | None) -> Chosen:
+    """The plan; nothing is asked of the profile any more until the answer is there."""
+    chosen = first.choose(model.file, model.profile, settings, layout)
+    if model.profile:
+        model.profile.rest()
+    return chosen
 
 
 def _open_inside(
@@ -409,26 +416,10 @@ def _n_positions(file: ModelFile) -> int:
     return next((t.n_rows for t in file.tensors if t.name == "position_embd.weight"), UNLIMITED)
 
 
-# --- profile and settings -------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
-def _profile(file: ModelFile, note: Callable[[str], None]) -> ModelProfile | None:
-    """The profile of this model, if there is one that can be used."""
-    path = find_profile(file.hash)
-    if path is None:
-        return None
-    from profiler.model_profile import load_profile
-
-    try:
-        return load_profile(path).checked(file.paths)
-    except ProfileError as error:
-        note(f"the profile {path.name} was not used: {error}")
-        return None
-
-
-def _settings(
-    file: ModelFile, options: RunOptions, n_ctx: int, n_prompt: int, profile: ModelProfile | None
-) -> Settings:
+def _settings(file: ModelFile, options: RunOptions, n_ctx: int, n_prompt: int, profile: Profiled | None) -> Settings:
     n_logits = 1 if options.speculate == "off" or options.kv else 1 + most_drafted(_n_vocab(file), file.n_bytes)
     settings = Settings(
         n_ctx=n_ctx,
@@ -442,4 +433,4 @@ def _settings(
     )
     if profile is None:
         return settings
-    return replace(settings, request_bytes=profile.disk.request_bytes, depth=max(1, profile.disk.depth))
+    return replace(settings, request_bytes=profile.request_bytes, depth=profile.depth)

@@ -1,7 +1,7 @@
 """What the code of a run takes in memory: `h2o profile` has loaded more, and asks a process that has loaded just that.
 
-`python -m h2o_cli.session.run_memory` is this process: it loads what `h2o run` loads for a model with a profile, then
-what a filter of keys and values needs, and prints the bytes of both.
+`python -m h2o_cli.session.run_memory` is this process: it loads what `h2o run` loads, then what a filter of
+keys and values needs, and prints the bytes of both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runtime.memory import resident_bytes
 if TYPE_CHECKING:
     from profiler.measure import RunMemory
 
-RUN = ("runtime.llama.tokenizer", "profiler.model_profile", "planner.choose", "platformdirs")
+RUN = ("runtime.llama.tokenizer", "platformdirs")
 FILTER = ("runtime.kv.filter",)
 
 

@@ -43,8 +43,6 @@ from runtime.settings import FULL_TILES, MARGIN_BYTES, Settings
 from runtime.sizes import MB
 
 PROMPT, CHAT, CONVERSATION = "prompt", "chat", "conversation"  # kinds of runs: they load other code
-PLANNER_BYTES = 2_500_000  # what a run takes more when there is a profile of the model
-PLANNER = "planner.choose"
 NEAR_BYTES = 20 * MB  # an engine with so much more than it needs is above the smallest budget for certain
 _AGREES_BYTES = 4 * MB  # a written number may be so much above what is measured
 _MOST_WRITTEN = 200
@@ -64,19 +62,15 @@ def measure(file: ModelFile, hollow: HollowModel, settings: Settings, kind: str)
     engine = Engine(file, hollow, Plan(0, 1, window_bytes=smallest_window(file)), settings)
     engine.close()
     need = budget_for(engine.fixed_bytes + smallest_window(file))
-    return agreed(file.hash, settings, kind, need, has_planner=PLANNER in sys.modules)
+    return agreed(file.hash, settings, kind, need)
 
 
-def agreed(model_hash: int, settings: Settings, kind: str, need_bytes: int, *, has_planner: bool) -> int:
-    """The smallest budget where need_bytes were measured: the number written down, if they agree; else a new one.
-
-    has_planner: it is in need_bytes already.
-    """
-    need = need_bytes + (0 if has_planner else PLANNER_BYTES)
+def agreed(model_hash: int, settings: Settings, kind: str, need_bytes: int) -> int:
+    """The smallest budget where need_bytes were measured: the number written down, if they agree; else a new one."""
     old = written(model_hash, settings, kind)
-    if need <= old <= need + _AGREES_BYTES:
+    if need_bytes <= old <= need_bytes + _AGREES_BYTES:
         return old
-    floor = whole_floor(need)
+    floor = whole_floor(need_bytes)
     if not settings.draft_bytes:
         _write(_key(model_hash, settings, kind), floor)
     return floor

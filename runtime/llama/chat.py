@@ -74,7 +74,7 @@ class Chat:
 
     def _in_child(self, work: Callable[[], bytes], more_bytes: int) -> bytes:
         try:
-            return limited.in_child(lambda: _template().environment(), work, more_bytes, SECONDS)
+            return limited.in_child(lambda: _template().environment(), work, more_bytes, SECONDS, "the chat template")
         except limited.Failed as error:
             said, next_step = _told(error, more_bytes)
             raise PromptError(f"the model's chat template {said}", next_step) from None

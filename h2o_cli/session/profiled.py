@@ -1,0 +1,140 @@
+"""What a run takes from the profile of its model: a child reads the profile, plans and predicts.
+
+The code for that takes 2 MB, and every megabyte of a run's process is one that its weights do not have (limited.py).
+"""
+
+from __future__ import annotations
+
+import marshal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from h2o_cli.session.defaults import LEAST_UBATCH
+from h2o_cli.session.models import find_profile
+from runtime.errors import BudgetError, EngineError, ProfileError
+from runtime.kv.options import KvFilter
+from runtime.limited import Child, Failed
+from runtime.llama.model_file import ModelFile
+from runtime.plans.ledger import Ledger
+from runtime.plans.plan import Layout, Plan
+from runtime.settings import Machine, Settings
+from runtime.sizes import MB
+
+if TYPE_CHECKING:
+    from profiler.model_profile import ModelProfile
+
+_MORE_BYTES = 256 * MB  # a profile has at most 64 MiB
+_SECONDS = 30.0
+
+
+@dataclass
+class Profiled:
+    """A profile as the run's own process knows it. depth: requests at once."""
+
+    path: Path
+    model_paths: tuple[Path, ...]
+    machine: Machine = field(default_factory=Machine)
+    request_bytes: int = 0
+    depth: int = 1
+    _child: Child | None = None
+
+    @classmethod
+    def find(cls, file: ModelFile, note: Callable[[str], None]) -> Profiled | None:
+        """The newest profile of this model, if there is one that can be used."""
+        path = find_profile(file.hash)
+        if path is None:
+            return None
+        found = cls(path, tuple(file.paths))
+        try:
+            *machine, found.request_bytes, found.depth = found._ask("facts")
+        except (Failed, EngineError) as error:
+            note(f"the profile {path.name} was not used: {str(error) or 'it could not be read'}")
+            return None
+        found.machine = Machine(*machine)
+        return found
+
+    def plan(self, budget_bytes: int, settings: Settings, layout: Layout | None) -> Plan | None:
+        """The planner's choice (layout None: the best); None where the profile's figures say that the budget is too
+        small (the engine decides)."""
+        kv = vars(settings.kv) if settings.kv else None
+        ubatch = min(LEAST_UBATCH, settings.n_ubatch)
+        layout_number = None if layout is None else int(layout)
+        with suppress(Failed, EngineError):
+            plan = self._ask("plan", budget_bytes, settings.n_ctx, ubatch, layout_number, settings.kv_type, kv)
+            return Plan(**plan | {"layout": Layout(plan["layout"])}) if plan else None
+        return None
+
+    def token_ms(self, plan: Plan, ledger: Ledger) -> float | None:
+        """What a token takes in memory as it is shared out, in ms; None where there is no memory to compute that."""
+        with suppress(Failed, EngineError):
+            arm = (plan.k, plan.w, int(plan.layout), ledger.resident_bytes, ledger.window_bytes)
+            return float(self._ask("token_ms", *arm))
+        return None
+
+    def rest(self) -> None:
+        """Free the child's memory. It is started again for another question."""
+        child, self._child = self._child, None
+        if child:
+            child.close()
+
+    def _ask(self, *question: Any) -> Any:
+        """The answer to a question: the name of a method of _Reader, and what it takes. Raises Failed, EngineError."""
+        if self._child is None:
+            reader = _Reader(self.path, self.model_paths)
+            self._child = Child(reader.load, reader.answer, _MORE_BYTES, _SECONDS, "the planner")
+        try:
+            return marshal.loads(self._child.ask(marshal.dumps(question)))
+        except Failed:
+            self.rest()
+            raise
+
+
+class _Reader:
+    """The child's side."""
+
+    profile: ModelProfile
+
+    def __init__(self, path: Path, model_paths: tuple[Path, ...]) -> None:
+        self._path, self._model_paths = path, model_paths
+
+    def load(self) -> None:
+        """Read the profile. Raises ProfileError."""
+        from profiler.model_profile import load_profile
+
+        self.profile = load_profile(self._path).checked(self._model_paths)
+
+    def answer(self, question: bytes) -> bytes:
+        """What the method that a question names makes of the rest of it."""
+        name, *arguments = marshal.loads(question)
+        return marshal.dumps(getattr(self, name)(*arguments))
+
+    def facts(self) -> tuple[float, float, int, int]:
+        """Machine's two figures, and how to read."""
+        machine, disk = self.profile.machine, self.profile.disk
+        return machine.disk_bytes_per_s, machine.compute_s, disk.request_bytes, max(1, disk.depth)
+
+    def plan(
+        self, budget_bytes: int, ctx: int, ubatch: int, layout: int | None, kv_type: str, kv: dict[str, Any] | None
+    ) -> dict[str, int] | None:
+        """A plan's fields."""
+        from planner.choose import choose_exactly
+        from planner.kv import KvUse
+
+        use = KvUse(kv_type, KvFilter(**kv) if kv else None)
+        wanted = None if layout is None else Layout(layout)
+        with suppress(BudgetError, ProfileError):
+            plan = choose_exactly(
+                self.profile, budget_bytes, ctx_tokens=ctx, ubatch_tokens=ubatch, layout=wanted, kv=use
+            )
+            return {name: int(value) for name, value in vars(plan).items()}
+        return None
+
+    def token_ms(self, k: int, w: int, layout: int, pinned_bytes: int, window_bytes: int) -> float:
+        """The simulator's time for a token."""
+        from planner.arms import Arm
+        from planner.simulator import token_s
+
+        return 1000 * token_s(self.profile, Arm(k, w, Layout(layout), pinned_bytes, window_bytes))
