@@ -12,10 +12,11 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.output import emit, note, print_json, table
 from h2o_cli.plan_report import Outlook, as_json, outlook_of, report
 from h2o_cli.session.defaults import LEAST_UBATCH
-from runtime.answer.plan_stats import Overtaken, PlanStats, RunningProcess
+from planner.running_process import Overtaken, RunningProcess
 from runtime.errors import BudgetError, H2OError
 from runtime.plans.file import write_plan
 from runtime.plans.plan import Layout, Plan
+from runtime.plans.stats import PlanStats
 from runtime.sizes import MB, format_size
 
 if TYPE_CHECKING:

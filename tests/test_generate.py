@@ -6,20 +6,19 @@ import reference
 from engines import engine
 
 from runtime.answer import meter as meters
+from runtime.answer.follower import PlanFollower, check_budget
 from runtime.answer.generate import (
     CANCELLED,
     LENGTH,
     STOP,
-    PlanFollower,
     Request,
     Step,
-    StopFilter,
     TokenSequence,
-    check_budget,
     generate,
 )
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampler, Sampling
+from runtime.answer.stop import StopFilter
 from runtime.engine.engine import Counters
 from runtime.errors import EngineError, PromptError
 from runtime.llama.tokenizer import Tokenizer

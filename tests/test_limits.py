@@ -16,13 +16,14 @@ from test_engine import what_is_open
 
 from h2o_cli import main as cli
 from runtime.answer.drafters import DraftModel
-from runtime.answer.plan_stats import StatsWriter, stats_path
+from runtime.answer.plan_stats import StatsWriter
 from runtime.errors import DiskError, EngineError, H2OError, UsageError
 from runtime.kv.options import KvFilter
 from runtime.llama import hollow
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.plan import Plan
+from runtime.plans.stats import stats_path
 from runtime.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,8 @@ def limited(model, kind, most, *before):
 def test_few_open_files(most, bundled_model):
     code, out, err = limited(bundled_model, resource.RLIMIT_NOFILE, most)
     if code:
-        assert is_one_line((code, out, err), "ulimit -n")
+        whole = out.endswith("\n")  # the answer was there, only its figures could not be read any more
+        assert is_one_line((code, "" if whole else out, err), "ulimit -n")
 
 
 def test_a_file_size_below_the_models(bundled_model):

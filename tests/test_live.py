@@ -11,7 +11,7 @@ import pytest
 from engines import engine, greedy
 from reference import reference_logits_and_tokens
 
-from runtime.answer.generate import PlanFollower
+from runtime.answer.follower import PlanFollower
 from runtime.errors import BudgetError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes

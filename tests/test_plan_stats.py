@@ -10,20 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.answer import plan_stats
-from runtime.answer.plan_stats import (
-    RECORD,
-    Overtaken,
-    RunningProcess,
-    StatsReader,
-    StatsWriter,
-    decode_stats,
-    stats_path,
-)
+from planner import running_process
+from planner.running_process import Overtaken, RunningProcess
+from runtime.answer.plan_stats import StatsWriter
 from runtime.answer.speculate import MOST_DRAFTED
 from runtime.errors import PlanError
+from runtime.plans import stats as stats_file
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Layout, Plan
+from runtime.plans.stats import RECORD, StatsReader, decode_stats, stats_path
 
 ROOT = Path(__file__).parents[1]
 MODEL = 42
@@ -31,7 +26,8 @@ MODEL = 42
 PROCESS = """
 import sys, time
 from types import SimpleNamespace
-from runtime.answer.plan_stats import StatsWriter, stats_path
+from runtime.answer.plan_stats import StatsWriter
+from runtime.plans.stats import stats_path
 from runtime.plans.watcher import PlanWatcher
 path, pass_s, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 engine = SimpleNamespace(
@@ -167,7 +163,7 @@ def test_nobody_there(path, writer, engine):
 
 
 def test_only_one_process_publishes(path, writer, engine, monkeypatch):
-    monkeypatch.setattr(plan_stats, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(stats_file, "LOOK_EVERY_S", 0.0)
     other = StatsWriter(stats_path(path), 7, writer.notes.append)
     writer.publish(engine, 1000, 1)
     other.publish(engine, 1000, 1)
@@ -180,7 +176,7 @@ def test_only_one_process_publishes(path, writer, engine, monkeypatch):
 
 
 def test_a_removed_file_comes_back(path, writer, engine, monkeypatch):
-    monkeypatch.setattr(plan_stats, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(stats_file, "LOOK_EVERY_S", 0.0)
     writer.publish(engine, 1000, 1)
     stats_path(path).unlink()
     writer.publish(engine, 1000, 1)
@@ -189,7 +185,7 @@ def test_a_removed_file_comes_back(path, writer, engine, monkeypatch):
 
 @pytest.mark.parametrize("unsafe", ["symlink", "folder", "fifo", "mode", "foreign"])
 def test_unsafe_files_are_left_alone_and_told_once(path, writer, engine, unsafe, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_stats, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(stats_file, "LOOK_EVERY_S", 0.0)
     file = stats_path(path)
     target = tmp_path / "target"
     target.write_bytes(b"mine")
@@ -263,7 +259,7 @@ def test_records_are_never_mixed(path, process):
 
 def test_measuring_a_plan(path, process, monkeypatch):
     """Each plan is measured apart from the one before, without the pass that loads what it keeps resident."""
-    monkeypatch.setattr(plan_stats, "MEASURE_LEAST_S", 0.02)
+    monkeypatch.setattr(running_process, "MEASURE_LEAST_S", 0.02)
     process(0.005)
     running = RunningProcess(path, MODEL, print)
     for k in (4, 0, 8):
@@ -326,8 +322,8 @@ def test_another_writer(path, process):
 
 
 def test_a_process_that_makes_no_tokens(path, writer, engine, monkeypatch):
-    monkeypatch.setattr(plan_stats, "TELL_AFTER_S", 0.05)
-    monkeypatch.setattr(plan_stats, "STALL_S", 0.2)
+    monkeypatch.setattr(running_process, "TELL_AFTER_S", 0.05)
+    monkeypatch.setattr(running_process, "STALL_S", 0.2)
     writer.publish(engine, 1000, 0)
     notes = []
     running = RunningProcess(path, MODEL, notes.append)

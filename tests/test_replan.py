@@ -16,6 +16,7 @@ from test_model_profile import make_profile
 from test_plan_stats import MODEL, PROCESS
 
 from h2o_cli import main as cli
+from planner import running_process
 from planner.arms import Arm, h2o_arms
 from planner.choose import with_disk_speed
 from planner.footprint import streamable_bytes
@@ -33,10 +34,10 @@ from planner.replan import (
 from planner.simulator import decode_rates, token_s
 from planner.source.profile import import_source
 from profiler.model_profile import save_profile
-from runtime.answer import plan_stats
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Layout, Plan
+from runtime.plans.stats import StatsReader, stats_path
 
 ROOT = Path(__file__).parents[1]
 H2O = [sys.executable, "-m", "h2o_cli.main"]
@@ -287,7 +288,7 @@ def live(plan_file, profile_path, capsys, monkeypatch):
 
     live.plans are the plans that were written.
     """
-    monkeypatch.setattr(plan_stats, "MEASURE_LEAST_S", 0.0)
+    monkeypatch.setattr(running_process, "MEASURE_LEAST_S", 0.0)
     plans = []
 
     def write(path, plan):
@@ -405,7 +406,7 @@ def floor_of(run):
 
 def test_live_on_a_model_that_streams(tiny_model, tmp_path, plan_file, capsys, monkeypatch):
     """The whole way: a run of a real model publishes, plans are tried on it, its tokens stay the same."""
-    monkeypatch.setattr(plan_stats, "MEASURE_LEAST_S", 0.0)
+    monkeypatch.setattr(running_process, "MEASURE_LEAST_S", 0.0)
     model = tiny_model("gemma2")
     file = ModelFile.open(model)
     made = make_profile(
@@ -420,7 +421,7 @@ def test_live_on_a_model_that_streams(tiny_model, tmp_path, plan_file, capsys, m
     with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         stats = None
         while stats is None and process.poll() is None:
-            stats = plan_stats.StatsReader(plan_stats.stats_path(plan_file)).read()
+            stats = StatsReader(stats_path(plan_file)).read()
         budget = floor_of(run) + streamable_bytes(made) // 2
         flags = ["plan", "--live", "-c", str(tmp_path / "p.json"), "-s", str(plan_file), "-m", f"{budget}B", "--json"]
         code = cli.run_command(flags)
@@ -432,4 +433,4 @@ def test_live_on_a_model_that_streams(tiny_model, tmp_path, plan_file, capsys, m
     assert found["pulls"] < 40 * (1 + found["restarts"])
     assert found["measured_ms_per_token"] > 0
     assert process.returncode == 130
-    assert not plan_stats.stats_path(plan_file).exists()
+    assert not stats_path(plan_file).exists()

@@ -18,8 +18,9 @@ from h2o_cli.session.kv_layers import warn_of_guess
 from h2o_cli.session.profiled import Profiled
 from h2o_cli.session.smallest import CONVERSATION, NEAR_BYTES, PROMPT, least_settings, measure, written
 from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
-from runtime.answer.generate import PlanFollower, TokenSequence, check_budget
-from runtime.answer.plan_stats import StatsWriter, stats_path
+from runtime.answer.follower import PlanFollower, check_budget
+from runtime.answer.generate import TokenSequence
+from runtime.answer.plan_stats import StatsWriter
 from runtime.answer.sampler import Sampler, Sampling
 from runtime.answer.speculate import Speculation, most_drafted
 from runtime.engine.engine import Engine
@@ -33,6 +34,7 @@ from runtime.plans.file import default_plan_path
 from runtime.plans.ledger import POSITION_BYTES, below_floor
 from runtime.plans.plan import Layout
 from runtime.plans.residency import smallest_window
+from runtime.plans.stats import stats_path
 from runtime.plans.watcher import PlanWatcher
 from runtime.settings import KV_TYPES, MARGIN_BYTES, SHORT_PASS, TURNS_MARGIN_BYTES, Machine, Settings
 from runtime.sizes import MB, format_size, parse_size

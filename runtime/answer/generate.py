@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from runtime.answer.plan_stats import StatsWriter
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler
 from runtime.answer.speculate import Speculation
+from runtime.answer.stop import StopFilter
 from runtime.engine.engine import Engine
-from runtime.errors import BudgetError, Cancelled, EngineError, PlanError, PromptError
+from runtime.errors import Cancelled, EngineError, PromptError
 from runtime.llama.tokenizer import Tokenizer
-from runtime.memory import memory_bytes
-from runtime.plans.plan import Plan
-from runtime.plans.residency import k_layers_worth, streamable_bytes, window_bytes
-from runtime.plans.watcher import PlanWatcher
-from runtime.sizes import format_size
 
 LENGTH, STOP, EOS, CANCELLED = "length", "stop", "eos", "cancelled"
 
@@ -158,7 +153,7 @@ class _Answer:
     """One answer: a pass for what is known and drafted (compute), then the sampler's choices in order (steps).
 
     A drafted token counts when the sampler chooses it; the first other choice ends the pass's tokens, and what was
-    computed behind it is forgotten. So the choices are those of one token per pass, with the same random numbers.
+    computed after it is forgotten. So the choices are those of one token per pass, with the same random numbers.
     """
 
     def __init__(self, sequence: TokenSequence, tokenizer: Tokenizer, sampler: Sampler, request: Request) -> None:
@@ -245,114 +240,3 @@ class _Answer:
 def no_numbers() -> EngineError:
     """The error for NaN where logits should be."""
     return EngineError("the model computes no numbers (NaN)", "the file may be damaged: download the model again")
-
-
-class StopFilter:
-    """Text of an answer up to the first stop text; a possible beginning of one is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._decoder = tokenizer.decoder()
-        self._stop = tuple(text for text in stop if text)
-        self._held = ""
-        self.stopped = False
-
-    def feed(self, token: int) -> str:
-        """The text that is certain to belong to the answer once this token is known."""
-        return self._release(self._decoder.feed(token))
-
-    def finish(self) -> str:
-        """The rest, when no token follows."""
-        if self.stopped:
-            return ""
-        text = self._release(self._decoder.finish()) + self._held
-        self._held = ""
-        return text
-
-    def _release(self, new: str) -> str:
-        text = self._held + new
-        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        n_held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of text that is a beginning of stop."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class PlanFollower:
-    """Adopts new plans from a plan file between two passes, inside the budget; says once what it could not use."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        watcher: PlanWatcher,
-        budget_bytes: int,
-        note: Callable[[str], None],
-        stats: StatsWriter | None = None,
-        cap_bytes: int = 0,
-    ) -> None:
-        """budget_bytes: of the plan in force. cap_bytes: the most that any plan gets (0: no cap)."""
-        self.engine = engine
-        self.budget_bytes = budget_bytes
-        self._cap_bytes = cap_bytes
-        self._stats = stats
-        self._generation, self._refused = engine.plan.generation, 0
-        self._watcher = watcher
-        self._note = note
-        self._asked = replace(engine.plan, generation=0)
-        self._told: set[str] = set()
-
-    def __call__(self) -> None:
-        """Look for a new plan, and publish what was measured under the one in force."""
-        self._follow()
-        if self._stats:
-            self._stats.publish(self.engine, self.budget_bytes, self._generation, self._refused)
-
-    def _follow(self) -> None:
-        plan = self._watcher.poll()
-        problem = self._watcher.take_problem()
-        if problem:
-            self._tell(problem)
-        if plan is None:
-            return
-        try:
-            plan.check(self.engine.file.n_layers, memory_bytes())
-            plan = plan.capped(self._cap_bytes, self._tell)
-            if replace(plan, generation=0) == self._asked:
-                self._generation = plan.generation
-                return
-            check_budget(self.engine, plan, self.budget_bytes)
-            self.engine.apply(plan)
-        except (BudgetError, EngineError, PlanError) as error:
-            self._refused = plan.generation
-            self._tell(f"the new plan was not taken: {error}")
-            return
-        self._generation = plan.generation
-        self._asked = replace(plan, generation=0)
-        self.budget_bytes = plan.budget_bytes or self.budget_bytes
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            self._note(text)
-
-
-def check_budget(engine: Engine, plan: Plan, budget_bytes: int) -> None:
-    """Raise BudgetError when a plan that names no budget of its own does not fit the process's."""
-    if plan.budget_bytes or not budget_bytes:
-        return
-    file, total = engine.file, streamable_bytes(engine.file)
-    pinned = min(total, plan.pinned_bytes or k_layers_worth(file, plan.k, plan.layout))
-    need = engine.fixed_bytes + pinned + min(window_bytes(file, plan), total - pinned)
-    if need > budget_bytes:
-        raise BudgetError(
-            f"k={plan.k}, w={plan.w} needs {format_size(need)}, the budget is {format_size(budget_bytes)}",
-            "raise -m or lower k and w",
-            floor_bytes=need,
-        )
