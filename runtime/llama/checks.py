@@ -9,6 +9,7 @@ from runtime.errors import ModelError
 from runtime.llama import abi
 
 _F32 = 0
+_OTHER_ROWS = ("graniteswitch", "qwen4exp")  # they look rows up by numbers made from the tokens
 _LOOKUPS = ("ffn_gate_tid2eid.weight",)  # tables of integers: rows are looked up, nothing is multiplied
 _QUANTIZE = "make the file again with llama.cpp's convert_hf_to_gguf.py (--outtype f16) and llama-quantize"
 
@@ -26,6 +27,15 @@ def check_type(path: Path, name: str, type_id: int) -> None:
     if not usable:
         type_name = abi.ggml_type_name(type_id).decode()
         raise ModelError(f"{path}: tensor {name} has type {type_name}, which llama.cpp cannot compute with", _QUANTIZE)
+
+
+def check_architecture(path: Path, architecture: str) -> None:
+    """Raise ModelError where llama.cpp reads other rows of an embedding table than those of a pass's tokens."""
+    if architecture in _OTHER_ROWS:
+        raise ModelError(
+            f"{path}: models of the architecture {architecture} read other embedding rows than those of their tokens",
+            "run it with llama.cpp itself",
+        )
 
 
 def check_parts(paths: Sequence[Path]) -> None:

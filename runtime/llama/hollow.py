@@ -21,6 +21,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, trim_heap, view
 
 _LOAD_MODE_MMAP = 1
+_LAZY_MODE_OFF = 0
 _CHUNK = 2**20
 
 
@@ -159,6 +160,7 @@ class HollowModel:
         parameters = abi.llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.load_mode = _LOAD_MODE_MMAP
+        parameters.lazy_mode = _LAZY_MODE_OFF  # tables above 4 GiB would be left to the mapping, which has no pages
         parameters.use_extra_bufts = False
         parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         abi.take_log()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runtime.errors import LIMITS, ModelError
 from runtime.llama import abi
-from runtime.llama.checks import check_parts, check_splits, check_type
+from runtime.llama.checks import check_architecture, check_parts, check_splits, check_type
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
 try:
@@ -311,6 +311,7 @@ class _Indexer:
         self.architecture = _string(gguf, "general.architecture")
         if not self.architecture:
             raise ModelError(f"{self.path} names no architecture", "give a model file (not an adapter or a tokenizer)")
+        check_architecture(self.path, self.architecture)
         self.name = _string(gguf, "general.name")
         self.tokenizer = _string(gguf, "tokenizer.ggml.model")
         self.n_byte_tokens = _count_byte_tokens(gguf)

@@ -12,6 +12,9 @@ import ctypes
 from runtime.llama import abi
 from runtime.llama.own_graph import OwnGraph, cut_off, operate
 
+_FLOATS = (0, 1, 30)  # f32, f16, bf16
+_FLOAT_ROWS = 4  # ggml has a kernel for products of these with several tokens, where the rows are a multiple of 4
+
 
 class TiledProduct:
     """Computes row ranges of MUL_MAT nodes on a CPU backend of its own."""
@@ -29,9 +32,16 @@ class TiledProduct:
             cut_off(own)
         operate(self._output, abi.OP_MUL_MAT, self._weights, self._input)
         self._result = int(node.data)
+        self._is_odd = self._weights.type in _FLOATS and node.ne[0] % _FLOAT_ROWS != 0 and node.ne[1] > 1
 
     def compute(self, data: int, first_row: int, n_rows: int) -> None:
         """Compute rows [first_row, first_row + n_rows) of the node's result from the weights at address data."""
+        if self._is_odd and n_rows % _FLOAT_ROWS == 0:  # by the kernel that takes the whole matrix: the last row alone
+            self._compute(data, first_row, n_rows - 1)
+            data, first_row, n_rows = data + (n_rows - 1) * int(self._weights.nb[1]), first_row + n_rows - 1, 1
+        self._compute(data, first_row, n_rows)
+
+    def _compute(self, data: int, first_row: int, n_rows: int) -> None:
         self._weights.data = data
         self._weights.ne[1] = n_rows
         self._weights.nb[2] = self._weights.nb[3] = self._weights.nb[1] * n_rows

@@ -182,7 +182,8 @@ class Tokenizer:
     def chat_template(self) -> str:
         """The model's chat template (Jinja); empty when it has none."""
         template = abi.llama.llama_model_chat_template(self._model, None)
-        return template.decode(errors="replace") if template else ""
+        text = template.decode(errors="replace") if template else ""
+        return text if "{" in text else ""  # for one family without a template llama.cpp gives the name of its own
 
     @property
     def suppressed(self) -> list[int]:

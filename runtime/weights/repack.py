@@ -54,6 +54,8 @@ class Repacker:
     def _arrangement(self, address: int) -> int | None:
         copy = abi.Tensor()
         ctypes.memmove(ctypes.addressof(copy), address, abi.TENSOR_BYTES)
+        if copy.ne[2] * copy.ne[3] > 1 and b"exps." not in copy.name:
+            return None  # its kernels take stacks of matrices for experts only, and abort on others (MLA)
         self._init_tensor(self._buffer, ctypes.addressof(copy))
         return int(copy.extra) if copy.extra else None
 
