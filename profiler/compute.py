@@ -57,7 +57,7 @@ class _Pass:
 
 def layer_trace(file: ModelFile, model: HollowModel) -> LayerTrace:
     """A trace of every layer and the head. The norm before the head counts as part of it."""
-    head = file.n_layers
+    head = file.head.index
     group_of = {t.name: group.index for group in file.groups for t in group.small}
     group_of |= {piece.tensor.name: piece.layer for piece in file.pieces}
     group_of |= {t.name: head for t in file.globals if t.name.startswith("output_norm")}

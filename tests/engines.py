@@ -14,9 +14,9 @@ from runtime.settings import Settings
 
 
 @contextmanager
-def engine(path, plan=None, **settings):
-    """An Engine on the model at path, with notes collected in `engine.notes`."""
-    file = ModelFile.open(path)
+def engine(path, plan=None, part=lambda file: file, **settings):
+    """An Engine on the model at path, or a part of it, with notes collected in `engine.notes`."""
+    file = part(ModelFile.open(path))
     model = HollowModel(file)
     notes = []
     opened = None

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from engines import engine, greedy
 
-from runtime.errors import Cancelled, DiskError, EngineError
+from runtime.errors import BudgetError, Cancelled, DiskError, EngineError
 from runtime.kv.options import KvFilter
 from runtime.llama import abi, model_file
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
+from runtime.plans.ledger import budget_for
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.settings import MARGIN_BYTES, Settings
-from runtime.sizes import MB
+from runtime.sizes import MB, PAGE
 from runtime.weights.head_start import head_start
 
 
@@ -75,6 +76,23 @@ def test_a_token_computes_without_a_callback_once_every_weight_is_in_memory(tiny
         assert len(calls) > asked
         for mine, other in zip(logits, expected, strict=True):
             assert np.array_equal(mine, other)
+
+
+@pytest.mark.parametrize(("layers", "head", "embedding"), [((0, 1), False, True), ((2, 3), True, False)])
+def test_the_floor_of_a_part_counts_what_is_owned(tiny_model, layers, head, embedding):
+    path = tiny_model("llama:layers=4,dim=256,ffn=512,heads=4,kv_heads=2,vocab=5000,ctx=512", "q8_0")
+    with engine(path) as opened:
+        whole = opened.ledger
+    with engine(path, part=lambda file: file.owned(layers, head=head, embedding=embedding)) as opened:
+        table = whole.embedding_bytes if embedding else 0
+        own = {name: getattr(opened.ledger, name) for name in ("process_bytes", "window_bytes")}  # measured; the plan's
+        assert opened.ledger == replace(whole, embedding_bytes=table, **own)
+        assert whole.embedding_bytes > 0
+        assert opened.streamed_bytes == streamable_bytes(opened.file)
+        floor = budget_for(opened.fixed_bytes + smallest_window(opened.file))
+        opened.apply(Plan(0, 1, budget_bytes=floor))
+        with pytest.raises(BudgetError):
+            opened.apply(Plan(0, 1, budget_bytes=floor - PAGE))
 
 
 @pytest.mark.parametrize("file_type", ["f16", "q8_0"])

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_residency import make_index
+from test_residency import make_index, or_a_part
 
 from runtime.errors import DiskError, EngineError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, view
+from runtime.settings import Settings
 from runtime.sizes import PAGE, page_down, page_up
-from runtime.weights import homes
+from runtime.weights import head_start, homes
 from runtime.weights import store as layer_store
 from runtime.weights.files import BUFFERED, DIRECT, WeightFiles
 from runtime.weights.store import LayerStore
@@ -97,7 +98,7 @@ def bytes_in_memory(ranges):
 
 
 def resident_bytes(store):
-    return n_bytes(piece for piece in store._pieces if store.is_resident(piece))
+    return n_bytes(piece for piece in store._pieces.values() if store.is_resident(piece))
 
 
 def readers():
@@ -122,7 +123,7 @@ class Computation:
         left = [piece for piece in self.pieces if piece.number not in wanted]
         largest = max((piece.span_bytes for piece in left), default=0)
         window = min(max(page_down(window), largest), n_bytes(left))
-        self.limit = window + n_bytes(self.pieces[number] for number in wanted)
+        self.limit = window + n_bytes(piece for piece in self.pieces if piece.number in wanted)
         self.boundary = max(0, min(window // 4, (window - 2 * largest) // 2))
         self.store.apply(frozenset(wanted), window)
         self.check_memory()
@@ -195,11 +196,13 @@ def wait_until(condition):
 # --- any model, any order, any plan -------------------------------------------------------------------------------
 
 rows = st.integers(64, 700)
-models = st.builds(
-    make_index,
-    st.lists(st.lists(rows, min_size=1, max_size=4), min_size=1, max_size=4),
-    st.lists(st.integers(16, 400), max_size=4),
-    n_files=st.integers(1, 2),
+models = or_a_part(
+    st.builds(
+        make_index,
+        st.lists(st.lists(rows, min_size=1, max_size=4), min_size=1, max_size=4),
+        st.lists(st.integers(16, 400), max_size=4),
+        n_files=st.integers(1, 2),
+    )
 )
 
 
@@ -237,7 +240,7 @@ def test_need_always_returns_the_pieces_bytes_and_memory_is_kept(data):
             for heads in data.draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=3), max_size=2)):
                 s.expect_passes(heads)
                 for head in heads:
-                    used = [piece for piece in order if head or piece.layer < model.n_layers]
+                    used = [piece for piece in order if head or piece.layer < model.head.index]
                     stop = data.draw(st.integers(0, 3 * len(used)))
                     c.one_pass(used[:stop], complete=stop >= len(used))
                     if stop < len(used):
@@ -314,6 +317,63 @@ def test_bytes_are_those_of_the_file(tiny_model, arch, mode):
     finally:
         store.close()
     assert not readers()
+
+
+def pages_of(tensors):
+    """(file, page) of all their bytes."""
+    return {(t.file, page) for t in tensors for page in range(page_down(t.offset), page_up(t.offset + t.n_bytes), PAGE)}
+
+
+@pytest.mark.parametrize(("layers", "head"), [((0, 1), False), ((2, 3), True), ((1, 3), False)])
+def test_of_a_part_nothing_else_is_read(tiny_model, monkeypatch, layers, head):
+    """Weights through the stream or into memory, and small tensors."""
+    model = ModelFile.open(tiny_model("qwen2", "q8_0"))
+    part = model.owned(layers, head=head, embedding=False)
+    streamed, read = [], set()
+    monkeypatch.setattr(LayerStore, "read_observer", lambda offset, n_bytes, *_: streamed.append((offset, n_bytes)))
+
+    class Files(WeightFiles):
+        def read(self, file, offset, address, n_bytes):
+            read.update((file, page) for page in range(offset, offset + n_bytes, PAGE))
+            super().read(file, offset, address, n_bytes)
+
+    monkeypatch.setattr(head_start, "WeightFiles", Files)
+    weights = head_start.open_weights(part, Settings(depth=2))
+    try:
+        c = Computation(
+            part,
+            weights.store,
+            lambda piece: np.fromfile(model.path, np.uint64, piece.n_bytes // 8, offset=piece.offset),
+        )
+        for wanted in (set(), numbers_of(c.pieces[::2]), numbers_of(c.pieces)):
+            c.plan(wanted, n_bytes(c.pieces) // 3)
+            for n in (1, 2):
+                assert weights.store.share_used == 0
+                c.one_pass(c.pieces[:-1], complete=False) if n == 1 else c.one_pass()
+        assert [p.layer for p in c.pieces] == sorted(p.layer for p in c.pieces)
+        assert {p.layer for p in c.pieces} == {*layers, *([model.n_layers] if head else [])}
+        assert {offset for offset, _ in streamed} == {piece.span[0] for piece in c.pieces}
+        small = list(part.small_tensors)
+        assert {t.name.split(".")[1] for t in small if t.name.startswith("blk.")} == set(map(str, layers))
+        assert ("output_norm.weight" in {t.name for t in small}) == head
+        assert read == pages_of([*small, *(piece.tensor for piece in c.pieces)])
+    finally:
+        weights.close()
+    assert pages_of(model.tensors) - read
+
+
+def test_how_far_the_computation_is_counts_by_the_layers_of_the_part():
+    model = make_index([[64, 64]] * 4, [64])
+    for part, shares in (
+        (model, [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1]),
+        (model.owned([1, 3], head=True, embedding=False), [0, 0, 0.5, 0.5, 1]),
+        (model.owned([], head=True, embedding=False), [0]),
+    ):
+        with computing(part) as (c, s, _):
+            c.plan(set(), EVERYTHING)
+            assert s.share_used == 0
+            assert [c.use(piece) or s.share_used for piece in c.pieces] == shares
+            c.report()
 
 
 # --- the stream -----------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny_models import ARCHS, OTHER_ARCHS
 
-from runtime.errors import ModelError
-from runtime.llama.model_file import TILE_BYTES, ModelFile
+from runtime.errors import ModelError, UsageError
+from runtime.llama.model_file import TILE_BYTES, Layer, ModelFile
 from runtime.sizes import PAGE
 
 N_LAYERS = 4
@@ -116,6 +116,50 @@ def test_facts_of_the_header(tiny_model):
     assert [info.name for info in model.globals] == ["output_norm.weight"]
     assert model.row_tables[0].n_rows == 512
     assert model.row_tables[0].type_name == "f16"
+
+
+# --- a part --------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_keeps_the_numbers_of_the_whole(tiny_model):
+    model = ModelFile.open(tiny_model("qwen2"))
+    part = model.owned(range(1, 3), head=True, embedding=False)
+    assert part.layers == model.layers[1:3]
+    assert (part.n_layers, part.head.index) == (2, N_LAYERS)
+    assert list(part.pieces) == [piece for piece in model.pieces if piece.layer in (1, 2, N_LAYERS)]
+    assert (part.paths, part.file_sizes, part.tensors) == (model.paths, model.file_sizes, model.tensors)
+    assert part.row_tables == ()
+    front = model.owned([0], head=False, embedding=True)
+    assert front.row_tables == model.row_tables
+    assert list(front.pieces) == list(model.layers[0].pieces)
+    assert front.head == Layer(N_LAYERS, ())
+
+
+def test_small_tensors_outside_the_layers_go_where_they_are_used(tiny_model):
+    model = ModelFile.open(tiny_model("gpt2"))
+    names = {info.name for info in model.globals}
+    assert names == {"position_embd.weight", "output_norm.weight", "output_norm.bias"}
+    for head in (False, True):
+        for embedding in (False, True):
+            part = model.owned([0], head=head, embedding=embedding)
+            foreign = {n for n in names if n.startswith("output") and not head}
+            foreign |= {n for n in names if n.startswith("position") and not embedding}
+            assert {info.name for info in part.globals} == names - foreign
+            layers = [info.name for info in part.small_tensors if info.name.startswith("blk.")]
+            assert layers == [info.name for info in model.layers[0].small]
+
+
+def test_a_part_is_a_model_of_its_own_and_everything_is_the_model(tiny_model):
+    model = ModelFile.open(tiny_model("llama"))
+    assert model.owned(range(N_LAYERS), head=True, embedding=True) is model
+    parts = [model.owned(range(N_LAYERS), head=head, embedding=not head) for head in (False, True)]
+    parts += [model.owned(layers, head=True, embedding=True) for layers in ([0], [1], [0, 1])]
+    hashes = [part.hash for part in (model, *parts)]
+    assert len(set(hashes)) == len(hashes)
+    assert all(0 < number < 2**63 for number in hashes)
+    assert model.owned([1, 0], head=True, embedding=True) == parts[-1]
+    with pytest.raises(UsageError, match="no layer 4"):
+        model.owned([3, 4], head=True, embedding=True)
 
 
 # --- the hash -----------------------------------------------------------------------------------------------------

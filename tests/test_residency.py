@@ -65,11 +65,21 @@ def make_index(layers, head=(), n_files=1):
     )
 
 
+@st.composite
+def or_a_part(draw, models):
+    """Such a model, or some layers of it, with or without the head."""
+    model = draw(models)
+    layers = draw(st.sets(st.sampled_from(range(model.n_layers)), min_size=1))
+    return model.owned(layers, head=draw(st.booleans()), embedding=False) if draw(st.booleans()) else model
+
+
 rows = st.integers(64, 1200)
-models = st.builds(
-    make_index,
-    st.lists(st.lists(rows, min_size=1, max_size=5), min_size=1, max_size=7),
-    st.lists(st.integers(16, 500), max_size=6),
+models = or_a_part(
+    st.builds(
+        make_index,
+        st.lists(st.lists(rows, min_size=1, max_size=5), min_size=1, max_size=7),
+        st.lists(st.integers(16, 500), max_size=6),
+    )
 )
 layouts = st.sampled_from(list(Layout))
 
@@ -84,7 +94,7 @@ def n_bytes(pieces):
 
 
 def assert_tiles_without_gaps(model, pieces):
-    tiles = [piece for piece in pieces if piece.layer == model.n_layers]
+    tiles = [piece for piece in pieces if piece.layer == model.head.index]
     assert tiles == list(model.head.pieces[: len(tiles)])
 
 
@@ -113,8 +123,8 @@ def test_pinned_bytes_are_filled_until_nothing_more_fits(model, layout, share):
     target = max(1, int(share * streamable_bytes(model)))
     pieces = chosen(model, Plan(0, 1, layout, pinned_bytes=target))
     left_out = [piece for piece in model.pieces if piece not in pieces]
-    next_tile = [piece for piece in left_out if piece.layer == model.n_layers][:1]
-    for piece in [*(p for p in left_out if p.layer < model.n_layers), *next_tile]:
+    next_tile = [piece for piece in left_out if piece.layer == model.head.index][:1]
+    for piece in [*(p for p in left_out if p.layer < model.head.index), *next_tile]:
         assert n_bytes(pieces) + piece.span_bytes > target
 
 
@@ -134,7 +144,9 @@ def test_without_bytes_prefix_and_even_keep_exactly_their_layers(model, k):
     for layout in (Layout.PREFIX, Layout.EVEN):
         pieces = chosen(model, Plan(k, 1, layout))
         if k < model.n_layers:
-            assert {piece.layer for piece in pieces} == set(whole_layers(model.n_layers, k, layout))
+            assert {piece.layer for piece in pieces} == {
+                model.layers[i].index for i in whole_layers(model.n_layers, k, layout)
+            }
         assert n_bytes(pieces) == k_layers_worth(model, k, layout)
 
 
@@ -146,10 +158,10 @@ def test_balanced_has_the_same_share_of_every_layer(model, k):
     pieces = chosen(model, Plan(k, 1, Layout.BALANCED))
     share = target / streamable_bytes(model)
     seen = used = 0
-    for group in model.groups:
+    for i, group in enumerate(model.groups):
         seen += layer_bytes(group)
         used += n_bytes(piece for piece in pieces if piece.layer == group.index)
-        largest = max((piece.span_bytes for g in model.groups[: group.index + 1] for piece in g.pieces), default=0)
+        largest = max((piece.span_bytes for g in model.groups[: i + 1] for piece in g.pieces), default=0)
         assert used <= share * seen
         assert share * seen - used < largest
 
@@ -233,6 +245,29 @@ def test_windows():
     assert window_bytes(model, Plan(0, 3)) == 3 * largest
     assert window_bytes(model, Plan(0, 3, window_bytes=MB)) == MB
     assert window_bytes(model, Plan(0, 3, window_bytes=1)) == smallest_window(model)
+
+
+def test_a_part_has_its_own_window_and_its_own_share_of_the_bytes():
+    model = make_index([[64, 2000], [64, 640], [128]], [256, 256])
+    front, back = model.owned([0, 1], head=False, embedding=True), model.owned([2], head=True, embedding=False)
+    assert streamable_bytes(front) + streamable_bytes(back) == streamable_bytes(model)
+    assert smallest_window(front) == smallest_window(model) == model.layers[0].pieces[1].span_bytes
+    assert smallest_window(back) == max(piece.span_bytes for piece in model.head.pieces) < smallest_window(model)
+    assert window_bytes(back, Plan(0, 3)) == 3 * layer_bytes(model.layers[2])
+    assert k_layers_worth(back, 1, Layout.PREFIX) == layer_bytes(model.layers[2])
+    assert layers_in(back, layer_bytes(model.layers[2])) == 1
+    assert resident_pieces(back, Plan(1, 1)) == {piece.number for piece in model.layers[2].pieces}
+    assert resident_pieces(back, Plan(0, 1, pinned_bytes=10**9)) == {piece.number for piece in back.pieces}
+
+
+def test_a_part_without_layers_has_a_head_to_stream_or_nothing():
+    model = make_index([[64]] * 3, [256])
+    head, nothing = (model.owned([], head=has_head, embedding=True) for has_head in (True, False))
+    for layout in Layout:
+        assert resident_pieces(head, Plan(0, 1, layout)) == resident_pieces(nothing, Plan(0, 1, layout)) == frozenset()
+        assert len(resident_pieces(head, Plan(0, 1, layout, pinned_bytes=streamable_bytes(head)))) == 1
+    assert window_bytes(head, Plan(0, 1)) == model.head.pieces[0].span_bytes
+    assert window_bytes(nothing, Plan(0, 1)) == streamable_bytes(nothing) == 0
 
 
 def test_layers_in():

@@ -437,7 +437,7 @@ class Engine:
     @property
     def computed_tokens(self) -> float:
         """Tokens computed until now; those of the pass that runs count by the layers it has come to."""
-        return self.counters.tokens + self._n_computing * self._store.layers_used / self.file.n_layers
+        return self.counters.tokens + self._n_computing * self._store.share_used
 
     @property
     def context(self) -> int:

@@ -67,7 +67,7 @@ def open_filter(
     options = settings.kv or KvFilter()
     cache = find_cache(source.groups, file, source.model)
     filters = options.layers or default_filters(cache.filterable, options.wait)
-    roles = layer_roles(file.n_layers, filters, options.wait, cache.filterable)
+    roles = layer_roles(file.head.index, filters, options.wait, cache.filterable)
     n_heads = int(abi.llama.llama_model_n_head(source.model))
     return Filter(options, cache, roles, Scorer(settings.n_threads, n_heads), stopped, skip)
 

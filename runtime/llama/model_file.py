@@ -10,12 +10,12 @@ import ctypes
 import os
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.errors import LIMITS, ModelError
-from runtime.llama import abi
+from runtime.errors import LIMITS, ModelError, UsageError
+from runtime.llama import abi, header
 from runtime.llama.checks import check_architecture, check_parts, check_splits, check_type
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
@@ -29,6 +29,8 @@ TILED_BYTES = 16 * 2**20  # matrices of a layer larger than this are cut into ti
 _SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 _BLOCK_NAME = re.compile(r"^blk\.(\d+)\.(.+)$")
 _PRODUCT_NAME = re.compile(r"^blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(up|gate|down))\.weight$")
+_HEAD_GLOBALS = ("output",)  # beginnings of names: the norm before the head, its bias
+_EMBEDDING_GLOBALS = ("position_embd.", "token_types.")
 _USE_ORDER = (
     "attn_q.",
     "attn_qkv.",
@@ -41,17 +43,6 @@ _USE_ORDER = (
     "ffn_",
     "ffn_down.",
 )
-_GGUF_STRING, _GGUF_ARRAY, _TOKEN_TYPE_BYTE = 8, 9, 6
-_INT_TYPES: dict[int, type[ctypes._SimpleCData[int]]] = {
-    0: ctypes.c_uint8,
-    1: ctypes.c_int8,
-    2: ctypes.c_uint16,
-    3: ctypes.c_int16,
-    4: ctypes.c_uint32,
-    5: ctypes.c_int32,
-    10: ctypes.c_uint64,
-    11: ctypes.c_int64,
-}
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A GGUF model on disk, in one file or several."""
+    """A GGUF model on disk, in one file or several; or the part of it that this process owns (`owned`).
+
+    Of a part, `layers`, `head`, `row_tables` and `globals` are what is owned; numbers of layers and pieces stay those
+    of the whole model, and so do paths, sizes and `tensors`.
+    """
 
     paths: tuple[Path, ...]
     file_sizes: tuple[int, ...]
@@ -143,6 +138,30 @@ class ModelFile:
         """Index the model at path. Raises ModelError when it is missing, cut, hostile or not a GGUF."""
         return _Indexer(Path(path)).index()
 
+    def owned(self, layers: Collection[int], *, head: bool, embedding: bool) -> ModelFile:
+        """The part with these layers (by number), with or without the head and the input embedding.
+
+        It is a model of its own to plans, profiles and smallest budgets, so its hash is another one; that of everything
+        is this model itself. Small tensors outside the layers belong to the head or the embedding, or else to every
+        part. Raises UsageError where a layer is not there.
+        """
+        wrong = set(layers) - {layer.index for layer in self.layers}
+        if wrong:
+            raise UsageError(f"there is no layer {min(wrong)} in {self.path}", f"it has {len(self.layers)} layers")
+        if len(set(layers)) == len(self.layers) and head and embedding:
+            return self
+        foreign = (() if head else _HEAD_GLOBALS) + (() if embedding else _EMBEDDING_GLOBALS)
+        kept = sorted(set(layers))
+        digest = blake2b(f"{self.hash} {kept} {head} {embedding}".encode(), digest_size=8).digest()
+        return replace(
+            self,
+            layers=tuple(layer for layer in self.layers if layer.index in layers),
+            head=self.head if head else Layer(self.head.index, ()),
+            row_tables=self.row_tables if embedding else (),
+            globals=tuple(info for info in self.globals if not info.name.startswith(foreign)),
+            hash=int.from_bytes(digest, "little") >> 1,
+        )
+
     @property
     def path(self) -> Path:
         """The file the user named."""
@@ -150,7 +169,7 @@ class ModelFile:
 
     @property
     def n_layers(self) -> int:
-        """Number of layers."""
+        """How many layers are here; `head.index` is how many the whole model has."""
         return len(self.layers)
 
     @property
@@ -160,7 +179,7 @@ class ModelFile:
 
     @property
     def groups(self) -> tuple[Layer, ...]:
-        """The streamable groups in the order of their use: every layer, then the output head."""
+        """The streamable groups in the order of their use: every layer, then the head (in a part maybe empty)."""
         return (*self.layers, self.head)
 
     @property
@@ -262,9 +281,9 @@ class _Indexer:
             reason = (abi.take_log() or ["the header cannot be read"])[0].split(": ", 1)[-1]
             raise ModelError(f"{path} is cut or damaged ({reason})", "download the model again")
         try:
-            shapes = _shapes(tensor_context)
+            shapes = header.shapes(tensor_context)
             if number == 0:
-                check_splits(path, n_parts, _integer(gguf, "split.count") or 0)
+                check_splits(path, n_parts, header.integer(gguf, "split.count") or 0)
                 self._read_metadata(gguf)
             data_offset = int(abi.gguf_get_data_offset(gguf))
             for i in range(abi.gguf_get_n_tensors(gguf)):
@@ -308,13 +327,13 @@ class _Indexer:
         )
 
     def _read_metadata(self, gguf: int) -> None:
-        self.architecture = _string(gguf, "general.architecture")
+        self.architecture = header.string(gguf, "general.architecture")
         if not self.architecture:
             raise ModelError(f"{self.path} names no architecture", "give a model file (not an adapter or a tokenizer)")
         check_architecture(self.path, self.architecture)
-        self.name = _string(gguf, "general.name")
-        self.tokenizer = _string(gguf, "tokenizer.ggml.model")
-        self.n_byte_tokens = _count_byte_tokens(gguf)
+        self.name = header.string(gguf, "general.name")
+        self.tokenizer = header.string(gguf, "tokenizer.ggml.model")
+        self.n_byte_tokens = header.count_byte_tokens(gguf)
         for key in (
             "block_count",
             "context_length",
@@ -325,7 +344,7 @@ class _Indexer:
             "attention.sliding_window",
             "expert_count",
         ):
-            value = _integer(gguf, f"{self.architecture}.{key}")
+            value = header.integer(gguf, f"{self.architecture}.{key}")
             if value is not None:
                 self.integers[key] = value
 
@@ -352,47 +371,6 @@ class _Indexer:
         largest = max((p.n_bytes for layer in layers for p in layer.pieces), default=TILE_BYTES)
         tiles = _tiles(head, len(layers), number, min(TILE_BYTES, largest))
         return tuple(layers), tuple(globals_), tuple(tables), Layer(len(layers), tiles)
-
-
-def _shapes(context: ctypes.c_void_p) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    address = abi.ggml_get_first_tensor(context)
-    while address:
-        tensor = abi.Tensor.from_address(address)
-        shapes[tensor.name.decode(errors="replace")] = tuple(tensor.ne)
-        address = abi.ggml_get_next_tensor(context, address)
-    return shapes
-
-
-def _string(gguf: int, key: str) -> str:
-    found = abi.gguf_find_key(gguf, key.encode())
-    if found < 0 or abi.gguf_get_kv_type(gguf, found) != _GGUF_STRING:
-        return ""
-    return str(abi.gguf_get_val_str(gguf, found).decode(errors="replace"))
-
-
-def _integer(gguf: int, key: str) -> int | None:
-    """An integer value, or the largest one of an array of integers (some models give one number per layer)."""
-    found = abi.gguf_find_key(gguf, key.encode())
-    if found < 0:
-        return None
-    kind = abi.gguf_get_kv_type(gguf, found)
-    if kind in _INT_TYPES:
-        return int(_INT_TYPES[kind].from_address(abi.gguf_get_val_data(gguf, found)).value)
-    if kind == _GGUF_ARRAY and abi.gguf_get_arr_type(gguf, found) in _INT_TYPES:
-        item = _INT_TYPES[abi.gguf_get_arr_type(gguf, found)]
-        count = abi.gguf_get_arr_n(gguf, found)
-        return max((item * count).from_address(abi.gguf_get_arr_data(gguf, found)), default=None)
-    return None
-
-
-def _count_byte_tokens(gguf: int) -> int:
-    found = abi.gguf_find_key(gguf, b"tokenizer.ggml.token_type")
-    if found < 0 or abi.gguf_get_kv_type(gguf, found) != _GGUF_ARRAY or abi.gguf_get_arr_type(gguf, found) != 5:
-        return 0
-    count = abi.gguf_get_arr_n(gguf, found)
-    types = (ctypes.c_int32 * count).from_address(abi.gguf_get_arr_data(gguf, found))
-    return list(types).count(_TOKEN_TYPE_BYTE)
 
 
 def _use_rank(info: TensorInfo) -> int:

@@ -1,4 +1,4 @@
-"""Which pieces a plan keeps resident. Pure functions over the index of a model."""
+"""Which pieces a plan keeps resident. Pure functions over the index of a model, or of the part that is owned."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def k_layers_worth(model: ModelFile, k: int, layout: Layout) -> int:
     """Bytes of k resident layers: of the very layers, or (balanced) of k mean layers."""
     sizes = [layer_bytes(layer) for layer in model.layers]
     if layout is Layout.BALANCED:
-        return sum(sizes) * min(k, len(sizes)) // len(sizes)
+        return sum(sizes) * min(k, len(sizes)) // max(1, len(sizes))
     return sum(sizes[i] for i in whole_layers(len(sizes), k, layout))
 
 
@@ -157,5 +157,5 @@ def overlapping_window(largest: int, streamed: int, disk_bytes_per_s: float) -> 
 
 def window_bytes(model: ModelFile, plan: Plan) -> int:
     """Bytes of the ring a plan asks for: w times the largest layer, unless the plan says it in bytes."""
-    largest = max(layer_bytes(layer) for layer in model.layers)
+    largest = max(map(layer_bytes, model.layers), default=0)
     return max(plan.window_bytes or plan.w * largest, smallest_window(model))

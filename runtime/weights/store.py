@@ -27,19 +27,18 @@ _POLL_S = 0.1
 
 
 class LayerStore:
-    """All streamable pieces of one model, read from the first apply() on.
-
-    One thread computes (need, computed, end_pass); `depth` threads read.
-    """
+    """The streamable pieces of a model, or of the part that is owned, read from the first apply() on: `depth` threads
+    read, one computes (need, computed, end_pass)."""
 
     read_observer: ClassVar[Callable[[int, int, float, float], None] | None] = None  # offset, bytes, begin, end
 
     def __init__(self, model: ModelFile, files: WeightFiles, *, request_bytes: int = 2**21, depth: int = 4) -> None:
         self.files = files
-        self._pieces = tuple(model.pieces)
-        self._is_head = [piece.layer == model.n_layers for piece in self._pieces]
+        self._pieces = {piece.number: piece for piece in model.pieces}
+        self._head = frozenset(piece.number for piece in model.head.pieces)
+        self._share_before = {group.index: i / max(1, model.n_layers) for i, group in enumerate(model.groups)}
         self._request_bytes = max(PAGE, page_down(request_bytes))
-        self._order = [piece.number for piece in self._pieces]
+        self._order = list(self._pieces)
         self._homes = Homes()
         self._wanted = NONE
         self._resident: set[int] = set()
@@ -53,8 +52,7 @@ class LayerStore:
         self._pass = 0  # the pass being computed
         self._place = 0  # in _order: where the computation is
         self._surprised = False  # a piece of this pass was not used where _order has it
-        self._load_pass = 0
-        self._load_place = 0
+        self._load_pass = self._load_place = 0  # where the readers are
         self._flying: list[Chunk] = []  # what readers are reading just now
         self._resting = 0  # readers that wait for something to read
         self._paused = True
@@ -381,7 +379,7 @@ class LayerStore:
                 continue
             number = self._order[self._load_place]
             load = self._loads.get(number)
-            skip_head = self._is_head[number] and self._load_pass in self._passes_without_head
+            skip_head = number in self._head and self._load_pass in self._passes_without_head
             if load and load is self._ahead:
                 self._ahead = None  # the stream has come to it: nothing is used before it any more
             if skip_head or number in self._resident or (load and load.pass_number >= self._load_pass):
@@ -420,9 +418,10 @@ class LayerStore:
         return self._homes[tensor_name]
 
     @property
-    def layers_used(self) -> int:
-        """The layers the computation has come to in this pass, as far as it asks for weights (for any thread)."""
-        return self._pieces[self._order[min(self._place, len(self._order)) - 1]].layer if self._place else 0
+    def share_used(self) -> float:
+        """The share of the layers that are behind the computation, by the weights it asks for (for any thread)."""
+        place = min(self._place, len(self._order))
+        return self._share_before[self._pieces[self._order[place - 1]].layer] if place else 0.0
 
     @property
     def window_bytes(self) -> int:
