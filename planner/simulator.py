@@ -15,7 +15,6 @@ from planner.arms import Arm, pinned_per_unit
 from planner.source.profile import SourceProfile
 from profiler.model_profile import HeadProfile, LayerProfile, ModelProfile, Spread
 
-INVALID_REWARD = -1e6
 HANDOVER_S = 0.0005  # from the end of a computation to the first byte read into the room it leaves
 SEGMENTS = 4  # a layer's bytes arrive and are freed in this many parts, or more when the window is small
 MAX_SEGMENTS = 256
@@ -196,10 +195,3 @@ def source_token_ms(source: SourceProfile, k: int, w: int) -> float:
         last = max(loaded, last) + source.t_compute[i]
         computed.append(last)
     return last
-
-
-def source_reward(source: SourceProfile, arm: Arm, layer_max: int) -> float:
-    """The source system's reward: minus the ms per token; -1e6 for an arm that does not fit."""
-    if arm.k < 0 or arm.w < 1 or arm.k + arm.w > layer_max:
-        return INVALID_REWARD
-    return -source_token_ms(source, arm.k, arm.w)

@@ -10,7 +10,7 @@ import pytest
 
 from h2o_cli.main import run_command
 from h2o_cli.session import models
-from planner.source.profile import load_source
+from planner.source.profile import load_foreign
 from profiler import disk
 from profiler.model_profile import load_profile
 
@@ -73,7 +73,7 @@ def test_log_comes_in(tmp_path, elsewhere):
 def test_export_after_measuring(tiny_model, tmp_path):
     shape = "llama:layers=2,dim=512,ffn=2048,heads=4,kv_heads=4,vocab=512,ctx=256"
     assert run(tiny_model(shape), "--repeats", 1, "-o", tmp_path / "p.json", "--export", tmp_path / "s.json") == 0
-    assert load_source(tmp_path / "s.json").n_layers == 2
+    assert len(load_foreign(tmp_path / "s.json").layers) == 2
 
 
 @pytest.mark.parametrize(

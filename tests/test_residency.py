@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from runtime.llama.model_file import Layer, ModelFile, Piece, TensorInfo
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import (
+    first_window,
     k_layers_worth,
     layer_bytes,
     layers_in,
@@ -291,3 +292,10 @@ def test_a_whole_model_is_resident_only_when_all_of_it_fits():
 )
 def test_a_window_that_overlaps(streamed, rate, pieces):
     assert overlapping_window(4096, streamed * 4096, rate * 4096) == pieces * 4096
+
+
+def test_a_first_window_is_two_pieces_or_a_quarter_of_the_budget():
+    model = make_index([[640, 1280]], [320])
+    largest = smallest_window(model)
+    assert first_window(model, 100 * largest) == 2 * largest
+    assert first_window(model, 4 * largest) == largest

@@ -13,7 +13,6 @@ from planner.simulator import (
     draw,
     first_token_s,
     limit_s,
-    source_reward,
     source_token_ms,
     token_s,
 )
@@ -56,12 +55,6 @@ def test_release_delays_a_load_when_it_is_the_last_to_finish():
     # release 20 ms: the second load starts at 15+20, ends at 55, computes until 70; third 70+20+30 = 120, 145
     slow = SourceProfile(1000, (10, 20, 30), (5, 15, 25), (20, 20, 20))
     assert source_token_ms(slow, 0, 1) == pytest.approx(145)
-
-
-def test_source_reward():
-    assert source_reward(SOURCE, Arm(1, 2), 3) == pytest.approx(-75)
-    for arm in (Arm(1, 3), Arm(0, 0), Arm(-1, 1), Arm(3, 1)):
-        assert source_reward(SOURCE, arm, 3) == -1e6
 
 
 @pytest.mark.parametrize(("mib", "layer_max"), [(9, 0), (10, 1), (29.9, 1), (30, 2), (60, 3), (1000, 3)])

@@ -14,10 +14,9 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import memory_bytes
 from runtime.plans.file import read_plan
 from runtime.plans.plan import Layout, Plan
-from runtime.plans.residency import smallest_window
+from runtime.plans.residency import first_window
 from runtime.settings import Settings
 
-WINDOW_PIECES = 2  # of the largest size: the engine makes it wider where the disk is fast
 FROM_FILE, FROM_PROFILE, DEFAULT = "plan file", "profile", "default"
 
 
@@ -76,7 +75,7 @@ class FirstPlan:
             k=0,
             w=1,
             layout=Layout.BALANCED if layout is None else layout,
-            window_bytes=min(WINDOW_PIECES * smallest_window(file), budget // 4),
+            window_bytes=first_window(file, budget),
             budget_bytes=budget,
             model_hash=file.hash,
         )

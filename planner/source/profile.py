@@ -67,34 +67,18 @@ class SourceProfile(msgspec.Struct, frozen=True):
 
 
 class SourceLog(msgspec.Struct, frozen=True):
-    """What the source system logs per layer: MiB, MiB/s and milliseconds, as printed."""
+    """What the source system logs per layer: MiB and milliseconds, as printed."""
 
     size_mib: tuple[float, ...]
     io_ms: tuple[float, ...]
-    speed_mib_per_s: tuple[float, ...]
     compute_ms: tuple[float, ...]
     release_ms: tuple[float, ...]
-
-    def to_source(self) -> SourceProfile:
-        """The four keys by the source system's rule: io_speed is the rounded mean of the layers' speeds."""
-        speeds = self.speed_mib_per_s
-        return SourceProfile(
-            round(sum(speeds) / len(speeds)),
-            tuple(int(size) for size in self.size_mib),
-            tuple(int(ms) for ms in self.compute_ms),
-            tuple(int(ms) for ms in self.release_ms),
-        )
 
     def to_profile(self, name: str = "source log") -> ModelProfile:
         """A profile of this program: disk speed is all bytes / all time, not a mean of speeds."""
         sizes = [int(size * MIB) for size in self.size_mib]
         io_s = [ms / 1000 for ms in self.io_ms]
         return _profile(name, sum(sizes) / sum(io_s), sizes, io_s, [self.compute_ms, self.release_ms])
-
-
-def load_source(path: str | os.PathLike[str]) -> SourceProfile:
-    """The source system's JSON file. Raises ProfileError."""
-    return decode_source(read_whole(path), str(path))
 
 
 def load_foreign(path: str | os.PathLike[str]) -> ModelProfile:
@@ -162,9 +146,9 @@ def parse_log(text: str) -> SourceLog:
         if sorted(lines) != list(range(n_layers)) or not lines:
             counts = ", ".join(f"{len(of_kind)} {name}" for name, of_kind in found.items())
             raise ProfileError(f"the log has no complete set of {kind} lines (found {counts})", "profile with k=0")
-    io_ms, size, speed = zip(*(found["prefetch"][i] for i in range(n_layers)), strict=True)
+    io_ms, size, _speed = zip(*(found["prefetch"][i] for i in range(n_layers)), strict=True)
     compute, release = (tuple(found[kind][i][0] for i in range(n_layers)) for kind in ("compute", "release"))
-    return SourceLog(size, io_ms, speed, compute, release)
+    return SourceLog(size, io_ms, compute, release)
 
 
 def _parse_line(kind: str, line: str, number: int) -> tuple[int, tuple[float, ...]]:

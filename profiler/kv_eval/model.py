@@ -19,12 +19,11 @@ from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
 from runtime.plans.plan import Layout, Plan
-from runtime.plans.residency import smallest_window
+from runtime.plans.residency import first_window
 from runtime.settings import Settings
 
 Floats = npt.NDArray[np.float32]
 UBATCH = 256
-_WINDOW_PIECES = 2
 OWN_TOKENS = 2  # last tokens of a prompt that every engine computes itself: one alone would be a decode pass
 _STATES_PART = 4  # a fourth of the budget may hold states
 
@@ -52,8 +51,8 @@ class EvalModel:
     def engine(self, kv: KvFilter | None, n_ctx: int, kv_type: str = "f16") -> Iterator[Engine]:
         """An engine with this filter inside the block."""
         self._check()
-        window = min(_WINDOW_PIECES * smallest_window(self.file), self._budget_bytes // 4)
-        plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=self._budget_bytes)
+        budget = self._budget_bytes
+        plan = Plan(0, 1, Layout.BALANCED, window_bytes=first_window(self.file, budget), budget_bytes=budget)
         settings = Settings(n_ctx=n_ctx, n_ubatch=min(UBATCH, n_ctx), n_threads=self._n_threads, kv_type=kv_type, kv=kv)
         self._engine = Engine(self.file, self._hollow, plan, settings, lambda _text: None)
         try:

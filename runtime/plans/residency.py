@@ -155,6 +155,14 @@ def overlapping_window(largest: int, streamed: int, disk_bytes_per_s: float) -> 
     return largest * (8 if streamed >= _MUCH_STREAMED * largest else 4)
 
 
+def first_window(model: ModelFile, budget_bytes: int) -> int:
+    """Bytes of a window where nothing is known of the disk: two of the largest pieces, at most a quarter of the budget.
+
+    An engine that may makes it wider where the disk is fast (Settings.fit_window).
+    """
+    return min(2 * smallest_window(model), budget_bytes // 4)
+
+
 def window_bytes(model: ModelFile, plan: Plan) -> int:
     """Bytes of the ring a plan asks for: w times the largest layer, unless the plan says it in bytes."""
     largest = max(map(layer_bytes, model.layers), default=0)
