@@ -1,4 +1,4 @@
-"""The benchmark: the emulated device, rows, report, plots, and all of it on a tiny model."""
+"""The speed benchmark: engines, what is run, report, plots, and all of it on a tiny model."""
 
 from __future__ import annotations
 
@@ -6,182 +6,27 @@ import json
 import os
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import pytest
+from emulated import can_emulate, groups_left
 
-from h2o_cli import cmd_bench
-from h2o_cli.bench import box as device_module
-from h2o_cli.bench.box import ROOT, Device, Outcome, check_rights, run_in_device, talk_in_device
+from h2o_cli.bench.box import Outcome
+from h2o_cli.bench.models.named import BenchModel, bench_model
+from h2o_cli.bench.rows import read_lines
+from h2o_cli.bench.speed import parts
 from h2o_cli.bench.speed.engines import H2O, Job, command, read_result, tokens_hash, turns_commands
 from h2o_cli.bench.speed.report import report, summary_rows
-from h2o_cli.bench.speed.rows import InTurns, Read, Rounds, Row, Span, Timeline, append_line, read_rows, read_timelines
-from h2o_cli.bench.speed.runs import (
-    MMAP,
-    BenchModel,
-    Settings,
-    bench_model,
-    budget_bytes,
-    cases,
-    check_budget,
-    estimate_s,
-)
+from h2o_cli.bench.speed.rows import InTurns, Read, Rounds, Span, SpeedRow, Timeline
+from h2o_cli.bench.speed.runs import MMAP, Settings, budget_bytes, cases, check_budget, estimate_s
 from profiler.model_profile import DeviceInfo
-from runtime.errors import Cancelled, EngineError, H2OError, UsageError
+from runtime.errors import UsageError
 from runtime.sizes import MB
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHAPE = "llama:layers=6,dim=512,ffn=2048,heads=8,kv_heads=4,vocab=4096,ctx=1024,tied=0"  # 56 MB of f16
-
-
-def can_emulate():
-    try:
-        check_rights(Device(64 * MB, 20 * MB, Path(__file__).parent))
-    except (H2OError, OSError):
-        return False
-    return True
-
-
-needs_device = [pytest.mark.cgroup, pytest.mark.skipif(not can_emulate(), reason="no device can be emulated here")]
-
-
-def groups_left():
-    return [path for path in ROOT.rglob(f"h2o-device-{os.getpid()}-*") if path.is_dir()]
-
-
-# --- the device ------------------------------------------------------------------------------------------------------
-
-
-class TestDevice:
-    pytestmark = needs_device
-
-    def test_a_command_inside_its_limit_runs(self, tmp_path):
-        done = run_in_device(["sh", "-c", "echo out; echo err >&2; exit 3"], Device(64 * MB, 0, tmp_path))
-        assert (done.rc, done.stdout, done.stderr) == (3, "out\n", "err\n")
-        assert 0 < done.peak_bytes <= 64 * MB
-        assert 0 < done.output_s <= done.wall_s
-        assert not done.oom_killed and not done.timed_out
-        assert groups_left() == []
-
-    def test_the_limit_kills_a_hog(self, tmp_path):
-        hog = [sys.executable, "-c", "x = bytearray(200_000_000); print(len(x))"]
-        done = run_in_device(hog, Device(50 * MB, 0, tmp_path))
-        assert done.rc == -9
-        assert done.oom_killed
-        assert done.peak_bytes <= 50 * MB
-        assert groups_left() == []
-
-    @pytest.mark.parametrize("flags", [[], ["iflag=direct"]])
-    def test_the_disk_is_slowed_down(self, tmp_path, flags):
-        file = tmp_path / "data"
-        file.write_bytes(os.urandom(1 << 20) * 40)
-        read = ["dd", f"if={file}", "of=/dev/null", "bs=1M", *flags]
-        done = run_in_device(read, Device(0, 20 * MB, tmp_path), cold=[file])
-        assert done.rc == 0
-        assert 1.7 < done.wall_s < 6
-        assert done.bytes_read >= 40 << 20
-
-    def test_a_command_that_takes_too_long_is_ended(self, tmp_path):
-        done = run_in_device(["sh", "-c", "echo begun; sleep 60"], Device(64 * MB, 0, tmp_path), timeout_s=0.5)
-        assert done.timed_out
-        assert done.rc == -9
-        assert done.stdout == "begun\n"
-        assert done.wall_s < 10
-
-    def test_nothing_is_left_after_an_interrupt(self, tmp_path):
-        begin_s = time.monotonic()
-
-        def stop():
-            if time.monotonic() - begin_s > 0.4:
-                raise Cancelled(2)
-
-        script = f"sleep 61 & echo $! > {tmp_path}/pid; wait"
-        with pytest.raises(Cancelled):
-            run_in_device(["sh", "-c", script], Device(64 * MB, 0, tmp_path), between=stop)
-        assert groups_left() == []
-        pid = int((tmp_path / "pid").read_text())
-        assert not Path(f"/proc/{pid}").exists() or "sleep" not in Path(f"/proc/{pid}/cmdline").read_text()
-
-    def test_a_command_that_is_not_there(self, tmp_path):
-        done = run_in_device(["/nonexistent/command"], Device(64 * MB, 0, tmp_path))
-        assert done.rc == 127
-        assert groups_left() == []
-
-
-class TestTalk:
-    pytestmark = needs_device
-
-    def test_a_command_answers_line_by_line(self, tmp_path):
-        with talk_in_device(["sh", "-c", "while read x; do echo got $x; done"], Device(64 * MB, 0, tmp_path)) as talk:
-            assert talk.ask("one", 10) == "got one"
-            assert talk.ask("two", 10) == "got two"
-            assert 0 < talk.peak_bytes <= 64 * MB
-        assert groups_left() == []
-
-    def test_a_command_that_ends_says_why(self, tmp_path):
-        device = Device(64 * MB, 0, tmp_path)
-        ending = "read x; echo 'h2o: no room' >&2; echo '  next: more' >&2; exit 2"
-        with talk_in_device(["sh", "-c", ending], device) as talk:
-            for _ in range(2):
-                with pytest.raises(EngineError, match="no room"):
-                    talk.ask("one", 10)
-        hog = [sys.executable, "-c", "input(); x = bytearray(200_000_000); print(len(x))"]
-        with talk_in_device(hog, device) as talk, pytest.raises(EngineError, match="out of memory"):
-            talk.ask("one", 10)
-        assert groups_left() == []
-
-    def test_a_command_that_does_not_answer(self, tmp_path):
-        sleeping = talk_in_device(["sleep", "60"], Device(64 * MB, 0, tmp_path))
-        with sleeping as talk, pytest.raises(EngineError, match="no answer within"):
-            talk.ask("one", 0.3)
-        assert groups_left() == []
-
-
-def test_without_control_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(device_module, "ROOT", tmp_path)
-    with pytest.raises(H2OError, match="no control groups") as caught:
-        check_rights(Device())
-    assert "root" in caught.value.next_step
-
-
-def test_without_the_rights(tmp_path, monkeypatch):
-    (tmp_path / "cgroup.controllers").write_text("memory io")
-    (tmp_path / "cgroup.subtree_control").mkdir()  # cannot be written, for root either
-    monkeypatch.setattr(device_module, "ROOT", tmp_path)
-    with pytest.raises(H2OError, match="no device can be emulated") as caught:
-        check_rights(Device())
-    assert "root" in caught.value.next_step
-
-
-def test_version_2_limits_are_written(tmp_path, monkeypatch):
-    """The files of a version 2 group, in an ordinary folder."""
-    (tmp_path / "cgroup.controllers").write_text("memory io")
-    (tmp_path / "cgroup.subtree_control").write_text("")
-    monkeypatch.setattr(device_module, "ROOT", tmp_path)
-    monkeypatch.setattr(device_module, "block_device", lambda _path: "8:0")
-    monkeypatch.setattr(device_module, "remove_group", lambda _path: None)
-    groups = device_module.make_groups(Device(50 * MB, 20 * MB, tmp_path))
-    folder = groups.procs[0].parent
-    assert (folder / "memory.max").read_text() == "50000000"
-    assert (folder / "io.max").read_text() == "8:0 rbps=20000000"
-    with pytest.raises(H2OError, match=r"memory\.peak"):
-        groups.peak_bytes()
-    (folder / "memory.peak").write_text("123\n")
-    (folder / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
-    (folder / "io.stat").write_text("8:0 rbytes=70 wbytes=1 rios=1\n8:16 rbytes=5 wbytes=0\n")
-    assert (groups.peak_bytes(), groups.n_oom_kills(), groups.bytes_read()) == (123, 1, 75)
-
-
-def test_a_file_system_in_memory_cannot_be_slowed():
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("no memory file system here")
-    with pytest.raises(H2OError, match="on no disk") as caught:
-        device_module.block_device(Path("/dev/shm"))
-    assert "--disk 0" in caught.value.next_step
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -291,17 +136,24 @@ def test_more_tokens_where_they_take_milliseconds(empty_model):
 
 
 def test_parts_of_a_full_run():
-    settings = cmd_bench._settings(None, None, quick=False)
-    parts = cmd_bench._by_model(settings)
-    assert [[model.name for model in part.models] for part in parts] == [[name] for name in cmd_bench.MODELS]
-    assert [part.budgets for part in parts] == list(cmd_bench.MODELS.values())
-    assert ["resident" in part.suites for part in parts] == [True, False]
-    only = cmd_bench._by_model(replace(settings, suites=("resident",)))
-    assert [part.suites for part in only] == [("resident",)]
-    full_disk = cmd_bench._unthrottled(settings, ("40%",))
-    assert (full_disk.read_bytes_per_s, full_disk.budgets, full_disk.suites) == (0, ("40%",), ("budgets",))
+    *throttled, full_disk = parts.wanted_parts()
+    assert [[model.name for model in part.models] for part in throttled] == [[name] for name in parts.MODELS]
+    assert [part.budgets for part in throttled] == list(parts.MODELS.values())
+    assert ["resident" in part.suites for part in throttled] == [True, False]
+    assert {part.read_bytes_per_s for part in throttled} == {400 * MB}
+    assert (full_disk.read_bytes_per_s, full_disk.suites) == (0, ("budgets",))
     assert full_disk.engines == (H2O, MMAP)
     assert full_disk.repeats == full_disk.llama_repeats > 1
+    assert [part.suites for part in parts.wanted_parts(suites=["resident"])] == [("resident",)]
+
+
+def test_parts_that_flags_ask_for():
+    (quick,) = parts.wanted_parts(quick=True, repeats=3)
+    assert (len(quick.models), quick.budgets, quick.repeats) == (1, parts.QUICK_BUDGETS, 3)
+    (slow,) = parts.wanted_parts(models=["qwen2.5-0.5b"], budgets=["300"], disk=100)
+    assert (slow.budgets, slow.read_bytes_per_s) == (("300",), 100 * MB)
+    both = parts.wanted_parts(models=["qwen2.5-0.5b"], budgets=["300"])
+    assert [(part.budgets, part.read_bytes_per_s) for part in both] == [(("300",), 400 * MB), (("300",), 0)]
 
 
 def test_model_names(tmp_path):
@@ -337,7 +189,7 @@ def row(engine=H2O, budget="60%", repeat=0, ms=1000.0, status="ok", **values):
         base |= {"limit_ms_per_token": 980.0, "yield_": 980 / ms, "predicted_ms_per_token": 990.0}
         base |= {"disk_wait_ms_per_token": 900.0, "plan": {"k": 9, "w": 1, "layout": "balanced"}}
         base |= {"ledger": {"process_bytes": 80 * MB, "window_bytes": 20 * MB, "resident_bytes": 500 * MB}}
-    return Row(**{**base, "engine": engine, "budget": budget, "repeat": repeat, "status": status, **values})
+    return SpeedRow(**{**base, "engine": engine, "budget": budget, "repeat": repeat, "status": status, **values})
 
 
 IN_TURNS = InTurns(
@@ -478,20 +330,6 @@ def test_turns_that_failed_are_reported():
     assert "| half/f16 | no answer |" in report([row(suite="resident", status="failed", note="no answer")])
 
 
-def test_rows_go_to_a_file_and_come_back(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    for one in fixed_rows():
-        append_line(path, one)
-    assert read_rows(path) == fixed_rows()
-    assert '"yield":0.98' in path.read_text()
-    assert read_timelines(tmp_path / "missing") == []
-    path.write_text("{}\n")
-    with pytest.raises(UsageError, match="something else"):
-        read_rows(path)
-    with pytest.raises(UsageError, match="cannot read"):
-        read_rows(tmp_path / "missing")
-
-
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
@@ -554,8 +392,8 @@ class TestCommand:
         flags += ["--engine", H2O, "--engine", MMAP]
         done = self.h2o(*flags, "--output", tmp_path / "out", "--json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        rows = read_rows(tmp_path / "out" / "rows.jsonl")
-        assert [msgspec.json.decode(line, type=Row) for line in done.stdout.splitlines()] == rows
+        rows = read_lines(tmp_path / "out" / "rows.jsonl", SpeedRow)
+        assert [msgspec.json.decode(line, type=SpeedRow) for line in done.stdout.splitlines()] == rows
         by_engine = {one.engine: one for one in rows if one.suite == "budgets"}
         own, plain = by_engine[H2O], by_engine[MMAP]
         assert own.status == plain.status == "ok", done.stderr

@@ -8,7 +8,7 @@ import pytest
 from h2o_cli import main as cli
 from h2o_cli.bench.box import Outcome
 from h2o_cli.bench.speed.engines import Result
-from h2o_cli.bench.speed.speculation import MODES, OFF, TEXTS, SpeculationRow, measure, report, summaries, table_rows
+from h2o_cli.bench.speed.speculation import MODES, OFF, TEXTS, measure, report, summaries, table_rows
 
 MB = 10**6
 
@@ -29,7 +29,7 @@ class FakeChildren:
         figures |= {"decode_ms_per_token": 33.0 if drafts else 100.0, "limit_ms_per_token": 98.0}
         outcome = Outcome(0, 1.0, 1.0, 50 * MB, 0, 0.0, stdout=json.dumps(figures))
         tokens = (7, 8) if job.prompt == TEXTS[0].prompt and drafts else tuple(range(job.n_predict))
-        return [], outcome, Result("ok", tokens=tokens)
+        return ["h2o", "run", *job.flags], outcome, Result("ok", tokens=tokens)
 
 
 @pytest.fixture
@@ -81,22 +81,23 @@ def test_summaries(rows):
 
 
 def test_a_run_that_failed_leaves_its_prompt_out(rows):
-    failed = [
-        SpeculationRow(kind=r.kind, prompt=r.prompt, mode=r.mode, status="oom") if r.prompt == 0 else r for r in rows
-    ]
+    failed = [msgspec.structs.replace(row, status="oom", ms_per_token=None) if row.prompt == 0 else row for row in rows]
     assert all(line.equal for line in summaries(failed))
     assert summaries(failed[:3]) == []
 
 
-def test_report(rows):
-    text = report(rows, "m.gguf")
+def test_report(rows, bundled_model):
+    text = report(rows)
+    assert f"# Speculation: {bundled_model.name}, " in text
+    assert "# recall 1, draft auto\nh2o run --draft auto" in text
     assert "disk at 16 MB/s" in text
     assert "| quotes | look-up | 3.00 | 18 of 27 | 33 | 98 | 3.03x | 3.030x of 3 | = |" in text
     assert all(len(line) == len(table_rows(rows)[0]) for line in table_rows(rows))
 
 
 def test_command(rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("h2o_cli.cmd_bench_speculation._rows", lambda disk, repeats: iter(rows))
+    monkeypatch.setattr("h2o_cli.cmd_bench_speculation._rows", lambda device, repeats: iter(rows))
+    monkeypatch.setattr("h2o_cli.bench.box.check_rights", lambda device: None)
     assert cli.run_command(["bench", "speculation", "--output", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert "tokens/pass" in out

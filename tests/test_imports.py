@@ -21,7 +21,10 @@ HEAVY = {
     "llama_cpp": (set(), {"h2o_cli/bench/models/make_model.py", "h2o_cli/bench/speed/llama_cpp_run.py"}),
     "jinja2": (set(), {"runtime/llama/chat_template.py"}),
     "gguf": (set(), {"h2o_cli/bench/models/make_model.py"}),
-    "matplotlib": (set(), {"h2o_cli/bench/speed/plots.py", "h2o_cli/bench/kv/plots.py"}),
+    "matplotlib": (
+        set(),
+        {"h2o_cli/bench/plots.py", "h2o_cli/bench/speed/plots.py", "h2o_cli/bench/kv/plots.py"},
+    ),
     "torch": (set(), set()),
     "sentencepiece": (set(), set()),
 }

@@ -6,11 +6,11 @@ import pytest
 from children import without_progress
 
 from h2o_cli.bench.kv.methods import EVERYWHERE, FULL, OMNIKV, Roles, compared_methods
-from h2o_cli.bench.kv.report import accuracy_of, markdown, report
-from h2o_cli.bench.kv.rows import KvRow, append_row, read_rows
+from h2o_cli.bench.kv.report import report
+from h2o_cli.bench.kv.rows import KvRow, accuracy_of
+from h2o_cli.bench.rows import read_lines
 from h2o_cli.main import run_command
 from h2o_cli.session.kv_layers import find_choice
-from runtime.errors import UsageError
 from runtime.llama.model_file import ModelFile
 
 
@@ -39,7 +39,7 @@ def test_a_small_run(bundled_model, tmp_path, capsys):
         2,
     ]
     assert run(bundled_model, *flags, "--data", data, "--other", "2,5", "--output", tmp_path / "out") == 0
-    rows = read_rows(tmp_path / "out" / "rows.jsonl")
+    rows = read_lines(tmp_path / "out" / "rows.jsonl", KvRow)
     assert {row.suite for row in rows} == {"accuracy", "divergence", "data"}
     full = [row for row in rows if row.method == FULL]
     assert all(row.kv_share == 1 for row in full)
@@ -94,17 +94,6 @@ def row(**fields):
     return KvRow(**{"suite": "accuracy", "model": "m", "method": OMNIKV, "label": "omnikv 10%", **fields})
 
 
-def test_rows_are_read_back(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [row(n=4, right=3, task="needle", length=512, depth=0.5), row(suite="speed", ms_per_token=1.5)]
-    for one in rows:
-        append_row(path, one)
-    assert read_rows(path) == rows
-    path.write_text('{"suite": "poem"}')
-    with pytest.raises(UsageError, match="something else"):
-        read_rows(path)
-
-
 def test_report():
     rows = [
         row(n=4, right=3, lost=1, gained=0, task="needle", length=512, depth=0.5, kv_share=0.4),
@@ -116,4 +105,3 @@ def test_report():
     assert "| omnikv 10% | 75 | 25 |" in text
     assert "| omnikv 10% | 1.5 | - | 1.25 (1.50) | - (-) | 2 | - | - |" in text
     assert accuracy_of([]) is None
-    assert markdown([["a", "b"], ["c", "d"]]).splitlines()[1] == "|---|---:|"

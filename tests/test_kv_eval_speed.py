@@ -115,8 +115,9 @@ def test_strategies_are_compared_at_one_budget(tmp_path):
 
 def test_rows_of_processes_of_their_own(tiny_model, tmp_path):
     run = SpeedRun(tiny_model("llama"), (80,), (0.1,), ("ram",), 1, str(tmp_path), n_tokens=2)
-    full, filtered = run.rows({})
+    full, filtered = run.rows()
     assert full.faster is None
     assert min(filtered.faster, filtered.faster_again) > 0
     assert (filtered.faster_one_thread, filtered.threads) == (filtered.faster, 1)
     assert filtered.ms_per_token > 0 and filtered.select == "last"
+    assert "--keep 0.1" in filtered.commands[0] and filtered.machine

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
+from h2o_cli.bench.commands import last_words
 from runtime.errors import EngineError, H2OError
 
 ROOT = Path("/sys/fs/cgroup")
@@ -223,8 +224,7 @@ class Talk:
 
     def _ended(self) -> EngineError:
         rc = self._child.wait()
-        lines = [line for line in _text(self._errors).splitlines() if line and not line.startswith("  next:")]
-        reason = "killed: out of memory" if self._groups.n_oom_kills() else (lines or [f"exit code {rc}"])[-1]
+        reason = "killed: out of memory" if self._groups.n_oom_kills() else last_words(_text(self._errors), rc)
         return EngineError(reason, "run it by hand to see more")
 
 
@@ -329,7 +329,7 @@ class _GroupV2:
 
 
 def _value(path: Path, wanted: str) -> int:
-    """The number behind a key, in a file of "key number" lines; 0 where the key is missing."""
+    """The number of a key, in a file of "key number" lines; 0 where the key is missing."""
     for line in path.read_text().splitlines():
         key, _, value = line.partition(" ")
         if key == wanted:

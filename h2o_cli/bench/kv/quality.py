@@ -12,6 +12,7 @@ import numpy as np
 from h2o_cli.bench.kv.methods import FULL, HEAVY, Method
 from h2o_cli.bench.kv.readers import ANSWER_TOKENS, Example, measure_of, read_examples, score, truncate_middle
 from h2o_cli.bench.kv.rows import KvRow
+from h2o_cli.bench.rows import circumstances
 from profiler.kv_eval.model import EvalModel, Start, begin, check_length, divergence, forced, kept_share
 from profiler.kv_eval.needles import Trial, haystack, is_right, make_trials, place_fact
 from profiler.kv_eval.texts import NAMES
@@ -39,12 +40,10 @@ class Quality:
 
 
 class QualityRun:
-    """All methods on all tasks. `share` says how much is done; `passed` goes into every row."""
+    """All methods on all tasks. `share` says how much is done."""
 
-    def __init__(
-        self, model: EvalModel, methods: Sequence[Method], quality: Quality, passed: dict[str, object]
-    ) -> None:
-        self._model, self._methods, self._quality, self._passed = model, methods, quality, passed
+    def __init__(self, model: EvalModel, methods: Sequence[Method], quality: Quality) -> None:
+        self._model, self._methods, self._quality = model, methods, quality
         self._done = 0
         each = len(quality.tasks) * len(quality.lengths) * len(quality.depths) * quality.trials
         each += quality.texts * len(quality.lengths) + len(quality.examples)
@@ -187,7 +186,7 @@ class QualityRun:
         }
         if method.kv:
             fields |= {"layers": method.kv.layers, "wait": method.kv.wait, "select": method.kv.select}
-        return KvRow(**{**fields, **figures, **self._passed})  # type: ignore[arg-type]
+        return KvRow(**{**fields, **figures, **circumstances(self._model.file.path)})
 
 
 def _trials_of(method: Method, n: int) -> int:

@@ -1,32 +1,27 @@
-"""One row per measured figure of `h2o bench kv`, as JSON lines."""
+"""The rows of `h2o bench kv`: one per measured figure."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
-import msgspec
-
-from profiler.model_profile import DeviceInfo
-from runtime.errors import UsageError
+from h2o_cli.bench.rows import Row
 
 Suite = Literal["accuracy", "divergence", "data", "speed"]
 
 
-class KvRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class KvRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     """A method on a task (accuracy, data), on held-out text (divergence), or at a context (speed).
 
     keep: part of the prompt's rows in sparse layers. kv_share: part of all keys and values of the prompt that a decode
     pass attends to. right of n answers; `lost` answers were right with full attention and are not here, `gained` ones
     the other way round. score: mean over n of a task's own measure, 0 to 1. kl, nll: nats per token over n tokens.
-    ms_per_token: median of a decode pass; faster: than full attention, in turns in one process,
-    with the same token again and again, and both with one thread instead of `threads`; kv_bytes: keys and
-    values in memory, anonymous_bytes: the process's memory after decoding, read_bytes: from a disk store per token.
+    ms_per_token: median of a decode pass. faster: how many times faster than full attention, in turns in one process;
+    faster_again: with the same token again and again; both also with one thread instead of `threads`. kv_bytes: keys
+    and values in memory; anonymous_bytes: the process's memory after decoding; read_bytes: from a disk store per token.
     """
 
     suite: Suite
-    model: str
     method: str
     label: str
     layers: tuple[int, ...] = ()
@@ -58,25 +53,14 @@ class KvRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     anonymous_bytes: int | None = None
     read_bytes: int | None = None
     seed: int = 0
-    machine: DeviceInfo | None = None
-    versions: dict[str, str] = {}
-    at: str = ""
 
 
-def append_row(path: Path, row: KvRow) -> None:
-    """Add a row to a file of JSON lines, at once."""
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(row) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def accuracy_of(rows: Sequence[KvRow]) -> float | None:
+    """Right answers of all answers; None without any."""
+    n = sum(row.n for row in rows)
+    return sum(row.right for row in rows) / n if n else None
 
 
-def read_rows(path: Path) -> list[KvRow]:
-    """The rows of a file. Raises UsageError on anything else."""
-    try:
-        lines = path.read_bytes().splitlines()
-        return [msgspec.json.decode(line, type=KvRow) for line in lines if line.strip()]
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "give the rows.jsonl of `h2o bench kv`") from None
-    except msgspec.DecodeError as error:
-        raise UsageError(f"{path} holds something else than rows: {error}", "make it with `h2o bench kv`") from None
+def share_of(rows: Sequence[KvRow]) -> float:
+    """The part of all keys and values that is attended to, mean over the rows."""
+    return sum(row.kv_share for row in rows) / len(rows)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from h2o_cli.bench.commands import environment, last_words, python, shown_command
 from h2o_cli.bench.kv.methods import COMPARED, FULL, OMNIKV
 from h2o_cli.bench.kv.rows import KvRow
 from h2o_cli.bench.kv.speed_run import Speed, Turns
+from h2o_cli.bench.rows import circumstances
 from runtime.errors import EngineError
 from runtime.kv.options import DEFAULT_SELECT
 
-ROOT = Path(__file__).resolve().parents[3]
 SHAPE = "llama:layers=8,dim=1024,ffn=1024,heads=16,kv_heads=8,vocab=1024,ctx=131072"
 FILE_TYPE = "q4_0"
 LAYERS, WAIT = (0,), 0  # weights are random: any filter layer is as good as another
@@ -68,13 +68,13 @@ class SpeedRun:
             every += [Way(keep, "disk", name) for name in self.strategies if name != USUAL]
         return [way for way in every if (OMNIKV if way.keep else FULL) in self.methods]
 
-    def rows(self, passed: dict[str, object]) -> Iterator[KvRow]:
+    def rows(self) -> Iterator[KvRow]:
         """Rows as they are measured, contexts outside, methods inside. Raises EngineError."""
         for context in self.contexts:
             turns = {threads: self._turns(context, threads) for threads in {1, self.threads}}
             for way in self.ways():
-                found = self._measure(context, way)
-                fields: dict[str, object] = {
+                command, found = self._measure(context, way)
+                fields: dict[str, Any] = {
                     "suite": "speed",
                     "model": self.model.name,
                     "method": OMNIKV if way.keep else FULL,
@@ -88,41 +88,48 @@ class SpeedRun:
                     "n": self.n_tokens,
                     "threads": self.threads,
                     **(_faster(turns, way, self.threads) if way.store == "ram" and way.keep else {}),
+                    "commands": (shown_command(command),),
                     **msgspec.to_builtins(found),
+                    **circumstances(self.model),
                 }
-                yield KvRow(**{**fields, **passed})  # type: ignore[arg-type]
+                yield KvRow(**fields)
 
     def _turns(self, context: int, threads: int) -> Turns | None:
         """Filters beside full attention with everything in memory, where both are measured."""
         if not {FULL, OMNIKV} <= set(self.methods) or "ram" not in self.stores or not self.keeps:
             return None
         keeps = [part for keep in self.keeps for part in ("--keep", str(keep))]
-        return msgspec.json.decode(self._run(context, threads, ["--turns", *keeps, *self._roles()]), type=Turns)
+        command = self._command(context, threads, ["--turns", *keeps, *self._roles()])
+        return msgspec.json.decode(self._said(command, context), type=Turns)
 
-    def _measure(self, context: int, way: Way) -> Speed:
+    def _measure(self, context: int, way: Way) -> tuple[list[str], Speed]:
+        """The command of a process of its own, and what it measured."""
         store = ["--store", way.store, "--strategy", way.strategy, "--folder", self.folder]
         kv = ["--keep", str(way.keep), *store, *self._roles()] if way.keep else []
-        return msgspec.json.decode(self._run(context, self.threads, kv), type=Speed)
+        command = self._command(context, self.threads, kv)
+        return command, msgspec.json.decode(self._said(command, context), type=Speed)
 
     def _roles(self) -> list[str]:
         return ["--layers", ",".join(map(str, LAYERS)), "--wait", str(WAIT), "--select", self.select]
 
-    def _run(self, context: int, threads: int, flags: Sequence[str]) -> bytes:
-        """What a process of its own prints."""
-        command = [sys.executable, "-m", "h2o_cli.bench.kv.speed_run", str(self.model)]
-        sizes = ["--context", str(context), "--tokens", str(self.n_tokens), "--threads", str(threads)]
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    def _command(self, context: int, threads: int, flags: Sequence[str]) -> list[str]:
+        sizes = ["--context", context, "--tokens", self.n_tokens, "--threads", threads]
+        return python("h2o_cli.bench.kv.speed_run", self.model, *sizes, *flags)
+
+    @staticmethod
+    def _said(command: Sequence[str], context: int) -> bytes:
+        """What a command prints. Raises EngineError."""
         done = subprocess.run(
-            [*command, *sizes, *flags],
-            env={**os.environ, "PYTHONPATH": paths},
+            command,
+            env=environment(),
             capture_output=True,
             stdin=subprocess.DEVNULL,
             timeout=_TIMEOUT_S,
             check=False,
         )
         if done.returncode != 0:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            raise EngineError(f"the measurement at {context} tokens failed: {lines[-1]}", "give a smaller --context")
+            reason = last_words(done.stderr.decode(errors="replace"), done.returncode)
+            raise EngineError(f"the measurement at {context} tokens failed: {reason}", "give a smaller --context")
         return done.stdout
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from h2o_cli.bench.box import Device, Outcome, Talk, run_in_device, talk_in_device
+from h2o_cli.bench.commands import environment, h2o, last_words, python
 from h2o_cli.bench.speed.engines import CTX, H2O, Job, Result, command, h2o_command, read_result, turns_commands
 from h2o_cli.bench.speed.rows import Timeline
 from h2o_cli.bench.speed.turns import Taken, take_turns
@@ -21,7 +19,6 @@ from profiler.model_profile import ModelProfile, load_profile
 from runtime.errors import EngineError
 from runtime.sizes import MB
 
-ROOT = Path(__file__).resolve().parents[3]
 _TIMEOUT_S = 900.0
 
 
@@ -42,13 +39,12 @@ class Children:
 
     def __init__(self, work: Path, between: Callable[[], None] = lambda: None) -> None:
         self._work, self._between = work, between
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        self._env = {**os.environ, "PYTHONPATH": paths, "H2O_PROFILES": str(work)}
+        self._env = environment(H2O_PROFILES=str(work))
 
     def profile(self, model: Path, device: Device, repeats: int) -> ModelProfile:
         """Measure a model in the device. Raises H2OError."""
         path = self._profile_path(model)
-        run = [sys.executable, "-m", "h2o_cli.main", "profile", str(model), "-o", str(path), "--repeats", str(repeats)]
+        run = h2o("profile", model, "-o", path, "--repeats", repeats)
         outcome = self._run(run, device, {**self._env, "XDG_DATA_HOME": str(self._work)}, model)
         if outcome.rc != 0:
             raise _failed("`h2o profile`", outcome)
@@ -65,9 +61,8 @@ class Children:
     def plan(self, model: Path, budget_bytes: int) -> Planned:
         """The planner's choice for a budget, outside the device; no plan where it has none."""
         path = self._work / f"plan-{model.stem}-{budget_bytes}.bin"
-        profile = str(self._profile_path(model))
-        plan = [sys.executable, "-m", "h2o_cli.main", "plan", "-c", profile, "-m", f"{budget_bytes}B", "-s", str(path)]
-        plan += ["--ctx", str(CTX), "--json"]
+        sizes = ["-m", f"{budget_bytes}B", "--ctx", CTX]
+        plan = h2o("plan", "-c", self._profile_path(model), *sizes, "-s", path, "--json")
         done = subprocess.run(plan, env=self._env, capture_output=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             return Planned()
@@ -96,8 +91,8 @@ class Children:
 
     def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline:
         """One token under the clock. Raises EngineError where that could not be measured."""
-        run = [sys.executable, "-m", "h2o_cli.bench.speed.timeline_run", str(model), "--plan", str(planned.plan_file)]
-        outcome = self._run([*run, "--threads", str(threads)], device, self._env, model)
+        run = python("h2o_cli.bench.speed.timeline_run", model, "--plan", planned.plan_file, "--threads", threads)
+        outcome = self._run(run, device, self._env, model)
         if outcome.rc != 0:
             raise _failed("the timeline", outcome)
         seen = msgspec.json.decode(outcome.stdout, type=Timeline)
@@ -111,14 +106,5 @@ class Children:
 
 
 def _failed(what: str, outcome: Outcome) -> EngineError:
-    lines = [line for line in outcome.stderr.strip().splitlines() if not line.startswith("  next:")]
-    reason = (lines or [f"exit code {outcome.rc}"])[-1].removeprefix("h2o: ")
+    reason = last_words(outcome.stderr, outcome.rc)
     return EngineError(f"{what} failed in the emulated device: {reason}", "run it by hand to see more")
-
-
-def shown_command(started: Sequence[str]) -> str:
-    """A command for people, without the paths of this machine."""
-    words = [Path(word).name if os.sep in word and Path(word).is_absolute() else word for word in started]
-    if list(started[:3]) == [sys.executable, "-m", "h2o_cli.main"]:
-        words[:3] = ["h2o"]
-    return shlex.join(words)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from h2o_cli.bench.box import Outcome
+from h2o_cli.bench.commands import h2o, last_words, python
 from h2o_cli.bench.speed.llama_cpp_run import LOADS
 from runtime.sizes import MB
 
@@ -64,21 +64,21 @@ def h2o_command(job: Job) -> list[str]:
     """`h2o run` with greedy tokens, as a user would call it."""
     sizes = ["--ctx", str(job.ctx), "-t", str(job.threads), "-n", str(job.n_predict)]
     budget = ["-m", f"{job.budget_bytes}B"] if job.budget_bytes else []
-    run = [sys.executable, "-m", "h2o_cli.main", "run", str(job.model), "-p", job.prompt, "--temp", "0", "--json"]
+    run = h2o("run", job.model, "-p", job.prompt, "--temp", "0", "--json")
     return [*run, *budget, *sizes, "-s", str(job.plan_file), *job.flags]
 
 
 def llama_cpp_command(job: Job, load: str) -> list[str]:
     """llama.cpp alone, on the same sizes."""
     sizes = ["--ctx", str(job.ctx), "--ubatch", str(job.ubatch), "--threads", str(job.threads)]
-    run = [sys.executable, "-m", "h2o_cli.bench.speed.llama_cpp_run", str(job.model), "--load", load]
-    return [*run, "--prompt", job.prompt, "--predict", str(job.n_predict), *sizes]
+    run = python("h2o_cli.bench.speed.llama_cpp_run", job.model, "--load", load, "--prompt", job.prompt)
+    return [*run, "--predict", str(job.n_predict), *sizes]
 
 
 def turns_commands(job: Job) -> tuple[list[str], list[str]]:
     """h2o and llama.cpp with its own defaults, each doing rounds of the same answer on demand."""
     sizes = ["--prompt", job.prompt, "--ctx", str(job.ctx), "--threads", str(job.threads)]
-    own = [sys.executable, "-m", "h2o_cli.bench.speed.turns_run", str(job.model), "--budget", str(job.budget_bytes)]
+    own = python("h2o_cli.bench.speed.turns_run", job.model, "--budget", job.budget_bytes)
     return [*own, *sizes, "--plan-file", str(job.plan_file)], [*llama_cpp_command(job, "default"), "--turns"]
 
 
@@ -117,8 +117,7 @@ def _failure(outcome: Outcome) -> Result:
     floor = _FLOOR.search(outcome.stderr)
     if floor:
         return Result("too small", "the budget is too small", floor_bytes=int(floor.group(1)) * MB)
-    lines = outcome.stderr.strip().splitlines() or [f"exit code {outcome.rc}"]
-    return Result("oom" if outcome.oom_killed else "failed", lines[-1].strip()[:200])
+    return Result("oom" if outcome.oom_killed else "failed", last_words(outcome.stderr, outcome.rc)[:200])
 
 
 def _h2o_result(figures: dict[str, Any]) -> Result:

@@ -7,37 +7,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from h2o_cli.bench.plots import GREY, LIGHT_GREY, LIGHT_TEAL, RED, TEAL, YELLOW, frame, line, picture
+from h2o_cli.bench.rows import chosen, distinct, median_of
 from h2o_cli.bench.speed.engines import H2O
-from h2o_cli.bench.speed.rows import Row, Setup, Timeline, chosen, distinct, median_of, setups
-from runtime.errors import UsageError
+from h2o_cli.bench.speed.rows import Setup, SpeedRow, Timeline, setups
 from runtime.sizes import format_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT, DPI = 8.0, 5.0, 120
-COLOURS = {
-    H2O: "#d1495b",
-    "llama.cpp mmap": "#00798c",
-    "llama.cpp direct-io": "#edae49",
-}
+COLOURS = {H2O: RED, "llama.cpp mmap": TEAL, "llama.cpp direct-io": YELLOW}
 MARKERS = {"llama.cpp mmap": "s", "llama.cpp direct-io": "D"}
-READ, WAIT, COMPUTE = "#00798c", "#d8d8d8", "#d1495b"
+READ, WAIT, COMPUTE = TEAL, LIGHT_GREY, RED
 PARTS = {
-    "resident_bytes": "#00798c",
-    "window_bytes": "#66b2bd",
-    "process_bytes": "#d1495b",
-    "kv_bytes": "#edae49",
+    "resident_bytes": TEAL,
+    "window_bytes": LIGHT_TEAL,
+    "process_bytes": RED,
+    "kv_bytes": YELLOW,
     "compute_bytes": "#8d6a9f",
     "embedding_bytes": "#c9a66b",
     "sampler_bytes": "#8a9b68",
     "margin_bytes": "#cccccc",
 }
-_OTHER = "#888888"
 _OOM_STEP = 0.025  # of the height, between the crosses of two engines
 
 
-def draw(rows: Sequence[Row], timelines: Sequence[Timeline], folder: Path) -> list[Path]:
+def draw(rows: Sequence[SpeedRow], timelines: Sequence[Timeline], folder: Path) -> list[Path]:
     """Draw every picture there is data for; the files written. Raises UsageError without matplotlib."""
     drawn = []
     budgets = chosen(rows, suite="budgets")
@@ -53,23 +48,7 @@ def draw(rows: Sequence[Row], timelines: Sequence[Timeline], folder: Path) -> li
     return drawn
 
 
-def picture(path: Path, fill: Callable[[Axes], None]) -> Path:
-    """One picture of one diagram."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(
-            "the plots need the Python package matplotlib", "in the project's folder: pip install '.[bench]'"
-        ) from error
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    FigureCanvasAgg(figure)
-    fill(figure.add_subplot())
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    return path
-
-
-def draw_speed(axes: Axes, rows: Sequence[Row], disk: str) -> None:
+def draw_speed(axes: Axes, rows: Sequence[SpeedRow], disk: str) -> None:
     """Tokens per second against the budget, a line per engine, and the limit of h2o's plans."""
     row = rows[0]
     engines = sorted(distinct(row.engine for row in rows), key=lambda name: name != H2O)
@@ -77,38 +56,38 @@ def draw_speed(axes: Axes, rows: Sequence[Row], disk: str) -> None:
         of_engine = chosen(rows, engine=engine)
         points = _points(of_engine, lambda row: row.ms_per_token)
         ends = sorted({row.budget_bytes / 1e6 for row in of_engine if row.status != "ok"})
-        colour, marker = COLOURS.get(engine, _OTHER), MARKERS.get(engine, "o")
+        colour, marker = COLOURS.get(engine, GREY), MARKERS.get(engine, "o")
         name = engine if points else f"{engine}: does not run"
-        axes.plot([x for x, _ in points], [1000 / ms for _, ms in points], f"{marker}-", color=colour, label=name)
+        speeds = [(size, 1000 / ms) for size, ms in points]
+        line(axes, speeds, f"{marker}-", color=colour, label=name)
         heights = [_OOM_STEP * (i + 1)] * len(ends)
         axes.plot(ends, heights, "x", color=colour, transform=axes.get_xaxis_transform())
     limit = _points(rows, lambda row: row.limit_ms_per_token)
-    axes.plot([x for x, _ in limit], [1000 / ms for _, ms in limit], "k--", linewidth=1.2, label="limit of h2o's plan")
+    speeds = [(size, 1000 / ms) for size, ms in limit]
+    line(axes, speeds, "k--", linewidth=1.2, label="limit of h2o's plan")
     if row.read_bytes_per_s:
         _draw_ideal(axes, rows)
-    axes.axvline(row.file_bytes / 1e6, color=_OTHER, linewidth=0.8, linestyle=":")
+    axes.axvline(row.file_bytes / 1e6, color=GREY, linewidth=0.8, linestyle=":")
     axes.annotate(
         "model file", (row.file_bytes / 1e6, 0.5), xycoords=("data", "axes fraction"), rotation=90, ha="right"
     )
-    axes.set(title=f"{row.model} ({format_size(row.file_bytes)}), {disk}; x: out of memory")
-    axes.set(xlabel="memory budget of the process, MB", ylabel="tokens per second")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.15 * max((1000 / r.ms_per_token for r in rows if r.ms_per_token), default=1.0))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+    title = f"{row.model} ({format_size(row.file_bytes)}), {disk}; x: out of memory"
+    frame(axes, title, "memory budget of the process, MB", "tokens per second")
 
 
-def _draw_ideal(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_ideal(axes: Axes, rows: Sequence[SpeedRow]) -> None:
     """The limit of a process that takes no memory for anything but weights, up to the fastest token that was seen."""
     row = rows[0]
     most = max((1000 / r.ms_per_token for r in rows if r.ms_per_token), default=0.0)
     least_bytes = row.read_bytes_per_s / most if most else 0.0
     sizes = [row.file_bytes * i / 100 for i in range(101) if row.file_bytes * (100 - i) / 100 > least_bytes / 2]
-    speeds = [row.read_bytes_per_s / (row.file_bytes - size) for size in sizes]
-    axes.plot([size / 1e6 for size in sizes], speeds, ":", color=_OTHER, label="limit if all memory held weights")
+    speeds = [(size / 1e6, row.read_bytes_per_s / (row.file_bytes - size)) for size in sizes]
+    line(axes, speeds, ":", color=GREY, label="limit if all memory held weights")
 
 
-def _points(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> list[tuple[float, float]]:
+def _points(rows: Sequence[SpeedRow], quantity: Callable[[SpeedRow], float | None]) -> list[tuple[float, float]]:
     """(budget in MB, median) where there is one, by budget."""
     found = []
     for size in sorted({row.budget_bytes for row in rows}):
@@ -118,7 +97,7 @@ def _points(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> lis
     return found
 
 
-def draw_memory(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_memory(axes: Axes, rows: Sequence[SpeedRow]) -> None:
     """Where each budget goes, by the run's own ledger, and the peak that was measured."""
     by_size = {row.budget_bytes: row for row in rows if row.ledger}
     shown = [by_size[size] for size in sorted(by_size)]
@@ -139,8 +118,7 @@ def draw_memory(axes: Axes, rows: Sequence[Row]) -> None:
     axes.hlines(ends, [i - 0.4 for i in range(len(shown))], [i + 0.4 for i in range(len(shown))], "k", label="budget")
     peaks = [median_of(chosen(rows, engine=H2O, budget=row.budget), lambda r: r.peak_bytes / 1e6) for row in shown]
     axes.plot(names, [peak.value if peak else 0.0 for peak in peaks], "kv", markersize=6, label="peak, measured")
-    axes.set(title=f"{rows[0].model}: where the budget goes", ylabel="MB")
-    axes.legend(loc="upper left")
+    frame(axes, f"{rows[0].model}: where the budget goes", "", "MB", legend="upper left", grid=False)
 
 
 def draw_timeline(axes: Axes, timeline: Timeline, disk: str) -> None:
@@ -160,6 +138,6 @@ def draw_timeline(axes: Axes, timeline: Timeline, disk: str) -> None:
     ticks = [*range(0, timeline.n_layers, max(1, timeline.n_layers // 8)), timeline.n_layers]
     axes.set_yticks([tick + 0.5 for tick in ticks], [*map(str, ticks[:-1]), "head"])
     size, ms = format_size(timeline.budget_bytes), 1e3 * timeline.pass_s
-    axes.set(title=f"One token of {timeline.model} in {size}, {disk}: {ms:.0f} ms")
-    axes.set(xlabel="ms since the pass began (reads may begin before it)", ylabel="layer")
-    axes.legend(loc="upper right")
+    title = f"One token of {timeline.model} in {size}, {disk}: {ms:.0f} ms"
+    x = "ms since the pass began (reads may begin before it)"
+    frame(axes, title, x, "layer", legend="upper right", grid=False)

@@ -1,17 +1,14 @@
-"""One row per run of the benchmark, as JSON lines."""
+"""The rows of the speed benchmark: one per run, or per pair of engines in turns; and the timeline of one token."""
 
 from __future__ import annotations
 
-import os
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from profiler.model_profile import DeviceInfo
-from runtime.errors import UsageError
+from h2o_cli.bench.rows import Row, chosen, distinct, read_lines
 
 Suite = Literal["budgets", "resident", "first token"]
 
@@ -39,17 +36,16 @@ class InTurns(msgspec.Struct, frozen=True, kw_only=True):
     llama_cpp_tokens_hash: str
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SpeedRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     """One run of one engine; where everything is resident, one of h2o and llama.cpp in turns (in_turns).
 
-    Times in s or ms as named; None: not known, or the run gave no such figure. budget_bytes 0: no memory limit.
-    limit_ms_per_token and the yield are for the bytes this run streamed, predicted_ms_per_token is the planner's, made
-    before the run. tokens_hash is of all tokens of the answer. commands made this row, in order: the plan and the
-    answer, or the two engines that took turns. bench started them all.
+    Times are in s or ms as named; None: not known, or the run gave no such figure. budget_bytes 0: no memory limit.
+    limit_ms_per_token and the yield are for the bytes that this run streamed; predicted_ms_per_token is the planner's,
+    made before the run. tokens_hash is of all tokens of the answer. Its commands are the plan and the answer, or the
+    two engines that took turns.
     """
 
     suite: Suite
-    model: str
     file_bytes: int
     budget: str
     budget_bytes: int
@@ -76,70 +72,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     in_turns: InTurns | None = None
     plan: dict[str, Any] | None = None
     ledger: dict[str, int] | None = None
-    machine: DeviceInfo | None = None
-    versions: dict[str, str] = {}
-    commands: tuple[str, ...] = ()
-    bench: str = ""
-    at: str = ""
-
-
-def append_line(path: Path, row: Row | Timeline) -> None:
-    """Add a line to a file of JSON lines, at once."""
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(row) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file. Raises UsageError on anything else."""
-    return _read_lines(path, Row)
-
-
-def read_timelines(path: Path) -> list[Timeline]:
-    """The timelines of a file, the newest of each device; none where there is no file. Raises UsageError."""
-    found = _read_lines(path, Timeline) if path.exists() else []
-    return list({(line.model, line.budget_bytes, line.read_bytes_per_s): line for line in found}.values())
-
-
-_Line = TypeVar("_Line", "Row", "Timeline")
-
-
-def _read_lines(path: Path, kind: type[_Line]) -> list[_Line]:
-    try:
-        lines = path.read_bytes().splitlines()
-        return [msgspec.json.decode(line, type=kind) for line in lines if line.strip()]
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "give the folder of a benchmark") from None
-    except msgspec.DecodeError as error:
-        raise UsageError(
-            f"{path} holds something else than results: {error}", "make it again with `h2o bench`"
-        ) from None
-
-
-class Median(msgspec.Struct, frozen=True):
-    """The median of a quantity over its repeats, with the least and the most."""
-
-    value: float
-    least: float
-    most: float
-    n: int
-
-
-def median_of(rows: Iterable[Row], quantity: Callable[[Row], float | None]) -> Median | None:
-    """The median over the runs that gave the figure; None where none did."""
-    values = [value for value in map(quantity, rows) if value is not None]
-    if not values:
-        return None
-    return Median(statistics.median(values), min(values), max(values), len(values))
-
-
-_Value = TypeVar("_Value")
-
-
-def distinct(values: Iterable[_Value]) -> list[_Value]:
-    """Every value once, in order of appearance."""
-    return list(dict.fromkeys(values))
 
 
 class Setup(NamedTuple):
@@ -159,19 +91,14 @@ class Setup(NamedTuple):
         disk = f"{self.read_bytes_per_s / 1e6:.0f}MBps" if self.read_bytes_per_s else "unthrottled"
         return f"{self.model.replace('/', '-')}-{disk}"
 
-    def of(self, rows: Sequence[Row]) -> list[Row]:
+    def of(self, rows: Sequence[SpeedRow]) -> list[SpeedRow]:
         """The rows of this setup."""
         return chosen(rows, model=self.model, read_bytes_per_s=self.read_bytes_per_s)
 
 
-def setups(rows: Sequence[Row]) -> list[Setup]:
+def setups(rows: Sequence[SpeedRow]) -> list[Setup]:
     """The setups of rows, in order of appearance."""
     return distinct(Setup(row.model, row.read_bytes_per_s) for row in rows)
-
-
-def chosen(rows: Sequence[Row], **wanted: object) -> list[Row]:
-    """The rows whose fields have these values."""
-    return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
 
 
 # --- one token -------------------------------------------------------------------------------------------------------
@@ -205,3 +132,9 @@ class Timeline(msgspec.Struct, frozen=True):
     spans: tuple[Span, ...]
     reads: tuple[Read, ...]
     read_bytes_per_s: int = 0
+
+
+def read_timelines(path: Path) -> list[Timeline]:
+    """The timelines in a file, the newest of each device; none where there is no file. Raises UsageError."""
+    found = read_lines(path, Timeline) if path.exists() else []
+    return list({(line.model, line.budget_bytes, line.read_bytes_per_s): line for line in found}.values())

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from h2o_cli.bench.box import Device
-from h2o_cli.bench.models.make_model import make_model, parse_file_type
-from h2o_cli.bench.models.shapes import parse_shape
-from h2o_cli.bench.speed.children import Children, Planned, shown_command
+from h2o_cli.bench.commands import shown_command
+from h2o_cli.bench.models.named import BenchModel
+from h2o_cli.bench.rows import circumstances
+from h2o_cli.bench.speed.children import Children, Planned
 from h2o_cli.bench.speed.engines import H2O, LLAMA_CPP, Job, Result, tokens_hash
-from h2o_cli.bench.speed.rows import Row, Suite, Timeline
+from h2o_cli.bench.speed.rows import SpeedRow, Suite, Timeline
 from h2o_cli.bench.speed.turns import N_TOKENS, OPENINGS, PREFILL_PAIRS
-from profiler.device import device_info
 from profiler.model_profile import ModelProfile
-from runtime.errors import EngineError, UsageError
-from runtime.sizes import MB, format_size, parse_size
+from runtime.errors import EngineError
+from runtime.sizes import MB, parse_size
 
 SHORT_PROMPT = "Hello there"
 _SENTENCE = "the rain on the hill ran to the sea and the sea sent it to the hill as rain another time "
@@ -33,22 +31,8 @@ LONG_PROMPT_RUNS = 2  # per repeat: it shows the drift of the host the most
 FITTING = 1.1  # times the file: everything fits
 START_S = 2.5  # a process until its first read, cold
 COMPUTE_BYTES_PER_S = 25e9  # for estimates of time only
+ONE_PER_PASS = ("--speculate", "off")  # flags of `h2o run`
 PREFILL_BYTES_PER_S = 5e8  # a long prompt's computing, weights per second
-
-
-@dataclass(frozen=True)
-class BenchModel:
-    """A model to measure: a generated one (SHAPE/TYPE) or a GGUF file."""
-
-    name: str
-    path: Path
-    shape: str = ""
-    file_type: str = ""
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -67,9 +51,6 @@ class Settings:
     n_predict_fitting: int = 24  # where the whole file fits and tokens take milliseconds
     read_bytes_per_s: int = 400 * MB
     threads: int = 2
-    flags: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=dict)
-    bench: str = ""  # the command that asked for all of this
 
 
 @dataclass(frozen=True)
@@ -91,28 +72,7 @@ class Case:
         return self.suite, self.model.name, self.budget, self.engine
 
 
-# --- models and budgets ----------------------------------------------------------------------------------------------
-
-
-def bench_model(name: str, folder: Path) -> BenchModel:
-    """The model called SHAPE, SHAPE/TYPE or FILE.gguf; generated ones live in `folder`. Raises UsageError."""
-    if name.endswith(".gguf"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UsageError(f"there is no file {name}", "give a GGUF file, or SHAPE/TYPE such as qwen2.5-0.5b/q8_0")
-        return BenchModel(path.stem, path)
-    shape, _, file_type = name.partition("/")
-    parse_shape(shape)
-    kind = parse_file_type(file_type or "f16")
-    stem = "".join(c if c.isalnum() or c in ".-" else "_" for c in shape.lower())
-    return BenchModel(f"{shape}/{kind}", folder / f"{stem}-{kind}.gguf", shape, kind)
-
-
-def prepare(model: BenchModel, progress: Callable[[int, int], None]) -> None:
-    """Write a generated model, unless it is there."""
-    if model.shape and not model.path.is_file():
-        model.path.parent.mkdir(parents=True, exist_ok=True)
-        make_model(model.shape, model.path, file_type=model.file_type, progress=progress)
+# --- budgets ---------------------------------------------------------------------------------------------------------
 
 
 def check_budget(text: str) -> None:
@@ -199,11 +159,10 @@ def estimate_s(case: Case, read_bytes_per_s: float) -> float:
 
 
 class Bench:
-    """One benchmark. run() yields rows as they are measured; `share` is how much is done, `doing` what goes on."""
+    """One benchmark. run() yields rows as they are measured; `share` is how much is done."""
 
     def __init__(self, settings: Settings, children: Children) -> None:
         self.settings = settings
-        self.doing = "starting"
         self.timelines: list[Timeline] = []
         self.notes: list[str] = []  # what could not be measured
         self._children = children
@@ -219,7 +178,7 @@ class Bench:
         inside_s = min(time.monotonic() - self._step_start_s, self._step_s)
         return min(0.99, (self._done_s + inside_s) / self._total_s)
 
-    def run(self) -> Iterator[Row]:
+    def run(self) -> Iterator[SpeedRow]:
         """Measure: first profile and floor of every model, then all runs. Raises H2OError."""
         streaming = set(self.settings.suites) & {"budgets", "first token"}
         models = self.settings.models if streaming else ()
@@ -228,17 +187,14 @@ class Bench:
         self._total_s = sum(profile_s) + sum(self._estimate_s(case) for case in guess)
         floors = {}
         for model, seconds in zip(models, profile_s, strict=True):
-            self._begin(f"profile of {model.name}", seconds)
+            self._begin(seconds)
             device = self._device(model)
             self._profiles[model.name] = self._children.profile(model.path, device, self.settings.profile_repeats)
             floors[model.name] = self._children.floor_bytes(self._job(model, 1, SHORT_PROMPT, 1), device)
         todo = cases(self.settings, floors)
         self._total_s = sum(profile_s) + sum(self._estimate_s(case) for case in todo)
         for case in todo:
-            self._begin(
-                f"{case.model.name}, {case.budget} ({format_size(case.budget_bytes)}), {case.engine}",
-                self._estimate_s(case),
-            )
+            self._begin(self._estimate_s(case))
             if case.suite == "resident":
                 yield self._take_turns(case)
             elif case.key not in self._hopeless:
@@ -253,9 +209,7 @@ class Bench:
     def _timeline(self, model: BenchModel, floor_bytes: int) -> None:
         """The timeline of one token in the middle budget, where a plan can be made for it."""
         size = max(floor_bytes * 6 // 5, model.file_bytes * 6 // 10)
-        self._begin(
-            f"timeline of {model.name}", START_S + 3 * model.file_bytes / (self.settings.read_bytes_per_s or 2e9)
-        )
+        self._begin(START_S + 3 * model.file_bytes / (self.settings.read_bytes_per_s or 2e9))
         planned = self._children.plan(model.path, size)
         try:
             seen = self._children.timeline(model.path, planned, self._device(model, size), self.settings.threads)
@@ -271,15 +225,16 @@ class Bench:
     def _estimate_s(self, case: Case) -> float:
         return estimate_s(case, self.settings.read_bytes_per_s)
 
-    def _begin(self, what: str, seconds: float) -> None:
+    def _begin(self, seconds: float) -> None:
+        """The next step, and about how long it takes."""
         self._done_s += self._step_s
-        self._step_s, self._step_start_s, self.doing = seconds, time.monotonic(), what
+        self._step_s, self._step_start_s = seconds, time.monotonic()
 
     def _job(self, model: BenchModel, size: int, prompt: str, n_predict: int) -> Job:
         settings = self.settings
-        return Job(model.path, size, prompt, n_predict, threads=settings.threads, flags=settings.flags)
+        return Job(model.path, size, prompt, n_predict, threads=settings.threads, flags=ONE_PER_PASS)
 
-    def _measure(self, case: Case) -> Row:
+    def _measure(self, case: Case) -> SpeedRow:
         """One run of one engine."""
         job = self._job(case.model, case.budget_bytes, case.prompt, case.n_predict)
         job = replace(job, ubatch=SHORT_UBATCH if case.prompt == SHORT_PROMPT else LLAMA_UBATCH)
@@ -311,7 +266,7 @@ class Bench:
         )
         return with_limits(row, result, planned, self._profiles.get(case.model.name))
 
-    def _take_turns(self, case: Case) -> Row:
+    def _take_turns(self, case: Case) -> SpeedRow:
         """h2o and llama.cpp's defaults in turns, everything in memory."""
         job = replace(self._job(case.model, case.budget_bytes, case.prompt, case.n_predict), ubatch=LLAMA_UBATCH)
         start_s = time.monotonic()
@@ -334,9 +289,9 @@ class Bench:
             in_turns=figures,
         )
 
-    def _row(self, case: Case, commands: Iterable[Sequence[str]], **measured: Any) -> Row:
+    def _row(self, case: Case, commands: Iterable[Sequence[str]], **measured: Any) -> SpeedRow:
         """A row of a case, with the circumstances."""
-        return Row(
+        return SpeedRow(
             suite=case.suite,
             model=case.model.name,
             file_bytes=case.model.file_bytes,
@@ -345,11 +300,8 @@ class Bench:
             read_bytes_per_s=self.settings.read_bytes_per_s,
             engine=case.engine,
             repeat=case.repeat,
-            machine=device_info(case.model.path),
-            versions=self.settings.versions,
             commands=tuple(shown_command(started) for started in commands),
-            bench=self.settings.bench,
-            at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **circumstances(case.model.path),
             **measured,
         )
 
@@ -362,7 +314,7 @@ class Bench:
         return self._plans[key]
 
 
-def with_limits(row: Row, result: Result, planned: Planned | None, profile: ModelProfile | None) -> Row:
+def with_limits(row: SpeedRow, result: Result, planned: Planned | None, profile: ModelProfile | None) -> SpeedRow:
     """The row with what theory says: prediction, limit, yield, and the least a cold first token can take.
 
     limit = max(bytes this run read per token / disk rate, computing time of the resident model). The disk rate is the

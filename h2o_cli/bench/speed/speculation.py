@@ -10,12 +10,19 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from h2o_cli.bench.box import Device
+from h2o_cli.bench.commands import shown_command
+from h2o_cli.bench.report import commands, document, machines, started_by
+from h2o_cli.bench.results import Kind
+from h2o_cli.bench.rows import Row, circumstances, distinct
 from h2o_cli.bench.speed.children import Children
 from h2o_cli.bench.speed.engines import H2O, Job, tokens_hash
+from h2o_cli.bench.tables import NONE, markdown_table, number
+from h2o_cli.output import table
 
 OFF, LOOKUP, DRAFT = "off", "look-up", "draft auto"
 MODES: dict[str, tuple[str, ...]] = {OFF: ("--speculate", "off"), LOOKUP: (), DRAFT: ("--draft", "auto")}
@@ -71,9 +78,10 @@ TEXTS = (
 )
 
 
-class SpeculationRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SpeculationRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     """One answer. Times in ms per token; limit_ms_per_token is that of one token per pass."""
 
+    suite: Literal["speculation"]
     kind: str
     prompt: int
     mode: str
@@ -112,19 +120,23 @@ def measure(
             modes = list(MODES) if repeat == 0 else [OFF, LOOKUP]
             for mode in modes if (i + repeat) % 2 == 0 else reversed(modes):
                 job = Job(model, budgets[mode], text.prompt, text.n_predict, threads=threads, flags=MODES[mode])
-                row = SpeculationRow(kind=text.kind, prompt=i, mode=mode, status="", repeat=repeat)
+                row = SpeculationRow(
+                    suite="speculation", model=model.name, kind=text.kind, prompt=i, mode=mode, status="", repeat=repeat
+                )
                 yield _measured(children, job, device, row)
 
 
 def _measured(children: Children, job: Job, device: Device, row: SpeculationRow) -> SpeculationRow:
-    _, outcome, found = children.answer(H2O, job, device)
+    started, outcome, found = children.answer(H2O, job, device)
     row = msgspec.structs.replace(
         row,
+        commands=(shown_command(started),),
         status=found.status,
         note=found.note,
         budget_bytes=job.budget_bytes,
         read_bytes_per_s=device.read_bytes_per_s,
         peak_bytes=outcome.peak_bytes,
+        **circumstances(job.model),
     )
     if found.status != "ok":
         return row
@@ -167,7 +179,7 @@ class Summary:
 def summaries(rows: Sequence[SpeculationRow]) -> list[Summary]:
     """A line per kind of text and mode, over the runs that there are without drafts too. The limit is of those."""
     found = []
-    for kind in dict.fromkeys(row.kind for row in rows):
+    for kind in distinct(row.kind for row in rows):
         by_mode = {mode: _answered(rows, kind, mode) for mode in MODES}
         prompts = set.intersection(*({prompt for prompt, _ in answers} for answers in by_mode.values()))
         for mode, answers in by_mode.items():
@@ -205,36 +217,52 @@ def _mean(rows: dict[_Run, SpeculationRow], quantity: Callable[[SpeculationRow],
     return sum(weights[run] * (quantity(row) or 0.0) for run, row in rows.items()) / sum(weights.values())
 
 
+# --- report ----------------------------------------------------------------------------------------------------------
+
 HEADER = ("text", "drafts", "tokens/pass", "accepted", "ms/token", "limit", "speed", "pairs", "tokens")
+_LEFT = (0, 1, 8)  # columns of words
+_COLUMNS = (
+    "Greedy answers. **limit**: ms per token that no schedule beats with one token per pass (of runs without drafts). "
+    "**speed**: against the runs without drafts, by their means. **pairs**: the median over pairs of runs made in "
+    "turn, and how many there were. **tokens**: `=`, the same as without drafts."
+)
 
 
 def table_rows(rows: Sequence[SpeculationRow]) -> list[tuple[str, ...]]:
     """The summaries as text, the header first."""
     lines: list[tuple[str, ...]] = [HEADER]
     for line in summaries(rows):
-        accepted = f"{line.accepted} of {line.drafted}" if line.drafted else "-"
-        times = (f"{line.ms_per_token:.0f}", f"{line.limit_ms_per_token:.0f}", f"{line.ratio:.2f}x")
-        pairs = "-" if line.mode == OFF else f"{line.pair_ratio:.3f}x of {line.n_pairs}"
+        accepted = f"{line.accepted} of {line.drafted}" if line.drafted else NONE
+        times = (number(line.ms_per_token), number(line.limit_ms_per_token), f"{line.ratio:.2f}x")
+        pairs = NONE if line.mode == OFF else f"{line.pair_ratio:.3f}x of {line.n_pairs}"
         equal = "=" if line.equal else "differ"
-        lines.append((line.kind, line.mode, f"{line.tokens_per_pass:.2f}", accepted, *times, pairs, equal))
+        lines.append((line.kind, line.mode, number(line.tokens_per_pass, 2), accepted, *times, pairs, equal))
     return lines
 
 
-def report(rows: Sequence[SpeculationRow], model: str) -> str:
+def report(rows: Sequence[SpeculationRow], _pictures: Sequence[str] = ()) -> str:
     """The summaries as Markdown."""
     rate = max((row.read_bytes_per_s for row in rows), default=0)
-    header, *lines = table_rows(rows)
-    return "\n".join(
-        [
-            f"# Speculation: {model}, disk at {rate / 1e6:.0f} MB/s, smallest budgets",
-            "",
-            "Greedy answers. **limit**: ms per token that no schedule beats with one token per pass (of runs without "
-            "drafts). **speed**: against the runs without drafts, by their means. **pairs**: the median over pairs of "
-            "runs made in turn, and how many there were. **tokens**: `=`, the same as without drafts.",
-            "",
-            f"| {' | '.join(header)} |",
-            "|---|---|" + "---:|" * (len(header) - 3) + "---|",
-            *(f"| {' | '.join(line)} |" for line in lines),
-            "",
-        ]
-    )
+    models = ", ".join(distinct(row.model for row in rows))
+    parts = [machines(rows), _COLUMNS, started_by(rows), markdown_table(table_rows(rows), _LEFT)]
+    title = f"Speculation: {models}, disk at {rate / 1e6:.0f} MB/s, smallest budgets"
+    return document(title, [*parts, commands(rows, _name)])
+
+
+def told(row: SpeculationRow) -> str:
+    """A finished run in one line."""
+    if row.status != "ok":
+        return f"{_name(row)}: {row.status} ({row.note})"
+    tokens, ms = number(row.tokens_per_pass or 1, 2), number(row.ms_per_token or 0)
+    return f"{_name(row)}: {tokens} tokens per pass, {ms} ms per token"
+
+
+def _name(row: SpeculationRow) -> str:
+    return f"{row.kind} {row.prompt + 1}, {row.mode}"
+
+
+def _shown(rows: Sequence[SpeculationRow]) -> str:
+    return table(table_rows(rows), right=[i for i in range(len(HEADER)) if i not in _LEFT])
+
+
+SPECULATION = Kind(SpeculationRow, report, _shown, told, rows="speculation.jsonl", report="speculation.md")

@@ -30,8 +30,6 @@ N_TOKENS = 1 + (WARM_DECODE_PAIRS + DECODE_PAIRS) * DECODE_TOKENS
 PAUSE_S = 0.05  # idle OpenMP threads of the other engine spin for some milliseconds
 _TIMEOUT_S = 300.0
 
-Pair = tuple[float, float]
-
 
 class Asked(Protocol):
     """An engine that does rounds."""
