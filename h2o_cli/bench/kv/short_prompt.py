@@ -1,4 +1,4 @@
-"""A long prompt's rows in little time, for timing the tokens behind it: its attention sees the first rows only.
+"""A long prompt's rows in little time, for timing the tokens after it: its attention sees the first rows only.
 
 What a decode pass costs does not depend on what the rows of the prompt hold.
 """

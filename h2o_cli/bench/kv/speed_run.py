@@ -87,7 +87,7 @@ def main() -> None:
 
 
 class Run:
-    """n_tokens decode passes behind a prompt of `context` tokens."""
+    """n_tokens decode passes after a prompt of `context` tokens."""
 
     def __init__(self, path: Path, context: int, n_tokens: int, threads: int) -> None:
         self._path, self._context, self._n_tokens, self._threads = path, context, n_tokens, threads
