@@ -314,15 +314,15 @@ def _budget_in(path: Path, model_hash: int) -> int:
 
 def _by_hand(profile: ModelProfile, options: PlanOptions, budget: int) -> Outlook:
     """A plan with exactly these k and w. Raises BudgetError when it does not fit the budget."""
-    from planner.arms import set_arm
+    from planner.arms import in_bytes
 
     k, w = options.by_hand or (0, 1)
     check_layers(k, w, profile.model.n_layers)
     layout = Layout.PREFIX if options.layout is None else options.layout
     wanted = Plan(k, w, layout, model_hash=profile.model.hash)
-    arm = set_arm(profile, k, w, layout)
+    arm = in_bytes(profile, wanted)
     kv = _kv_use(options, profile.model.hash)
-    outlook = outlook_of(profile, wanted, arm, budget, _context(options, profile), kv, _floor(options, profile))
+    outlook = outlook_of(profile, wanted, budget, _context(options, profile), kv, _floor(options, profile))
     weights = arm.pinned_bytes + arm.window_bytes
     free = (outlook.ledger or {}).get("free_bytes", options.budget_bytes - weights)
     if options.budget_bytes and free < 0:
@@ -337,8 +337,6 @@ def _by_hand(profile: ModelProfile, options: PlanOptions, budget: int) -> Outloo
 
 def _show(options: PlanOptions, profile: Path | None, model: str | None, *, json: bool) -> None:
     """Print the plan in the plan file, with its outlook where there is a profile of its model."""
-    from planner.arms import Arm, set_arm
-
     current = read_plan(options.plan_file)
     outlook, found = Outlook(current, budget_bytes=current.budget_bytes), None
     try:
@@ -347,11 +345,8 @@ def _show(options: PlanOptions, profile: Path | None, model: str | None, *, json
     except (ModelError, ProfileError) as error:
         note(f"no prediction: {error}")
     else:
-        arm = set_arm(found, current.k, current.w, current.layout)
-        if current.pinned_bytes or current.window_bytes:
-            arm = Arm(current.k, current.w, current.layout, current.pinned_bytes, current.window_bytes)
         budget, kv = current.budget_bytes or default_budget(), _kv_use(options, found.model.hash)
-        outlook = outlook_of(found, current, arm, budget, _context(options, found), kv, _floor(options, found))
+        outlook = outlook_of(found, current, budget, _context(options, found), kv, _floor(options, found))
     if json:
         print_json(as_json(outlook, found, options.plan_file))
     else:

@@ -20,7 +20,6 @@ from runtime.plans.stats import PlanStats
 from runtime.sizes import MB, format_size
 
 if TYPE_CHECKING:
-    from planner.arms import Arm
     from planner.replan import LiveSearch, Pulled
     from profiler.model_profile import ModelProfile
 
@@ -42,10 +41,10 @@ def plan_live(
     arms = h2o_arms(profile, budget - stats.fixed_bytes, layouts)
     found = LiveSearch(profile, arms, smaller_windows(profile, arms))
 
-    def as_plan(arm: Arm) -> Plan:
-        return Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget, profile.model.hash)
+    def as_plan(arm: Plan) -> Plan:
+        return replace(arm, budget_bytes=budget, model_hash=profile.model.hash)
 
-    def pull(arm: Arm) -> Pulled:
+    def pull(arm: Plan) -> Pulled:
         measured = process.measure(as_plan(arm))
         return Pulled(measured.pass_ms, measured.wait_ms)
 
@@ -74,7 +73,7 @@ def _write_whole(path: str | os.PathLike[str], wanted: Plan) -> Plan:
         return write_plan(path, wanted)
 
 
-def _pull_line(found: LiveSearch, arm: Arm, pulled: Pulled, word: str) -> str:
+def _pull_line(found: LiveSearch, arm: Plan, pulled: Pulled, word: str) -> str:
     said = {
         "": "",
         "surprise": ", far from what was expected: looking again",
@@ -85,7 +84,7 @@ def _pull_line(found: LiveSearch, arm: Arm, pulled: Pulled, word: str) -> str:
     return f"pull {found.n_pulls}: {_arm_text(arm)}: {times}{said[word]}"
 
 
-def _arm_text(arm: Arm) -> str:
+def _arm_text(arm: Plan) -> str:
     return f"k={arm.k} w={arm.w} {arm.layout.label}, window {format_size(arm.window_bytes)}"
 
 
@@ -109,7 +108,7 @@ def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats
     measured = sum(row.n > 0 for row in found.rows)
     how = f"{found.n_pulls} pulls of {measured} plans on process {stats.pid}"
     return replace(
-        outlook_of(profile, written, row.arm, budget, LEAST_UBATCH),
+        outlook_of(profile, written, budget, LEAST_UBATCH),
         budget_bytes=budget,
         floor_bytes=stats.fixed_bytes + profile.memory.min_window_bytes,
         ledger=ledger,

@@ -13,7 +13,6 @@ from runtime.plans.plan import Plan
 from runtime.sizes import MB, format_size
 
 if TYPE_CHECKING:
-    from planner.arms import Arm
     from planner.choose import Choice
     from planner.kv import KvUse
     from profiler.model_profile import ModelProfile
@@ -47,15 +46,17 @@ class Outlook:
 
 
 def outlook_of(
-    profile: ModelProfile, wanted: Plan, arm: Arm, budget: int, ctx: int, kv: KvUse | None = None, floor_bytes: int = 0
+    profile: ModelProfile, wanted: Plan, budget: int, ctx: int, kv: KvUse | None = None, floor_bytes: int = 0
 ) -> Outlook:
     """What a plan should reach in a context of ctx tokens whose keys and values are kept as kv says.
 
     floor_bytes: the smallest budget, where it is known better than from the profile (0: not).
     """
+    from planner.arms import in_bytes
     from planner.footprint import measure_footprint, streamable_bytes
     from planner.simulator import first_token_s, limit_s, token_s
 
+    arm = in_bytes(profile, wanted)
     footprint = measure_footprint(profile, ctx, LEAST_UBATCH, kv, floor_bytes)
     return Outlook(
         wanted,

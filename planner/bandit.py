@@ -14,25 +14,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arms import Arm, tie_order
+from planner.arms import tie_order
 from planner.simulator import decode_rates, draw, token_s
 from profiler.model_profile import ModelProfile
+from runtime.plans.plan import Plan
 
 
 @dataclass(frozen=True)
 class ArmStatistics:
     """How often an arm was played, and the mean and standard deviation of its token time in ms."""
 
-    arm: Arm
+    arm: Plan
     n_plays: int
     mean_ms: float
     sd_ms: float
 
 
-Times = Sequence[tuple[Arm, float]]  # arms with their mean ms per token
+Times = Sequence[tuple[Plan, float]]  # arms with their mean ms per token
 
 
-def fastest(times: Times) -> Arm:
+def fastest(times: Times) -> Plan:
     """The arm with the best mean, by tie_order."""
     return min(times, key=lambda pair: tie_order(*pair))[0]
 
@@ -41,7 +42,7 @@ def fastest(times: Times) -> Arm:
 class BanditResult:
     """The arm that was chosen, and what was seen of every arm (best mean first)."""
 
-    best: Arm
+    best: Plan
     statistics: tuple[ArmStatistics, ...]
     n_episodes: int
 
@@ -56,10 +57,10 @@ class Ucb1:
 
     def __init__(
         self,
-        arms: Sequence[Arm],
-        pull: Callable[[Arm], float],
+        arms: Sequence[Plan],
+        pull: Callable[[Plan], float],
         *,
-        choice: Callable[[Times], Arm] = fastest,
+        choice: Callable[[Times], Plan] = fastest,
         episodes: int = 500,
         c: float = 0.05,
         seed: int = 0,
@@ -90,7 +91,7 @@ class Ucb1:
             self._play(int(np.argmax(self._sum / self._n + width)))
         return BanditResult(self._confirmed(), self._statistics(), int(self._n.sum()))
 
-    def _confirmed(self) -> Arm:
+    def _confirmed(self) -> Plan:
         """Play the arms that lead, and the one to be chosen, until none of them is where it is by luck."""
         while True:
             means = self._sum / self._n
@@ -117,10 +118,10 @@ class Ucb1:
         return tuple(sorted(rows, key=lambda row: tie_order(row.arm, row.mean_ms)))
 
 
-def noisy_pull(profile: ModelProfile, rng: random.Random) -> Callable[[Arm], float]:
+def noisy_pull(profile: ModelProfile, rng: random.Random) -> Callable[[Plan], float]:
     """A pull that simulates one token with disk and compute speeds drawn from the profile's spreads."""
 
-    def pull(arm: Arm) -> float:
+    def pull(arm: Plan) -> float:
         rates = decode_rates(profile, lambda spread: draw(spread, rng))
         return -1000 * token_s(profile, arm, rates)
 

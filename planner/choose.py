@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from planner.arms import Arm, h2o_arms
+from planner.arms import h2o_arms
 from planner.exact import Best, best_arm
 from planner.footprint import Footprint, measure_footprint, streamable_bytes
 from planner.kv import KvUse
@@ -76,7 +76,7 @@ def choose(
     best, method = decide(profile, bandit, exact)
     arm = best.arm
     return Choice(
-        plan=_plan(profile, arm, budget_bytes),
+        plan=replace(arm, budget_bytes=budget_bytes, model_hash=profile.model.hash),
         predicted_ms_per_token=best.token_ms,
         predicted_ttft_s=first_token_s(profile, arm, PROMPT_TOKENS, ubatch_tokens),
         limit_ms_per_token=1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
@@ -102,19 +102,15 @@ def choose_exactly(
     footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv)
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, footprint.available_bytes(budget_bytes), layouts)
-    return _plan(profile, pick(profile, arms).arm, budget_bytes)
+    return replace(pick(profile, arms).arm, budget_bytes=budget_bytes, model_hash=profile.model.hash)
 
 
-def _plan(profile: ModelProfile, arm: Arm, budget_bytes: int) -> Plan:
-    return Plan(arm.k, arm.w, arm.layout, arm.pinned_bytes, arm.window_bytes, budget_bytes, profile.model.hash)
-
-
-def lean(arm: Arm) -> tuple[int, int, int]:
+def lean(arm: Plan) -> tuple[int, int, int]:
     """Sort key: balanced arms first, and of each layout those first that stream the fewest bytes."""
     return (-arm.layout, -arm.pinned_bytes, arm.window_bytes)
 
 
-def leanest(times: Sequence[tuple[Arm, float]]) -> Arm:
+def leanest(times: Sequence[tuple[Plan, float]]) -> Plan:
     """The arm to run: of those that take at most NEAR the fastest one's time, the first by `lean`.
 
     Wide windows gain little by the simulation and cost bytes for certain, more so where the disk turns out slower.
@@ -123,7 +119,7 @@ def leanest(times: Sequence[tuple[Arm, float]]) -> Arm:
     return min((arm for arm, ms in times if ms <= limit), key=lean)
 
 
-def pick(profile: ModelProfile, arms: list[Arm]) -> Best:
+def pick(profile: ModelProfile, arms: list[Plan]) -> Best:
     """The leanest() of all arms by the exact search, with its simulated time."""
     beside = with_disk_speed(profile, BESIDE)
     limit = NEAR * best_arm(beside, arms).token_ms
@@ -131,7 +127,7 @@ def pick(profile: ModelProfile, arms: list[Arm]) -> Best:
     return Best(arm, 1000 * token_s(profile, arm))
 
 
-def play(profile: ModelProfile, arms: list[Arm], seed: int) -> BanditResult:
+def play(profile: ModelProfile, arms: list[Plan], seed: int) -> BanditResult:
     """The bandit's leanest() of the arms that stream the fewest bytes, on tokens simulated with the profile's noise."""
     from planner.bandit import Ucb1, noisy_pull  # numpy: not on the path of a run
 

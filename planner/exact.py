@@ -16,23 +16,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.arms import Arm, source_arms, tie_order
+from planner.arms import source_arms, tie_order
 from planner.footprint import streamable_bytes
 from planner.simulator import limit_s, source_token_ms, token_s
 from planner.source.profile import SourceProfile
 from profiler.model_profile import ModelProfile
 from runtime.errors import BudgetError
+from runtime.plans.plan import Plan
 
 
 @dataclass(frozen=True)
 class Best:
     """An arm, and its simulated time in ms per token."""
 
-    arm: Arm
+    arm: Plan
     token_ms: float
 
 
-def best_arm(profile: ModelProfile, arms: list[Arm]) -> Best:
+def best_arm(profile: ModelProfile, arms: list[Plan]) -> Best:
     """The fastest of the arms; among equals the one that streams the fewest bytes, then the evener layout.
 
     Arms are tried in order of their limit (limit_s, which no arm beats); once an arm's limit is not below the best

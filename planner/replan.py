@@ -28,12 +28,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from planner.arms import Arm, tie_order
+from planner.arms import tie_order
 from planner.choose import pick, with_disk_speed
 from planner.footprint import streamable_bytes
 from planner.simulator import decode_rates, limit_s, token_s
 from profiler.model_profile import ModelProfile, Spread
-from runtime.plans.plan import Layout
+from runtime.plans.plan import Layout, Plan
 
 MOST_PULLS = 39
 MOST_RESTARTS = 3
@@ -65,14 +65,14 @@ class Pulled:
 
 
 Floats = npt.NDArray[np.float64]
-Pull = Callable[[Arm], Pulled]
+Pull = Callable[[Plan], Pulled]
 
 
 @dataclass
 class Row:
     """What is known of one arm: its prediction and its pulls."""
 
-    arm: Arm
+    arm: Plan
     predicted_ms: float
     disk_share: float = 0.0  # relative change of predicted_ms per relative change of the time the disk takes
     compute_share: float = 0.0
@@ -94,7 +94,7 @@ class Row:
         return math.exp(self.log_ms)
 
 
-def smaller_windows(profile: ModelProfile, arms: Sequence[Arm]) -> list[Arm]:
+def smaller_windows(profile: ModelProfile, arms: Sequence[Plan]) -> list[Plan]:
     """Balanced arms with a window below one layer: the simulator flatters them, so only a live search tries them."""
     ones = [arm for arm in arms if arm.layout == Layout.BALANCED and arm.w == 1 and arm.window_bytes]
     if not ones:
@@ -103,11 +103,11 @@ def smaller_windows(profile: ModelProfile, arms: Sequence[Arm]) -> list[Arm]:
     room = one.pinned_bytes + one.window_bytes
     windows = {max(one.window_bytes // part, profile.memory.min_window_bytes) for part in SMALLER_WINDOWS}
     new = windows - {arm.window_bytes for arm in ones}
-    smaller = [Arm(one.k, 1, Layout.BALANCED, room - window, window) for window in sorted(new)]
+    smaller = [Plan(one.k, 1, Layout.BALANCED, room - window, window) for window in sorted(new)]
     return [arm for arm in smaller if arm.window_bytes < one.window_bytes]
 
 
-def offline_arm(profile: ModelProfile, arms: Sequence[Arm]) -> Arm:
+def offline_arm(profile: ModelProfile, arms: Sequence[Plan]) -> Plan:
     """The planner's choice among the arms, without any measurement."""
     return pick(profile, list(arms)).arm
 
@@ -157,7 +157,7 @@ def with_compute_time(profile: ModelProfile, factor: float) -> ModelProfile:
     return replace(profile, layers=layers, head=head, overhead_s=scaled(profile.overhead_s))
 
 
-def predictions(profile: ModelProfile, arms: Sequence[Arm], always: Collection[Arm]) -> list[Row]:
+def predictions(profile: ModelProfile, arms: Sequence[Plan], always: Collection[Plan]) -> list[Row]:
     """A row per arm that is worth a thought, best first; those in `always` are whatever their prediction."""
     total = streamable_bytes(profile)
     rows: list[Row] = []
@@ -205,7 +205,7 @@ class LiveSearch:
     """
 
     def __init__(
-        self, profile: ModelProfile, planned: Sequence[Arm], more: Sequence[Arm] = (), most_pulls: int = MOST_PULLS
+        self, profile: ModelProfile, planned: Sequence[Plan], more: Sequence[Plan] = (), most_pulls: int = MOST_PULLS
     ) -> None:
         self._profile = profile
         self._planned = planned
@@ -269,7 +269,7 @@ class LiveSearch:
 
     # --- deciding -----------------------------------------------------------------------------------------------
 
-    def next_arm(self) -> Arm | None:
+    def next_arm(self) -> Plan | None:
         """The arm to pull now."""
         if not self.n_pulls:
             return self.first
@@ -292,7 +292,7 @@ class LiveSearch:
 
     # --- learning -----------------------------------------------------------------------------------------------
 
-    def saw(self, arm: Arm, pulled: Pulled) -> str:
+    def saw(self, arm: Plan, pulled: Pulled) -> str:
         """Take a pull in; a word about it where it was not an ordinary one: "surprise", "noise" or "change"."""
         self.n_pulls += 1
         self._n_left -= 1
@@ -388,7 +388,7 @@ class LiveSearch:
 
 
 def search(
-    found: LiveSearch, pull: Pull, seen: Callable[[Arm, Pulled, str], None] = lambda _arm, _pulled, _word: None
+    found: LiveSearch, pull: Pull, seen: Callable[[Plan, Pulled, str], None] = lambda _arm, _pulled, _word: None
 ) -> None:
     """Pull until the search is over."""
     while (arm := found.next_arm()) is not None:

@@ -11,9 +11,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from planner.arms import Arm, pinned_per_unit
+from planner.arms import pinned_per_unit
 from planner.source.profile import SourceProfile
 from profiler.model_profile import HeadProfile, LayerProfile, ModelProfile, Spread
+from runtime.plans.plan import Plan
 
 HANDOVER_S = 0.0005  # from the end of a computation to the first byte read into the room it leaves
 SEGMENTS = 4  # a layer's bytes arrive and are freed in this many parts, or more when the window is small
@@ -56,7 +57,7 @@ def limit_s(profile: ModelProfile, streamed_bytes: int) -> float:
     return max(streamed_bytes / rates.disk_bytes_per_s, sum(rates.compute_s) + rates.overhead_s)
 
 
-def token_s(profile: ModelProfile, arm: Arm, rates: Rates | None = None) -> float:
+def token_s(profile: ModelProfile, arm: Plan, rates: Rates | None = None) -> float:
     """Seconds per token in the steady state (rates: other than the measured means)."""
     rates = rates or decode_rates(profile)
     segments = _token_segments(profile, arm, rates)
@@ -81,7 +82,7 @@ def token_s(profile: ModelProfile, arm: Arm, rates: Rates | None = None) -> floa
     return (token_ends[-1] - token_ends[half]) / half
 
 
-def first_token_s(profile: ModelProfile, arm: Arm, prompt_tokens: int, ubatch_tokens: int) -> float:
+def first_token_s(profile: ModelProfile, arm: Plan, prompt_tokens: int, ubatch_tokens: int) -> float:
     """Seconds to the first token after a prompt, read in passes of at most ubatch_tokens.
 
     Each resident byte is read when it is first used, streamed ones in every pass. A layer's compute is its measured
@@ -152,7 +153,7 @@ class Lanes:
         return compute_end
 
 
-def _token_segments(profile: ModelProfile, arm: Arm, rates: Rates) -> list[Segment]:
+def _token_segments(profile: ModelProfile, arm: Plan, rates: Rates) -> list[Segment]:
     """The segments of one decode pass; the rest of the pass (sampling) is compute after them."""
     pinned = pinned_per_unit(profile, arm)
     segments: list[Segment] = []

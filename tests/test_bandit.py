@@ -4,12 +4,12 @@ import pytest
 from source_profiles import SOURCE_PROFILES
 from test_model_profile import make_profile
 
-from planner.arms import Arm, h2o_arms, source_arms
+from planner.arms import h2o_arms, source_arms
 from planner.bandit import Ucb1, noisy_pull
 from planner.exact import best_arm, best_source_arm
 from planner.simulator import source_token_ms, token_s
 from planner.source.profile import SourceProfile
-from runtime.plans.plan import Layout
+from runtime.plans.plan import Layout, Plan
 
 SHARES = [share / 10 for share in range(1, 11)]
 OWN = {
@@ -79,7 +79,7 @@ def test_near_the_optimum_with_noise_and_many_layers(share):
 
 
 def test_every_arm_is_played_even_when_there_are_more_arms_than_episodes():
-    arms = [Arm(k, 1) for k in range(100)]
+    arms = [Plan(k, 1) for k in range(100)]
     played = []
     result = Ucb1(arms, lambda arm: played.append(arm) or -100.0 - arm.k, episodes=10).run()
     assert set(played) == set(arms)
@@ -88,7 +88,7 @@ def test_every_arm_is_played_even_when_there_are_more_arms_than_episodes():
 
 
 def test_episodes_go_to_the_better_arms():
-    arms = [Arm(k, 1) for k in range(10)]
+    arms = [Plan(k, 1) for k in range(10)]
     result = Ucb1(arms, lambda arm: -100.0 - 10 * arm.k, episodes=500, confirm_arms=1).run()
     plays = {row.arm.k: row.n_plays for row in result.statistics}
     assert plays[0] > 300
@@ -99,7 +99,7 @@ def test_episodes_go_to_the_better_arms():
 
 
 def test_scale_of_the_rewards_does_not_matter():
-    arms = [Arm(k, 1) for k in range(10)]
+    arms = [Plan(k, 1) for k in range(10)]
     small, large = (
         Ucb1(arms, lambda arm, scale=scale: -scale * (100 + arm.k), episodes=200).run() for scale in (0.001, 1000.0)
     )
@@ -107,13 +107,13 @@ def test_scale_of_the_rewards_does_not_matter():
 
 
 def test_ties_go_to_larger_k_plus_w_then_larger_k():
-    arms = [Arm(0, 3), Arm(1, 1), Arm(1, 2), Arm(2, 1), Arm(0, 1)]
-    assert Ucb1(arms, lambda arm: -5.0).run().best == Arm(2, 1)
+    arms = [Plan(0, 3), Plan(1, 1), Plan(1, 2), Plan(2, 1), Plan(0, 1)]
+    assert Ucb1(arms, lambda arm: -5.0).run().best == Plan(2, 1)
 
 
 def test_the_choice_is_confirmed_too():
     """Of ten arms the tenth is the slowest, and wanted where it is near the fastest: one lucky play is not enough."""
-    arms = [Arm(k, 1) for k in range(10)]
+    arms = [Plan(k, 1) for k in range(10)]
     lucky = iter([-105.0])
 
     def pull(arm):
@@ -130,7 +130,7 @@ def test_the_choice_is_confirmed_too():
 
 def test_statistics():
     rewards = iter([-10.0, -20.0] * 50)
-    result = Ucb1([Arm(1, 1)], lambda arm: next(rewards), episodes=100).run()
+    result = Ucb1([Plan(1, 1)], lambda arm: next(rewards), episodes=100).run()
     (row,) = result.statistics
     assert (row.n_plays, row.mean_ms, row.sd_ms) == (100, pytest.approx(15), pytest.approx(5))
 
@@ -144,7 +144,7 @@ def test_the_same_seed_plays_the_same():
 
 def test_noisy_pull_spreads_around_the_simulated_time():
     profile = make_profile([10**8] * 8, [0.01] * 8, disk=1e9, noise=0.05)
-    arm = Arm(4, 2, Layout.PREFIX, 4 * 10**8, 2 * 10**8)
+    arm = Plan(4, 2, Layout.PREFIX, 4 * 10**8, 2 * 10**8)
     pull = noisy_pull(profile, random.Random(1))
     rewards = [pull(arm) for _ in range(300)]
     mean = -sum(rewards) / len(rewards)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from source_profiles import SOURCE_PROFILES
 from test_model_profile import make_profile
 
-from planner.arms import Arm, h2o_arms, pinned_per_unit, whole_layers
+from planner.arms import h2o_arms, pinned_per_unit
 from planner.bandit import BanditResult
 from planner.choose import choose, choose_exactly, decide, leanest, pick, play
 from planner.exact import Best, best_arm, best_source_arm
@@ -20,7 +20,8 @@ from profiler.model_profile import KvLayer, KvProfile
 from runtime.errors import BudgetError, ProfileError, UsageError
 from runtime.kv.options import KvFilter
 from runtime.plans.ledger import POSITION_BYTES, budget_for
-from runtime.plans.plan import Layout
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import whole_layers
 
 QWEN_1_5B, QWEN_0_5B = SOURCE_PROFILES["qwen2.5-1.5b-f16"], SOURCE_PROFILES["qwen2.5-0.5b-f16"]
 CTX = {"ctx_tokens": 100, "ubatch_tokens": 50}
@@ -55,16 +56,16 @@ def profiles(draw):
 def test_known_optima(one, repeats, share, k, w, token_ms):
     source = SourceProfile(one.io_speed, one.layer_sizes * repeats, one.t_compute * repeats, one.t_release * repeats)
     best = best_source_arm(source, share * sum(source.layer_sizes))
-    assert (best.arm, round(best.token_ms)) == (Arm(k, w), token_ms)
+    assert (best.arm, round(best.token_ms)) == (Plan(k, w), token_ms)
 
 
 def test_source_ties_go_to_more_layers_then_more_resident_ones():
     # loads hide behind 400 ms of compute when a layer is resident and the window holds two: (1, 2), (1, 3), (2, 2)
     source = SourceProfile(1000, (1, 1, 1, 1), (100, 100, 100, 100), (0, 0, 0, 0))
-    assert best_source_arm(source, 3).arm == Arm(1, 2)
+    assert best_source_arm(source, 3).arm == Plan(1, 2)
     for w in (2, 3):
         assert source_token_ms(source, 1, w) == source_token_ms(source, 2, 2) == source_token_ms(source, 3, 1) == 400
-    assert best_source_arm(source, 4).arm == Arm(3, 1)
+    assert best_source_arm(source, 4).arm == Plan(3, 1)
 
 
 def test_source_budget_below_one_layer():
@@ -91,7 +92,7 @@ def test_arms_fill_what_is_available_and_no_more(profile, share):
         assert 0 <= arm.k <= len(profile.layers)
         assert 1 <= arm.w <= len(profile.layers)
         if arm.layout != Layout.BALANCED:
-            resident = whole_layers(arm.layout, arm.k, len(profile.layers))
+            resident = whole_layers(len(profile.layers), arm.k, arm.layout)
             assert sum(profile.layers[i].bytes for i in resident) <= arm.pinned_bytes
         largest = max(
             layer.bytes - pinned for layer, pinned in zip(profile.layers, pinned_per_unit(profile, arm), strict=False)
@@ -105,10 +106,10 @@ def test_arms_of_unequal_layers():
     arms = h2o_arms(profile, 900, (Layout.PREFIX, Layout.EVEN))
     # one window of 400 leaves 500: the first two layers (300) and 200 of the third; even(2) is layers 1 and 3: 600
     assert arms == [
-        Arm(2, 1, Layout.PREFIX, 500, 400),
-        Arm(1, 2, Layout.PREFIX, 100, 800),
-        Arm(1, 1, Layout.EVEN, 500, 400),
-        Arm(0, 2, Layout.EVEN, 100, 800),
+        Plan(2, 1, Layout.PREFIX, 500, 400),
+        Plan(1, 2, Layout.PREFIX, 100, 800),
+        Plan(1, 1, Layout.EVEN, 500, 400),
+        Plan(0, 2, Layout.EVEN, 100, 800),
     ]
 
 
@@ -132,7 +133,7 @@ def test_no_window_is_narrower_than_two_pieces_where_there_is_room():
 def test_only_the_head_is_streamed():
     profile = make_profile([100] * 4, [1.0] * 4, head=400, min_window=50, disk=100)
     arms = h2o_arms(profile, 600, (Layout.PREFIX,))
-    assert Arm(4, 1, Layout.PREFIX, 500, 100) in arms
+    assert Plan(4, 1, Layout.PREFIX, 500, 100) in arms
 
 
 # --- the exact search ---------------------------------------------------------------------------------------------
@@ -152,11 +153,11 @@ def test_no_plan_with_fewer_resident_bytes_is_faster(profile, share):
     for arm in arms:
         for k in range(arm.k + 1):
             if arm.layout == Layout.PREFIX:
-                fewer = Arm(k, arm.w, arm.layout, sum(sizes[:k]), arm.window_bytes)
+                fewer = Plan(k, arm.w, arm.layout, sum(sizes[:k]), arm.window_bytes)
             else:
                 pinned = arm.pinned_bytes * k // max(1, arm.k)
                 window = max(smallest, arm.window_bytes * (total - pinned) // (total - arm.pinned_bytes))
-                fewer = Arm(k, arm.w, arm.layout, pinned, window)
+                fewer = Plan(k, arm.w, arm.layout, pinned, window)
             assert 1000 * token_s(profile, fewer) >= best.token_ms * (1 - 1e-3)
 
 
@@ -353,7 +354,7 @@ def test_the_bandits_arm_is_the_plan_unless_the_exact_search_is_over_a_percent_f
     exact, bandit = pick(profile, arms), play(profile, arms, seed)
     choice = choose(profile, budget, seed=seed, **CTX)
     plan = choice.plan
-    chosen = Arm(plan.k, plan.w, plan.layout, plan.pinned_bytes, plan.window_bytes)
+    chosen = Plan(plan.k, plan.w, plan.layout, plan.pinned_bytes, plan.window_bytes)
     assert chosen in arms
     bandit_ms = 1000 * token_s(profile, bandit.best)
     assert choice.exact == exact
@@ -390,7 +391,7 @@ def test_the_bandit_wins_where_its_arm_is_the_faster_one():
 
 
 def test_nothing_is_said_of_differences_that_nobody_can_see():
-    twins = [Arm(2, 1, Layout.PREFIX, 4_480_000, 4_480_000), Arm(2, 1, Layout.PREFIX, 4_480_000, 4_480_001)]
+    twins = [Plan(2, 1, Layout.PREFIX, 4_480_000, 4_480_000), Plan(2, 1, Layout.PREFIX, 4_480_000, 4_480_001)]
     exact = Best(twins[0], 1000 * token_s(WIDE, twins[0]))
     assert decide(WIDE, BanditResult(twins[1], (), 9), exact)[1].endswith("the exact search's plan is as fast")
 
@@ -416,7 +417,7 @@ def test_bytes_decide_between_arms_that_are_nearly_as_fast():
 
 @given(st.lists(st.tuples(st.sampled_from(Layout), st.integers(0, 9), st.floats(1, 2)), min_size=1))
 def test_the_leanest_of_what_is_near_the_fastest(rows):
-    times = [(Arm(0, 1, layout, pinned, 10 - pinned), ms) for layout, pinned, ms in rows]
+    times = [(Plan(0, 1, layout, pinned, 10 - pinned), ms) for layout, pinned, ms in rows]
     taken, fastest = leanest(times), min(ms for _, ms in times)
     near = [arm for arm, ms in times if ms <= 1.05 * fastest]
     assert taken in near

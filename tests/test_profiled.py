@@ -11,7 +11,6 @@ from test_model_profile import make_profile
 
 from h2o_cli import main as cli
 from h2o_cli.session.profiled import Profiled
-from planner.arms import Arm
 from planner.choose import choose_exactly
 from planner.kv import KvUse
 from planner.simulator import token_s
@@ -78,7 +77,7 @@ def test_no_plan_below_the_floor_or_without_the_facts_it_needs(found):
 def test_predictions_are_the_simulators(profile, found):
     ledger = Ledger(0, 0, 0, 0, 0, window_bytes=2 * MB, resident_bytes=5 * MB)
     for plan, shared in ((Plan(1, 1, Layout.BALANCED), ledger), (Plan(0, 2), replace(ledger, resident_bytes=0))):
-        arm = Arm(plan.k, plan.w, plan.layout, shared.resident_bytes, shared.window_bytes)
+        arm = Plan(plan.k, plan.w, plan.layout, shared.resident_bytes, shared.window_bytes)
         assert found.token_ms(plan, shared) == 1000 * token_s(profile, arm)
         assert ends_with(found.rest, found)
 

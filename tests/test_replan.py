@@ -17,7 +17,7 @@ from test_plan_stats import MODEL, PROCESS
 
 from h2o_cli import main as cli
 from planner import running_process
-from planner.arms import Arm, h2o_arms
+from planner.arms import h2o_arms
 from planner.choose import with_disk_speed
 from planner.footprint import streamable_bytes
 from planner.replan import (
@@ -231,7 +231,7 @@ def test_smaller_windows_stay_within_the_budget():
             assert profile.memory.min_window_bytes <= arm.window_bytes
             assert all(arm.window_bytes != other.window_bytes for other in planned if other.layout == arm.layout)
     assert smaller_windows(profile, h2o_arms(profile, streamable_bytes(profile))) == []
-    assert smaller_windows(profile, [Arm(3, 1, Layout.PREFIX, 10, 10)]) == []
+    assert smaller_windows(profile, [Plan(3, 1, Layout.PREFIX, 10, 10)]) == []
 
 
 @pytest.mark.parametrize(("disk", "compute"), [(0.4, 1.0), (3.0, 1.0), (0.5, 1.5)])

@@ -4,7 +4,7 @@ import pytest
 from test_model_profile import make_profile, spread
 
 from planner import simulator
-from planner.arms import Arm, h2o_arms, pinned_per_unit, set_arm, source_arms, source_layer_max, whole_layers
+from planner.arms import h2o_arms, in_bytes, pinned_per_unit, source_arms, source_layer_max
 from planner.exact import best_arm
 from planner.footprint import streamable_bytes
 from planner.simulator import (
@@ -17,7 +17,7 @@ from planner.simulator import (
     token_s,
 )
 from planner.source.profile import SourceProfile
-from runtime.plans.plan import Layout
+from runtime.plans.plan import Layout, Plan
 
 # 10, 20 and 30 ms to load, 5, 15 and 25 to compute, 1, 2 and 3 to release.
 SOURCE = SourceProfile(1000, (10, 20, 30), (5, 15, 25), (1, 2, 3))
@@ -77,35 +77,35 @@ def two_layers(compute_s, **more):
 
 def test_disk_bound():
     # the disk never waits: 800 bytes at 100 bytes/s
-    assert token_s(two_layers(1.0), Arm(0, 1, Layout.PREFIX, 0, 400)) == pytest.approx(8)
+    assert token_s(two_layers(1.0), Plan(0, 1, Layout.PREFIX, 0, 400)) == pytest.approx(8)
 
 
 def test_compute_bound():
-    assert token_s(two_layers(8.0), Arm(0, 1, Layout.PREFIX, 0, 400)) == pytest.approx(16)
+    assert token_s(two_layers(8.0), Plan(0, 1, Layout.PREFIX, 0, 400)) == pytest.approx(16)
 
 
 def test_resident_layers_cost_no_disk_time():
     # only layer 1 is read, 4 s, also while layer 0 computes; computing takes 2 s
-    assert token_s(two_layers(1.0), Arm(1, 1, Layout.PREFIX, 400, 400)) == pytest.approx(4)
+    assert token_s(two_layers(1.0), Plan(1, 1, Layout.PREFIX, 400, 400)) == pytest.approx(4)
     # half of everything: the same bytes
-    assert token_s(two_layers(1.0), Arm(1, 1, Layout.BALANCED, 400, 200)) == pytest.approx(4)
+    assert token_s(two_layers(1.0), Plan(1, 1, Layout.BALANCED, 400, 200)) == pytest.approx(4)
 
 
 def test_everything_resident():
-    assert token_s(two_layers(1.0), Arm(2, 1, Layout.PREFIX, 800, 0)) == pytest.approx(2)
+    assert token_s(two_layers(1.0), Plan(2, 1, Layout.PREFIX, 800, 0)) == pytest.approx(2)
 
 
 def test_next_token_is_read_while_the_head_and_the_rest_of_a_pass_run():
     # 8 s of reading; 2 s of layers, 3 s of resident head, 2 s of sampling: all of it beside the disk
     profile = two_layers(1.0, head=800, head_s=3.0, overhead_s=2.0)
-    arm = Arm(0, 2, Layout.PREFIX, 0, 800)
+    arm = Plan(0, 2, Layout.PREFIX, 0, 800)
     assert token_s(profile, arm) == pytest.approx(16)
-    assert pinned_per_unit(profile, Arm(0, 1, Layout.PREFIX, 500, 400)) == [0, 0, 500]
-    head_resident = Arm(0, 2, Layout.PREFIX, 800, 800)
+    assert pinned_per_unit(profile, Plan(0, 1, Layout.PREFIX, 500, 400)) == [0, 0, 500]
+    head_resident = Plan(0, 2, Layout.PREFIX, 800, 800)
     assert token_s(profile, head_resident) == pytest.approx(8)
     # with a window of half a layer (two segments) only those two are read beside the 5 s of head and sampling;
     # the third starts when the first has computed, at 0.25; six take until 6.25; the last computes until 6.5; and 5
-    narrow = Arm(0, 1, Layout.PREFIX, 800, 200)
+    narrow = Plan(0, 1, Layout.PREFIX, 800, 200)
     assert token_s(profile, narrow) == pytest.approx(11.5)
 
 
@@ -115,8 +115,8 @@ def test_releasing_is_on_the_disk_lane():
     profile = two_layers(1.0)
     layers = tuple(msgspec.structs.replace(layer, release_s=spread(0.5)) for layer in profile.layers)
     profile = msgspec.structs.replace(profile, layers=layers)
-    assert token_s(profile, Arm(0, 1, Layout.PREFIX, 0, 400)) == pytest.approx(9)
-    assert token_s(profile, Arm(1, 1, Layout.PREFIX, 400, 400)) == pytest.approx(4.5)
+    assert token_s(profile, Plan(0, 1, Layout.PREFIX, 0, 400)) == pytest.approx(9)
+    assert token_s(profile, Plan(1, 1, Layout.PREFIX, 400, 400)) == pytest.approx(4.5)
 
 
 def test_lanes_without_room_for_overlap():
@@ -159,14 +159,14 @@ def test_a_fast_disk_wants_a_wider_window_than_a_slow_one(monkeypatch):
 def test_first_token():
     profile = two_layers(1.0, head=400, head_s=0.5)
     # 100 tokens of prefill take 10 s a layer: the disk (8 s) is hidden behind, but for layer 0's first of 4 segments
-    arm = Arm(0, 2, Layout.PREFIX, 0, 800)
+    arm = Plan(0, 2, Layout.PREFIX, 0, 800)
     assert first_token_s(profile, arm, 100, 100) == pytest.approx(1 + 20 + 0.5)
     # one token: never less than a decode pass; 12 s of reading, the head's last segment after it
     assert first_token_s(profile, arm, 1, 100) == pytest.approx(12 + 0.5 / 4)
     # two passes of 50: the same compute, the head once
     assert first_token_s(profile, arm, 100, 50) == pytest.approx(1 + 20 + 0.5)
     # everything resident is still read once
-    assert first_token_s(profile, Arm(2, 1, Layout.PREFIX, 1200, 0), 1, 100) == pytest.approx(12 + 0.5 / 4)
+    assert first_token_s(profile, Plan(2, 1, Layout.PREFIX, 1200, 0), 1, 100) == pytest.approx(12 + 0.5 / 4)
     # small passes are disk-bound: ten passes of 10 tokens, 8 s of reading each and 1 s a layer; then the head
     assert first_token_s(profile, arm, 100, 10) == pytest.approx(84 + 0.5 / 4, rel=0.01)
 
@@ -199,34 +199,26 @@ def test_spreading_residency_keeps_the_disk_busy():
 
 def test_a_window_smaller_than_a_layer_still_works():
     profile = make_profile([1000, 1000], [1.0, 1.0], disk=100, min_window=10)
-    assert token_s(profile, Arm(0, 1, Layout.PREFIX, 0, 10)) == pytest.approx(20, rel=0.1)
-
-
-def test_whole_layers_are_the_ones_the_runtime_picks():
-    from runtime.plans import residency
-
-    for n_layers in (1, 5, 24, 28):
-        for k in range(n_layers + 1):
-            for layout in (Layout.PREFIX, Layout.EVEN):
-                assert whole_layers(layout, k, n_layers) == residency.whole_layers(n_layers, k, layout)
-                assert len(set(whole_layers(layout, k, n_layers))) == k
+    assert token_s(profile, Plan(0, 1, Layout.PREFIX, 0, 10)) == pytest.approx(20, rel=0.1)
 
 
 def test_pinned_bytes_go_to_whole_layers_then_the_head_then_the_rest():
     profile = make_profile([100, 200, 300], [1.0] * 3, head=80)
-    assert pinned_per_unit(profile, Arm(1, 1, Layout.PREFIX, 150, 10)) == [100, 0, 0, 50]
-    assert pinned_per_unit(profile, Arm(1, 1, Layout.PREFIX, 230, 10)) == [100, 50, 0, 80]
-    assert pinned_per_unit(profile, Arm(1, 1, Layout.EVEN, 230, 10)) == [0, 200, 0, 30]
-    assert pinned_per_unit(profile, Arm(1, 1, Layout.BALANCED, 340, 10)) == [50, 100, 150, 40]
-    assert pinned_per_unit(profile, Arm(3, 1, Layout.EVEN, 680, 0)) == [100, 200, 300, 80]
+    assert pinned_per_unit(profile, Plan(1, 1, Layout.PREFIX, 150, 10)) == [100, 0, 0, 50]
+    assert pinned_per_unit(profile, Plan(1, 1, Layout.PREFIX, 230, 10)) == [100, 50, 0, 80]
+    assert pinned_per_unit(profile, Plan(1, 1, Layout.EVEN, 230, 10)) == [0, 200, 0, 30]
+    assert pinned_per_unit(profile, Plan(1, 1, Layout.BALANCED, 340, 10)) == [50, 100, 150, 40]
+    assert pinned_per_unit(profile, Plan(3, 1, Layout.EVEN, 680, 0)) == [100, 200, 300, 80]
 
 
-def test_arm_set_by_hand():
+def test_bytes_of_a_plan_by_hand():
     profile = make_profile([100, 200, 300], [1.0] * 3, head=80)
-    assert set_arm(profile, 1, 2, Layout.PREFIX) == Arm(1, 2, Layout.PREFIX, 100, 580)
-    assert set_arm(profile, 1, 1, Layout.EVEN) == Arm(1, 1, Layout.EVEN, 200, 300)
-    assert set_arm(profile, 1, 1, Layout.BALANCED) == Arm(1, 1, Layout.BALANCED, 200, 300)
-    assert set_arm(profile, 9, 1, Layout.PREFIX) == Arm(3, 1, Layout.PREFIX, 600, 80)
+    assert in_bytes(profile, Plan(1, 2, Layout.PREFIX)) == Plan(1, 2, Layout.PREFIX, 100, 580)
+    assert in_bytes(profile, Plan(1, 1, Layout.EVEN)) == Plan(1, 1, Layout.EVEN, 200, 300)
+    assert in_bytes(profile, Plan(1, 1, Layout.BALANCED)) == Plan(1, 1, Layout.BALANCED, 200, 300)
+    assert in_bytes(profile, Plan(9, 1, Layout.PREFIX)) == Plan(3, 1, Layout.PREFIX, 600, 80)
+    for complete in (Plan(1, 2, pinned_bytes=7), Plan(0, 2, window_bytes=7)):
+        assert in_bytes(profile, complete) == complete
 
 
 def test_drawn_values():

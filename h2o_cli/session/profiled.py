@@ -134,7 +134,6 @@ class _Reader:
 
     def token_ms(self, k: int, w: int, layout: int, pinned_bytes: int, window_bytes: int) -> float:
         """The simulator's time for a token."""
-        from planner.arms import Arm
         from planner.simulator import token_s
 
-        return 1000 * token_s(self.profile, Arm(k, w, Layout(layout), pinned_bytes, window_bytes))
+        return 1000 * token_s(self.profile, Plan(k, w, Layout(layout), pinned_bytes, window_bytes))

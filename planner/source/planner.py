@@ -10,10 +10,11 @@ import math
 import random
 from dataclasses import dataclass
 
-from planner.arms import Arm, source_arms, tie_order
+from planner.arms import source_arms, tie_order
 from planner.exact import Best, best_source_arm
 from planner.simulator import source_token_ms
 from planner.source.profile import SourceProfile
+from runtime.plans.plan import Plan
 
 EPISODES, C = 500, 1.0  # the source system's
 
@@ -22,7 +23,7 @@ EPISODES, C = 500, 1.0  # the source system's
 class SourcePlan:
     """The plan, its simulated ms per token, its plays, how many of the arms were played, and the optimum of all."""
 
-    arm: Arm
+    arm: Plan
     token_ms: float
     n_plays: int
     n_played: int
