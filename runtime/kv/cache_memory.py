@@ -49,7 +49,10 @@ class CacheMemory:
         )
 
     def drop_behind(self, n_positions: int) -> None:
-        """Give back what positions from n_positions on had taken: none of them is in the sequence any more."""
+        """Give back what positions from n_positions on had taken: none of them is in the sequence any more.
+
+        They read as zeros then; attention masks cells without a position, and would only mind what is no number.
+        """
         for rows in self._rows:
             end = rows.address + rows.row_bytes * rows.n_cells
             drop_pages(min(rows.address + rows.row_bytes * n_positions, end), end)

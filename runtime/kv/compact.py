@@ -66,7 +66,7 @@ class Compact:
         return self._regions[0].address, self._regions[1].address
 
     def place(self, node: abi.Tensor, n_rows: int) -> None:
-        """Make a flash-attention node read the first n_rows rows from here."""
+        """Make a flash-attention node read the first n_rows rows from here. Filter._layer_of puts its sources back."""
         for i, (own, region) in enumerate(zip(self._tensors, self._regions, strict=True)):
             own.copy(node.src[1 + i])
             own.tensor.ne[1] = n_rows

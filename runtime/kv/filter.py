@@ -282,7 +282,7 @@ class Filter:
         layer, part = self._part_of.get(node.view_src, (-1, 0))
         if layer not in self._layers:
             return False
-        row = ctypes.c_int64.from_address(abi.Tensor.from_address(node.src[1]).data).value
+        row = ctypes.c_int64.from_address(abi.Tensor.from_address(node.src[1]).data).value  # an input: there already
         if row != self._pass.n_past:
             raise EngineError(f"llama.cpp put position {self._pass.n_past} into cell {row} of its cache", OFF)
         if self._pass.decode:

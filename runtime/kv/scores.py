@@ -53,6 +53,7 @@ class Scorer:
             self._product.compute(query, keys, result, 0, n_rows)
             return result
         middle = n_rows * self.n_threads // (self.n_threads + 1)
+        # two backends share nothing: each has its own graph and scratch, and writes its own columns
         job = self._jobs.start(partial(self._aside.compute, query, keys, result, middle, n_rows))
         try:
             self._product.compute(query, keys, result, 0, middle)

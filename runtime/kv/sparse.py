@@ -146,6 +146,7 @@ class SparseRows:
     def write_prompt(self, node: abi.Tensor, layer: int, part: int) -> bool:
         """Place a write of a prompt's rows; whether its end has to be waited for before the attention."""
         if self._slot is None:
+            # in a graph that is used again it is still where write_decoded put it
             node.data = self._cache.layers[layer].parts[part].data
             return False
         self._slot.place_write(node, part)

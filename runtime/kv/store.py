@@ -100,7 +100,7 @@ class DiskStore:
     def __init__(self, cache: Cache, layers: Sequence[int], options: KvFilter) -> None:
         self.n_threads = options.readers
         self.fetched_bytes = self.read_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for the figures; bounce buffers are each thread's own, and so are target slots
         self._local = threading.local()
         self._bounces: list[Region] = []
         self._places: dict[tuple[int, int], _Place] = {}

@@ -411,6 +411,7 @@ def _die(reason: str) -> None:
         os._exit(1)
 
 
+# Any of ggml's threads may call it: they compute while Python's lock is free.
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
 def _on_abort(message: bytes) -> None:
     _die(message.decode(errors="replace").strip().split("\n")[0])

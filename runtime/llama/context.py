@@ -46,7 +46,7 @@ class Context:
             raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
         self.pointer = int(pointer)
         self.n_tokens = n_tokens
-        self._nodes = nodes
+        self._nodes = nodes  # llama.cpp has the addresses of its callback and data
         self._memory = abi.llama.llama_get_memory(self.pointer)
         self._scheduler = abi.llama_context_get_sched(self.pointer)
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
@@ -71,7 +71,7 @@ class Context:
                 batch.logits[i] = i >= n - n_logits
             status = int(abi.llama.llama_decode(self.pointer, batch))
         finally:
-            abi.llama.llama_batch_free(batch)
+            abi.llama.llama_batch_free(batch)  # it has copied what it needs
         self._n_outputs = n_logits
         if status == 0:
             self._most_outputs = max(n_logits, self._most_outputs)
@@ -117,7 +117,8 @@ class Context:
         """Give ggml n_bytes for products' inputs (touched lazily) that begin at a cache line, before its first pass.
 
         What it takes itself begins 16 bytes behind a page: then half of all vector loads span two lines, and a prompt
-        in f16 takes 2 % longer. It frees this memory like its own, and takes other memory where this is too little.
+        in f16 takes 2 % longer. It frees this memory like its own (with delete[], which is free() in GNU's C++
+        library), and takes other memory where this is too little.
         """
         for backend in self._backends():
             address = abi.aligned_alloc(abi.CACHE_LINE, n_bytes) if not backend.work_data else None
@@ -125,7 +126,11 @@ class Context:
                 backend.work_data, backend.work_size = address, n_bytes
 
     def drop_scratch(self) -> None:
-        """Give back the memory the last pass computed in. Its logits are gone; keys and values stay."""
+        """Give back the memory the last pass computed in. Its logits are gone; keys and values stay.
+
+        Safe between two passes: in each llama.cpp writes all inputs and computes all results anew, also where it uses a
+        graph again. Scratch is written before it is read in every node.
+        """
         self.buffers.drop_scratch()
         logits = ctypes.cast(abi.llama.llama_get_logits(self.pointer), ctypes.c_void_p).value
         if logits:

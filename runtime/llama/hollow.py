@@ -162,7 +162,7 @@ class HollowModel:
         parameters.load_mode = _LOAD_MODE_MMAP
         parameters.lazy_mode = _LAZY_MODE_OFF  # tables above 4 GiB would be left to the mapping, which has no pages
         parameters.use_extra_bufts = False
-        parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)  # looked at during the load only
         abi.take_log()
         if len(paths) == 1:
             pointer = abi.llama.llama_model_load_from_file(paths[0], parameters)
@@ -200,7 +200,8 @@ class ContextBuffers:
     """Memory for everything a context allocates, lazily touched: KV cache, compute and output buffers.
 
     Use as a context manager around llama_init_from_model: inside, the CPU buffer type's allocations come here.
-    `kv_bytes` is what was filled with a KV cache; `caches` are its tensors (name -> address), buffer by buffer.
+    `kv_bytes` is what was cleared: the KV cache, and the output's first row of logits. `caches` are the cache's tensors
+    (name -> address), buffer by buffer. One thread makes contexts, so nothing else allocates from that type meanwhile.
     """
 
     def __init__(self) -> None:
@@ -252,7 +253,8 @@ class ContextBuffers:
         return 0
 
     def _clear_buffer(self, buffer: int, value: int) -> None:
-        """llama.cpp clears its KV cache at birth: fresh pages are zero already, later clears give the pages back."""
+        """llama.cpp clears its KV cache and its output at birth, and the cache when it forgets everything: fresh pages
+        are zero already, later clears give the pages back."""
         size = int(abi.Buffer.from_address(buffer).size)
         base = next(r for r in self.regions if r.address == _base_of(buffer))
         if value == 0:

@@ -14,7 +14,7 @@ struct h2o_filter {
     size_t n_marks;        /* a power of two */
     size_t source_offset;  /* bytes from the beginning of a node to its first source */
     size_t n_sources;
-    int32_t everything;    /* not 0: Python hears of every node */
+    int32_t everything;    /* not 0: Python hears of every node; any thread may set it, the next node sees it */
 };
 
 bool h2o_node_filter(void *node, bool ask, void *data) {

@@ -71,7 +71,7 @@ class NodeFilter:
         self.data = ctypes.addressof(self._struct)
 
     def pass_on_everything(self, wanted: bool) -> None:
-        """Whether nodes are passed on whatever their sources are."""
+        """Whether nodes are passed on whatever their sources are. Any thread may say it: nodes read it one by one."""
         self._struct.everything = wanted
 
     def watch(self, address: int) -> None:

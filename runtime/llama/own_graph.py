@@ -25,7 +25,10 @@ class OwnGraph:
             abi.ggml_build_forward_expand(self._graph, ctypes.addressof(output))
 
     def compute(self, what: str, next_step: str) -> None:
-        """Compute everything. Raises EngineError with what could not be computed, and what to do then."""
+        """Compute everything. Raises EngineError with what could not be computed, and what to do then.
+
+        Between two nodes of llama.cpp, whose threads wait for the callback: backends share nothing but the cores.
+        """
         status = abi.ggml_backend_graph_compute(self._backend, self._graph)
         if status != 0:
             raise EngineError(f"llama.cpp could not compute {what} (status {status})", next_step)
@@ -38,7 +41,7 @@ class OwnGraph:
 
 def operate(output: abi.Tensor, op: int, *sources: abi.Tensor) -> None:
     """Make a tensor the result of an operation on others."""
-    output.op = op
+    output.op = op  # its flags stay: ggml passes over a node that the graph has not marked
     for i, source in enumerate(sources):
         output.src[i] = ctypes.addressof(source)
 

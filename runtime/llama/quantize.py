@@ -175,7 +175,7 @@ def _make(source: Path, target: Path, n_bytes: int, progress: Progress) -> None:
     root = str(Path(__file__).resolve().parents[2])
     command = [sys.executable, "-c", _CHILD, root, str(source), str(partial), COPY_TYPE]
 
-    def share() -> float:
+    def share() -> float:  # llama.cpp writes the file from front to back
         return partial.stat().st_size / n_bytes if partial.exists() else 0.0
 
     try:

@@ -25,7 +25,10 @@ class TiledProduct:
         self._graph = OwnGraph(n_threads, [self._output])
 
     def begin(self, node_address: int) -> None:
-        """Take over a MUL_MAT node: src[0] weights [n_in, n_rows], src[1] input [n_in, n_tokens]."""
+        """Take over a MUL_MAT node: src[0] weights [n_in, n_rows], src[1] input [n_in, n_tokens].
+
+        In its report: the input is still there, llama.cpp gives its memory to others from the next node on only.
+        """
         node = abi.Tensor.from_address(node_address)
         for own, source in ((self._output, node_address), (self._weights, node.src[0]), (self._input, node.src[1])):
             ctypes.memmove(ctypes.addressof(own), source, abi.TENSOR_BYTES)

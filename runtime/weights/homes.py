@@ -50,6 +50,8 @@ class Homes:
     Huge pages are for when everything is resident: computing is faster with them. While a part of the model is streamed
     the disk sets the pace, and they only cost: in a virtual machine that gives free memory back to its host, 2 seconds
     per GB before the first token, four times as much as small pages.
+
+    The lock of the store that owns them guards changes; a home, once there, stays where it is until the end.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,7 @@ class Repacker:
             self._set_tensor(self._buffer, ctypes.addressof(part), bounce.address, 0, rows * row_bytes)
         bounce.free()
         self._plain[address] = tensor.buffer
-        tensor.buffer, tensor.extra = self._buffer, arrangement
+        tensor.buffer, tensor.extra = self._buffer, arrangement  # llama.cpp looks at them when it computes a node
 
     def _arrangement(self, address: int) -> int | None:
         copy = abi.Tensor()

@@ -18,7 +18,10 @@ class Slot:
 
 
 class Ring:
-    """A byte ring of slots. Slots may be given back in any order; their bytes return in the order they were taken."""
+    """A byte ring of slots. Slots may be given back in any order; their bytes return in the order they were taken.
+
+    The lock of the store that owns it guards it.
+    """
 
     def __init__(self, n_bytes: int) -> None:
         self.n_bytes = n_bytes

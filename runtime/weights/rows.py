@@ -30,7 +30,10 @@ class RowTable:
         return self._region.address + self.tensor.offset - self._start
 
     def fetch(self, rows: Iterable[int], store: LayerStore) -> None:
-        """Make rows present. Rows fetched earlier stay as long as all together fit in max_bytes."""
+        """Make rows present. Rows fetched earlier stay as long as all together fit in max_bytes.
+
+        llama.cpp reads the rows of a pass's tokens only: where it does not, check_architecture refuses the model.
+        """
         pages: set[int] = set()
         for row in set(rows):
             first = self.tensor.offset + row * self.tensor.row_bytes - self._start
