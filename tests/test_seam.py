@@ -13,7 +13,7 @@ from engines import engine
 from reference import context, loaded_model, system_info
 
 from runtime.errors import ModelError
-from runtime.llama import abi, hollow, model_file, quantize, tokenizer
+from runtime.llama import abi, header, hollow, model_file, quantize, tokenizer
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
@@ -45,9 +45,9 @@ def test_numbers_of_types():
         kinds.UINT64,
         kinds.INT64,
     )
-    assert list(model_file._INT_TYPES) == [int(kind) for kind in integers]
-    assert (model_file._GGUF_STRING, model_file._GGUF_ARRAY) == (kinds.STRING, kinds.ARRAY)
-    assert model_file._TOKEN_TYPE_BYTE == gguf.TokenType.BYTE
+    assert list(header._INT_TYPES) == [int(kind) for kind in integers]
+    assert (header._GGUF_STRING, header._GGUF_ARRAY) == (kinds.STRING, kinds.ARRAY)
+    assert header._TOKEN_TYPE_BYTE == gguf.TokenType.BYTE
 
 
 def test_numbers_of_the_library():
