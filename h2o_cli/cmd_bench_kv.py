@@ -35,7 +35,7 @@ Tasks = Annotated[
 ]
 Trials = Annotated[int | None, typer.Option("--trials", metavar="N", min=1, help="Questions per depth.")]
 Layers = Annotated[str, typer.Option("--layers", metavar="I,J,..|auto", help="Filter layers.")]
-Wait = Annotated[int | None, typer.Option("--wait", metavar="N", min=0, help="Layers behind each that see everything.")]
+Wait = Annotated[int | None, typer.Option("--wait", metavar="N", min=0, help="Layers after each that see everything.")]
 Others = Annotated[
     list[str] | None, typer.Option("--other", metavar="I,J,..", help="More filter layers to compare; repeatable.")
 ]

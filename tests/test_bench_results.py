@@ -157,10 +157,12 @@ def test_rows_as_json(tmp_path, capsys):
     assert capsys.readouterr().out == '{"suite": "toys", "model": "m", "n": 1}\n'
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot be written"):
-        Results(TOYS, tmp_path / "file" / "out").begin()
+    results = Results(TOYS, tmp_path / "file" / "out")
+    for step in (results.begin, lambda: results.keep([toy()]), lambda: results.finish([toy()])):
+        with pytest.raises(UsageError, match="cannot be written"):
+            step()
 
 
 def test_names_are_checked():

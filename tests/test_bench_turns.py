@@ -23,9 +23,8 @@ class FakeEngine:
     def __init__(self, name, log, seconds, n_tokens=10**6):
         self.name, self.log, self.seconds, self.n_tokens = name, log, seconds, n_tokens
 
-    def ask(self, line, timeout_s, between):
+    def ask(self, line, timeout_s):
         self.log.append((self.name, line))
-        between()
         if line == AGAIN:
             self.left = self.n_tokens
         n = min(1 if line == AGAIN else int(line), self.left)

@@ -5,7 +5,7 @@ import json
 import pytest
 from children import without_progress
 
-from h2o_cli.bench.kv.methods import EVERYWHERE, FULL, OMNIKV, Roles, compared_methods
+from h2o_cli.bench.kv.methods import EVERYWHERE, FULL, OMNIKV, OTHERS, Roles, compared_methods
 from h2o_cli.bench.kv.report import report
 from h2o_cli.bench.kv.rows import KvRow, accuracy_of
 from h2o_cli.bench.rows import read_lines
@@ -38,6 +38,7 @@ def test_a_small_run(bundled_model, tmp_path, capsys):
         "-t",
         2,
     ]
+    flags += [word for name in (FULL, OMNIKV, EVERYWHERE, OTHERS) for word in ("--method", name)]
     assert run(bundled_model, *flags, "--data", data, "--other", "2,5", "--output", tmp_path / "out") == 0
     rows = read_lines(tmp_path / "out" / "rows.jsonl", KvRow)
     assert {row.suite for row in rows} == {"accuracy", "divergence", "data"}

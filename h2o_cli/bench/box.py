@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ AS_ROOT = "run it as root on a Linux with memory and blkio (v1) or memory and io
 KERNEL = "use Linux 5.19 or newer"
 _ENTER = 'for f in "$1" "$2"; do echo $$ >"$f" || exit 125; done; shift 2; exec "$@"'
 _COULD_NOT_ENTER = 125
-_POLL_S = 0.2
 _END_S = 10.0
 _MOST_OUTPUT_BYTES = 2**24
 
@@ -86,9 +85,8 @@ def run_in_device(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 600.0,
     cold: Iterable[Path] = (),
-    between: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Run a command in the device, its page cache dropped first; `between` is called now and then, and may raise.
+    """Run a command in the device; the page cache is dropped first.
 
     `cold` names the files to evict where the whole cache may not be dropped. Nothing of the group is left afterwards,
     whatever happens. Raises H2OError where a device cannot be emulated.
@@ -98,7 +96,7 @@ def run_in_device(
         drop_page_cache(cold)
         subprocess.run(["/bin/sh", "-c", ":"], stdin=subprocess.DEVNULL, check=False)  # its start is not the command's
         with tempfile.TemporaryFile() as errors:
-            return _run(command, groups, errors, env, timeout_s, between)
+            return _run(command, groups, errors, env, timeout_s)
     finally:
         groups.remove()
 
@@ -118,11 +116,10 @@ def _run(
     errors: IO[bytes],
     env: Mapping[str, str] | None,
     timeout_s: float,
-    between: Callable[[], None],
 ) -> Outcome:
     start_s = time.monotonic()
     with _child(command, groups, errors, env, subprocess.DEVNULL) as child:
-        output, output_s, timed_out = _collect(child, start_s, timeout_s, between)
+        output, output_s, timed_out = _collect(child, start_s, timeout_s)
         rc = child.wait()
     wall_s = time.monotonic() - start_s
     stderr = _text(errors)
@@ -164,9 +161,7 @@ def _text(errors: IO[bytes]) -> str:
     return errors.read(_MOST_OUTPUT_BYTES).decode(errors="replace")
 
 
-def _collect(
-    child: subprocess.Popen[bytes], start_s: float, timeout_s: float, between: Callable[[], None]
-) -> tuple[bytes, float, bool]:
+def _collect(child: subprocess.Popen[bytes], start_s: float, timeout_s: float) -> tuple[bytes, float, bool]:
     """Output of the child until it ends, when its last part came, and whether it had to be killed for its time."""
     assert child.stdout
     parts: list[bytes] = []
@@ -175,16 +170,16 @@ def _collect(
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
         while True:
-            if selector.select(_POLL_S):
+            left_s = start_s + timeout_s - time.monotonic()
+            if left_s <= 0 and not timed_out:
+                timed_out = True
+                os.killpg(child.pid, signal.SIGKILL)
+            elif selector.select(None if timed_out else left_s):
                 data = os.read(child.stdout.fileno(), 2**16)
                 if not data:
                     return b"".join(parts), output_s, timed_out
                 output_s = time.monotonic() - start_s
                 parts.append(data)
-            between()
-            if time.monotonic() - start_s > timeout_s and not timed_out:
-                timed_out = True
-                os.killpg(child.pid, signal.SIGKILL)
 
 
 # --- a command that is asked again and again -------------------------------------------------------------------------
@@ -197,7 +192,7 @@ class Talk:
         self._child, self._groups, self._errors = child, groups, errors
         self._read = b""
 
-    def ask(self, line: str, timeout_s: float, between: Callable[[], None] = lambda: None) -> str:
+    def ask(self, line: str, timeout_s: float) -> str:
         """The answer to a line. Raises EngineError where none comes."""
         assert self._child.stdin and self._child.stdout
         with suppress(BrokenPipeError):
@@ -206,14 +201,13 @@ class Talk:
         with selectors.DefaultSelector() as selector:
             selector.register(self._child.stdout, selectors.EVENT_READ)
             while b"\n" not in self._read:
-                if selector.select(_POLL_S):
-                    data = os.read(self._child.stdout.fileno(), 2**16)
-                    if not data:
-                        raise self._ended()
-                    self._read += data
-                between()
-                if time.monotonic() > until_s:
+                left_s = until_s - time.monotonic()
+                if left_s <= 0 or not selector.select(left_s):
                     raise EngineError(f"no answer within {timeout_s:.0f} s", "close other programs")
+                data = os.read(self._child.stdout.fileno(), 2**16)
+                if not data:
+                    raise self._ended()
+                self._read += data
         answer, _, self._read = self._read.partition(b"\n")
         return answer.decode(errors="replace")
 
@@ -367,15 +361,11 @@ def block_device(path: Path) -> str:
 # --- the page cache --------------------------------------------------------------------------------------------------
 
 
-def drop_page_cache(files: Iterable[Path] = ()) -> bool:
-    """Make the next reads come from the disk: drop all of the page cache, or where that is forbidden, these files.
-
-    Returns whether the whole cache was dropped.
-    """
+def drop_page_cache(files: Iterable[Path] = ()) -> None:
+    """Make the next reads come from the disk: drop all of the page cache, or where that is forbidden, these files."""
     os.sync()
     try:
         DROP_CACHES.write_text("3")
-        return True
     except OSError:
         for file in files:
             fd = os.open(file, os.O_RDONLY)
@@ -383,4 +373,3 @@ def drop_page_cache(files: Iterable[Path] = ()) -> bool:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
-        return False

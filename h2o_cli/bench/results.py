@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -48,20 +49,17 @@ class Results(Generic[_Row]):
 
     def begin(self, *, add: bool = False) -> None:
         """Make the folder; without `add`, the rows of an earlier benchmark are removed. Raises UsageError."""
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in () if add else (self.kind.rows, *self.kind.beside):
                 (self.folder / name).unlink(missing_ok=True)
             (self.folder / self.kind.rows).open("ab").close()
-        except OSError as error:
-            raise UsageError(
-                f"{self.folder} cannot be written: {error.strerror}", "choose another folder with --output"
-            ) from None
 
     def keep(self, rows: Iterable[_Row]) -> None:
-        """Write every row as soon as it is measured, and say what it is."""
+        """Write every row as soon as it is measured, and say what it is. Raises UsageError."""
         for row in rows:
-            append_line(self.folder / self.kind.rows, row)
+            with self._writing():
+                append_line(self.folder / self.kind.rows, row)
             if self.kind.told:
                 note(self.kind.told(row))
             if self.json:
@@ -74,19 +72,33 @@ class Results(Generic[_Row]):
     def finish(self, rows: Sequence[_Row], *, again: bool = False) -> None:
         """Draw the pictures, where that can be done, write the report around them, and print the summary.
 
-        again: pictures that are in the folder already are shown too, for what they were drawn from may be gone.
+        again: pictures that are in the folder already are shown too, for what they were drawn from may be gone. Raises
+        UsageError.
         """
-        pictures: list[str] = []
-        try:
-            pictures = [path.name for path in self.kind.draw(rows, self.folder)]
-        except UsageError as error:
-            note(str(error))
-        if again:
-            pictures += sorted(path.name for path in self.folder.glob("*.png") if path.name not in pictures)
-        (self.folder / self.kind.report).write_text(self.kind.text(rows, pictures))
+        with self._writing():
+            pictures = self._draw(rows)
+            if again:
+                pictures += sorted(path.name for path in self.folder.glob("*.png") if path.name not in pictures)
+            (self.folder / self.kind.report).write_text(self.kind.text(rows, pictures))
         if not self.json:
             emit(self.kind.summary(rows) + "\n")
         note(f"the rows and {self.kind.report} are in {self.folder}")
+
+    def _draw(self, rows: Sequence[_Row]) -> list[str]:
+        """The file names of the pictures; none without matplotlib."""
+        try:
+            return [path.name for path in self.kind.draw(rows, self.folder)]
+        except UsageError as error:
+            note(str(error))
+            return []
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"{self.folder} cannot be written: {reason}", "choose another folder") from None
 
 
 def make_again(folder: Path, kinds: Collection[Kind[Any]]) -> None:

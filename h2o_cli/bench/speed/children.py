@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,13 +32,10 @@ class Planned:
 
 
 class Children:
-    """Starts the commands. `work` is a folder for files of this benchmark, profiles of the emulated device included.
+    """Starts the commands. `work` is a folder for files of this benchmark, profiles of the emulated device included."""
 
-    `between` is called while a command runs, and may raise.
-    """
-
-    def __init__(self, work: Path, between: Callable[[], None] = lambda: None) -> None:
-        self._work, self._between = work, between
+    def __init__(self, work: Path) -> None:
+        self._work = work
         self._env = environment(H2O_PROFILES=str(work))
 
     def profile(self, model: Path, device: Device, repeats: int) -> ModelProfile:
@@ -87,7 +84,7 @@ class Children:
             ):
                 yield h2o, llama_cpp
 
-        return (own, other), take_turns(both, self._between)
+        return (own, other), take_turns(both)
 
     def timeline(self, model: Path, planned: Planned, device: Device, threads: int) -> Timeline:
         """One token under the clock. Raises EngineError where that could not be measured."""
@@ -102,7 +99,7 @@ class Children:
         return self._work / f"{model.stem}.json"
 
     def _run(self, started: Sequence[str], device: Device, env: dict[str, str], model: Path) -> Outcome:
-        return run_in_device(started, device, env=env, timeout_s=_TIMEOUT_S, cold=[model], between=self._between)
+        return run_in_device(started, device, env=env, timeout_s=_TIMEOUT_S, cold=[model])
 
 
 def _failed(what: str, outcome: Outcome) -> EngineError:

@@ -34,7 +34,7 @@ _TIMEOUT_S = 300.0
 class Asked(Protocol):
     """An engine that does rounds."""
 
-    def ask(self, line: str, timeout_s: float, between: Callable[[], None]) -> str:
+    def ask(self, line: str, timeout_s: float) -> str:
         """The answer to a line."""
 
     @property
@@ -52,7 +52,6 @@ class _Round(msgspec.Struct):
 class _Side:
     """One engine of the two, over all openings."""
 
-    between: Callable[[], None]
     engine: Asked | None = None
     tokens: list[int] = field(default_factory=list)
     peak_bytes: int = 0
@@ -61,7 +60,7 @@ class _Side:
         """Have one round done. Raises EngineError."""
         assert self.engine
         time.sleep(PAUSE_S)
-        answer = self.engine.ask(line, _TIMEOUT_S, self.between)
+        answer = self.engine.ask(line, _TIMEOUT_S)
         try:
             done = msgspec.json.decode(answer, type=_Round)
         except msgspec.DecodeError as error:
@@ -80,11 +79,9 @@ class Taken:
     peak_bytes: int
 
 
-def take_turns(
-    open_both: Callable[[], AbstractContextManager[tuple[Asked, Asked]]], between: Callable[[], None] = lambda: None
-) -> Taken:
+def take_turns(open_both: Callable[[], AbstractContextManager[tuple[Asked, Asked]]]) -> Taken:
     """Open (h2o, llama.cpp) some times; have each compute the prompt some times, then an answer. Raises EngineError."""
-    own, other = sides = _Side(between), _Side(between)
+    own, other = sides = _Side(), _Side()
     prefill: list[tuple[_Round, _Round]] = []
     decode: list[tuple[_Round, _Round]] = []
     for _ in range(OPENINGS):
@@ -103,7 +100,7 @@ def take_turns(
 
 
 def _pairs(sides: tuple[_Side, _Side], line: str, n: int) -> list[tuple[_Round, _Round]]:
-    """n pairs of rounds, h2o's first in each."""
+    """n pairs of rounds (h2o's, llama.cpp's); who begins changes with every pair."""
     found = []
     for i in range(n):
         if i % 2 == 0:
