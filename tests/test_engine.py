@@ -284,11 +284,11 @@ def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
     guess = Plan(0, 1, Layout.BALANCED, window_bytes=largest, budget_bytes=10**9)
     with engine(bundled_model, Plan(1, 1)) as opened:
         for rate, pieces in [(0, 2), (900 * largest, 2), (1000 * largest, 4)]:
-            opened._store.bytes_read, opened._store.busy_s = 2 * rate, 2.0
+            opened._store._readers.bytes_read, opened._store._readers.busy_s = 2 * rate, 2.0
             assert opened._with_fitting_window(guess).window_bytes == pieces * largest
         wide = replace(guess, window_bytes=20 * largest)
         assert opened._with_fitting_window(wide) == wide
-        opened._store.bytes_read, opened._store.busy_s = 0, 0.0
+        opened._store._readers.bytes_read, opened._store._readers.busy_s = 0, 0.0
         assert opened._with_fitting_window(guess).window_bytes == 2 * largest  # nothing has come yet
         opened._store._wanted = frozenset()
         assert opened._with_fitting_window(guess).window_bytes == 4 * largest  # nothing was asked for

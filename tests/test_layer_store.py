@@ -24,6 +24,7 @@ from runtime.memory import Region, view
 from runtime.settings import Settings
 from runtime.sizes import PAGE, page_down, page_up
 from runtime.weights import head_start, homes
+from runtime.weights import readers as weight_readers
 from runtime.weights import store as layer_store
 from runtime.weights.files import BUFFERED, DIRECT, WeightFiles
 from runtime.weights.store import LayerStore
@@ -40,7 +41,7 @@ _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 @pytest.fixture(autouse=True)
 def end_when_hanging(monkeypatch):
     """The store's waits are ended by what they wait for; their time limit, a net below that, is out of reach here."""
-    monkeypatch.setattr(layer_store, "_POLL_S", 10 * PATIENCE_S)
+    monkeypatch.setattr(weight_readers, "_POLL_S", 10 * PATIENCE_S)
     faulthandler.dump_traceback_later(4 * PATIENCE_S, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -101,6 +102,21 @@ def resident_bytes(store):
     return n_bytes(piece for piece in store._pieces.values() if store.is_resident(piece))
 
 
+def check_state(store, between_passes=False):
+    """What the class says is always true of it."""
+    with store._lock:
+        loads, flying = store._loads.values(), store._readers.flying
+        assert not store._loads.keys() & store._resident
+        assert store._resident <= store._wanted
+        assert store._pass <= store._load_pass <= store._pass + 2
+        taken = {slot for slot in store._ring._slots if not slot.free} if store._ring else set()
+        assert taken == {load.slot for load in (*loads, *(c.load for c in flying if c.load)) if load.slot}
+        if between_passes:
+            assert not store._pending
+            assert not any(load.asked or load.pass_number < store._pass for load in loads)
+            assert store._place == 0
+
+
 def readers():
     return [thread for thread in threading.enumerate() if thread.name.startswith("reader-")]
 
@@ -127,6 +143,7 @@ class Computation:
         self.boundary = max(0, min(window // 4, (window - 2 * largest) // 2))
         self.store.apply(frozenset(wanted), window)
         self.check_memory()
+        check_state(self.store)
 
     def use(self, piece):
         address = self.store.need(piece)
@@ -142,6 +159,7 @@ class Computation:
         self.held.clear()
         self.asked = 0
         self.store.computed()
+        check_state(self.store)
 
     def check(self, address, piece):
         assert np.array_equal(np.frombuffer(view(address, piece.n_bytes), np.uint64), self.content(piece))
@@ -155,6 +173,7 @@ class Computation:
         self.report()
         self.check_memory()
         self.store.end_pass(complete=complete)
+        check_state(self.store, between_passes=True)
 
 
 @contextmanager
@@ -437,10 +456,10 @@ def test_a_piece_is_not_read_again_before_a_reader_has_looked_at_the_next_one():
     store.apply(frozenset(), 2 * ONE)
     for piece in SMALL.pieces:
         with store._lock:
-            chunk = store._next_chunk()
+            chunk = store._readers.next_chunk()
             assert chunk.load.piece is piece
             files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
-            store._finish(chunk, None)
+            store._readers.finish(chunk, None)
         assert np.array_equal(np.frombuffer(view(store.need(piece), piece.n_bytes), np.uint64), expected(piece))
         store.computed()
     store.close()
@@ -671,7 +690,7 @@ def test_nobody_computes_when_there_is_nothing_to_do():
 def test_few_readers_look_for_work_in_vain(monkeypatch):
     """One piece is streamed: one reader has work in each pass, and the other three sleep."""
     in_vain = []
-    start_load = LayerStore._start_load
+    start_load = LayerStore.start_load
 
     def look(self):
         found = start_load(self)
@@ -683,11 +702,11 @@ def test_few_readers_look_for_work_in_vain(monkeypatch):
         c.plan(numbers_of(c.pieces[1:]), ONE)
         c.one_pass()
         s.settle()
-        wait_until(lambda: s._resting == 4)
-        monkeypatch.setattr(LayerStore, "_start_load", look)
+        wait_until(lambda: s._readers.resting == 4)
+        monkeypatch.setattr(LayerStore, "start_load", look)
         for _ in range(20):
             c.one_pass()
-            wait_until(lambda: s._resting == 4)
+            wait_until(lambda: s._readers.resting == 4)
         assert len(in_vain) <= 2 * 20
 
 
@@ -754,7 +773,7 @@ def test_rows_are_read_before_the_stream():
         assert files.holding.wait(PATIENCE_S)
         chunks = [(0, n * PAGE, region.address + n * PAGE, PAGE) for n in (0, 2)]
         thread, results = in_background(lambda: s.read_now(chunks))
-        wait_until(lambda: len(s._queue) > 1)
+        wait_until(lambda: len(s._readers.queue) > 1)
         files.go.set()
         thread.join(PATIENCE_S)
         assert results == [None]

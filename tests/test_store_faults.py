@@ -22,14 +22,14 @@ from test_layer_store import (
 from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.memory import Region
 from runtime.sizes import PAGE, page_down
-from runtime.weights import store as layer_store
+from runtime.weights import readers as weight_readers
 from runtime.weights.store import LayerStore
 
 
 @pytest.fixture
 def short_waits(monkeypatch):
     """Waits look at an interrupt as often as they do outside of tests."""
-    monkeypatch.setattr(layer_store, "_POLL_S", 0.05)
+    monkeypatch.setattr(weight_readers, "_POLL_S", 0.05)
 
 
 def place(piece):
@@ -161,7 +161,7 @@ def test_rows_of_an_interrupted_pass_are_not_read_later():
         c.one_pass()
         files.held = {0}
         rows = [(0, n * PAGE, region.address + n * PAGE, PAGE) for n in (0, 2)]
-        thread, results = in_background(lambda: s.read_now(list(reversed(rows))))
+        thread, results = in_background(lambda: s.read_now(rows))
         assert files.holding.wait(PATIENCE_S)
         s.interrupt = Cancelled(2)
         thread.join(PATIENCE_S)

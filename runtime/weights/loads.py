@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from runtime.llama.model_file import Piece
@@ -61,12 +60,3 @@ class Chunk:
     def load(self) -> Load | None:
         """The load it is part of, unless it is part of a batch."""
         return self.part if isinstance(self.part, Load) else None
-
-
-def remove(queue: deque[Chunk], part: Load | Batch) -> None:
-    """Take the reads of a load or a batch out of a queue; they no longer count as left."""
-    others = [chunk for chunk in queue if chunk.part is not part]
-    if len(others) < len(queue):
-        part.chunks_left -= len(queue) - len(others)
-        queue.clear()
-        queue.extend(others)

@@ -7,30 +7,49 @@ the ring until it has been computed with. So the first pass loads the resident p
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 from runtime.errors import EngineError
 from runtime.llama.model_file import ModelFile, Piece
-from runtime.memory import touch
 from runtime.sizes import PAGE, page_down
-from runtime.threads import join_threads, start_threads
 from runtime.weights.files import WeightFiles
 from runtime.weights.homes import Home, Homes
-from runtime.weights.loads import NONE, Batch, Chunk, Load, Numbers, remove
+from runtime.weights.loads import NONE, Chunk, Load, Numbers
+from runtime.weights.readers import Observer, Readers
 from runtime.weights.ring import Ring
-
-_POLL_S = 0.1
 
 
 class LayerStore:
-    """The streamable pieces of a model, or of the part that is owned, read from the first apply() on: `depth` threads
-    read, one computes (need, computed, end_pass)."""
+    """The streamable pieces of a model, or of the part that is owned, read from the first apply() on.
 
-    read_observer: ClassVar[Callable[[int, int, float, float], None] | None] = None  # offset, bytes, begin, end
+    **Threads.** One thread computes: it alone may call apply, expect_passes, need, next_is_there, computed, settle,
+    end_pass, read_now and close. Readers (`readers.py`) call start_load, begins and loaded. Any thread may set
+    `interrupt` and look at `share_used` and the figures.
+
+    **The lock** is the readers'. Every attribute below is read and written with it held, but for these:
+
+    - `_wanted`, `_ring` and `_homes` change in apply and close only. The computing thread calls those, so it may look
+      without the lock.
+    - A number enters `_resident` when a reader has read the piece, and leaves it in apply only. So a yes of
+      is_resident, which takes no lock, is true until the next apply; a no may be a read late.
+    - `share_used` and the figures are for people and for measuring: anybody looks, and may be a step late.
+
+    **Addresses.** What `need` returns is used without the lock. A slot of the ring that was asked for is given back by
+    `computed` only, a home by `apply`: both are called by the thread that uses the address.
+
+    **Always**, with the lock held:
+
+    - A piece is in `_loads` (on its way, or in the ring) or in `_resident` (at home) or in neither, never in both.
+    - `_pass <= _load_pass <= _pass + 2`: the stream is at most one pass ahead; at 2 it has come to the end of that one.
+    - A slot is taken as long as its load is in `_loads`, or was dropped and a read of it is under way.
+
+    **Between two passes** also: `_pending` is empty, `_place` is 0, no load was asked for, and none belongs to a pass
+    that is over. The readers go on all the time, but not while apply changes the plan.
+    """
+
+    read_observer: ClassVar[Observer | None] = None  # of the stores that are opened from now on
 
     def __init__(self, model: ModelFile, files: WeightFiles, *, request_bytes: int = 2**21, depth: int = 4) -> None:
         self.files = files
@@ -38,31 +57,23 @@ class LayerStore:
         self._head = frozenset(piece.number for piece in model.head.pieces)
         self._share_before = {group.index: i / max(1, model.n_layers) for i, group in enumerate(model.groups)}
         self._request_bytes = max(PAGE, page_down(request_bytes))
-        self._order = list(self._pieces)
+        self._order = list(self._pieces)  # of use, as far as it is known
         self._homes = Homes()
+        self._ring: Ring | None = None
         self._wanted = NONE
         self._resident: set[int] = set()
         self._missing: list[int] = []  # wanted and not read yet, the last one first
-        self._ring: Ring | None = None
         self._loads: dict[int, Load] = {}
-        self._pending: list[Load] = []
-        self._queue: deque[Chunk] = deque()
+        self._pending: list[Load] = []  # asked for, and maybe not computed with yet
         self._ahead: Load | None = None  # of a resident piece that the stream has not come to yet
         self._passes_without_head: set[int] = set()
         self._pass = 0  # the pass being computed
         self._place = 0  # in _order: where the computation is
         self._surprised = False  # a piece of this pass was not used where _order has it
-        self._load_pass = self._load_place = 0  # where the readers are
-        self._flying: list[Chunk] = []  # what readers are reading just now
-        self._resting = 0  # readers that wait for something to read
-        self._paused = True
-        self._closing = False
-        self.interrupt: BaseException | None = None  # set it from anywhere: who waits for a read raises it
-        self.bytes_read, self.wait_s, self.busy_s, self._busy_since = 0, 0.0, 0.0, 0.0
-        self._lock = threading.Lock()
-        self._readable = threading.Condition(self._lock)  # for readers: there may be something to read
-        self._arrived = threading.Condition(self._lock)  # for the computation: something arrived
-        self._threads = start_threads(depth, "reader", self._reader, self._stop)
+        self._load_pass = self._load_place = 0  # where the stream is
+        self.wait_s = 0.0
+        self._readers = Readers(files, self, depth, LayerStore.read_observer)
+        self._lock = self._readers.lock
 
     # --- plans --------------------------------------------------------------------------------------------------
 
@@ -76,12 +87,12 @@ class LayerStore:
         the plan in force stays. Reads under way go on, those aside that have no place in the new plan.
         """
         with self._lock:
-            self._paused = True
+            self._readers.pause()
             try:
                 same_ring = window_bytes == self.window_bytes
-                while any(c.load and not c.load.has_place(wanted, same_ring) for c in self._flying):
-                    self._check()
-                    self._arrived.wait(_POLL_S)
+                while any(c.load and not c.load.has_place(wanted, same_ring) for c in self._readers.flying):
+                    self._readers.check()
+                    self._readers.wait()
                 everything = everything or len(wanted) == len(self._pieces)
                 self._homes.expect((self._pieces[number] for number in sorted(wanted)), everything=everything)
                 ring = self._ring if same_ring else Ring(window_bytes) if window_bytes else None
@@ -93,8 +104,7 @@ class LayerStore:
                 self._missing = [n for n in reversed(self._order) if n in wanted and n not in self._resident]
                 self._load_pass, self._load_place = self._pass, 0
             finally:
-                self._paused = False
-                self._readable.notify_all()
+                self._readers.go_on()
 
     def _drop_homes(self, wanted: Numbers) -> None:
         """Free what is at home, as a whole or in part, and not wanted."""
@@ -108,7 +118,7 @@ class LayerStore:
             load.pass_number = self._pass
             if not load.has_place(wanted, same_ring):
                 del self._loads[number]
-                remove(self._queue, load)
+                self._readers.take_out(load)
 
     # --- the computation's side ---------------------------------------------------------------------------------
 
@@ -116,7 +126,7 @@ class LayerStore:
         """The next passes need the output head or not; passes not announced need it."""
         with self._lock:
             self._passes_without_head = {self._pass + i for i, head in enumerate(heads) if not head}
-            self._feed()
+            self._readers.feed()
 
     def need(self, piece: Piece) -> int:
         """The address of the piece's bytes; waits until they are there. Raises DiskError when reading failed."""
@@ -159,7 +169,7 @@ class LayerStore:
         """A read ahead that failed is tried again; what fails while it is waited for is an error."""
         start, tried = time.perf_counter(), False
         while piece.number not in self._resident:
-            self._check()
+            self._readers.check()
             load = self._loads.get(piece.number)
             if load and load.error:
                 self._drop(load)
@@ -171,7 +181,7 @@ class LayerStore:
                 self._load_now(piece)
             elif load.chunks_left == 0:
                 break
-            self._arrived.wait(_POLL_S)
+            self._readers.wait()
         self.wait_s += time.perf_counter() - start
 
     def _load_now(self, piece: Piece) -> None:
@@ -182,12 +192,8 @@ class LayerStore:
         for load in list(self._loads.values()):
             if load.slot and not load.asked:
                 self._drop(load)
-        if not self._start(piece) and not self._flying:
+        if not self._start(piece) and not self._readers.flying:
             raise EngineError("the streaming window is smaller than one tensor", "raise -m")
-
-    def _check(self) -> None:
-        if self.interrupt:
-            raise self.interrupt
 
     def next_is_there(self) -> bool:
         """Whether the piece that is used next has arrived. False once this pass has shown that nobody knows which."""
@@ -211,15 +217,15 @@ class LayerStore:
                     del self._loads[load.piece.number]
                 self._give_back(load)
             if pending:
-                self._feed()
+                self._readers.feed()
 
     def settle(self, then: Callable[[], object] = lambda: None) -> None:
         """Wait until the readers have filled the window and rest, then call `then`: a wait, too (for measuring)."""
         start = time.perf_counter()
         with self._lock:
-            while self._queue or self._flying or self._start_load():
-                self._check()
-                self._arrived.wait(_POLL_S)
+            while self._readers.queue or self._readers.flying or self.start_load():
+                self._readers.check()
+                self._readers.wait()
         then()
         self.wait_s += time.perf_counter() - start
 
@@ -242,17 +248,12 @@ class LayerStore:
                     load.pass_number = self._pass
             if self._load_pass < self._pass:
                 self._load_pass, self._load_place = self._pass, 0
-            self._feed()
-
-    def _feed(self) -> None:
-        """Queue reads for resting readers, and wake as many: one that wakes in vain takes a core for nothing."""
-        while len(self._queue) < self._resting and not self._paused and self._start_load():
-            pass
+            self._readers.feed()
 
     def _drop(self, load: Load) -> None:
         """Take a load out of the stream. Its slot comes back at once, or when the reads under way have ended."""
         del self._loads[load.piece.number]
-        remove(self._queue, load)
+        self._readers.take_out(load)
         if load.chunks_left == 0:
             self._give_back(load)
 
@@ -260,84 +261,16 @@ class LayerStore:
         if load.slot and self._ring:
             self._ring.give_back(load.slot)
 
-    def read_now(self, chunks: list[tuple[int, int, int, int]]) -> None:
+    def read_now(self, chunks: Sequence[tuple[int, int, int, int]]) -> None:
         """Read (file, offset, address, bytes) ranges before anything else, and wait for them. Raises DiskError."""
-        batch = Batch(len(chunks))
-        with self._lock:
-            self._queue.extendleft(Chunk(*chunk, batch) for chunk in chunks)
-            self._readable.notify_all()
-            start = time.perf_counter()
-            while batch.chunks_left and not (batch.error or self.interrupt):
-                self._arrived.wait(_POLL_S)
-            self.wait_s += time.perf_counter() - start
-            if batch.chunks_left or batch.error:
-                remove(self._queue, batch)
-                raise batch.error or self.interrupt  # type: ignore[misc]
-
-    # --- the readers' side --------------------------------------------------------------------------------------
-
-    def _reader(self) -> None:
-        while True:
-            with self._lock:
-                if (chunk := self._next_chunk()) is None:
-                    return
-                if not self._flying:
-                    self._busy_since = time.perf_counter()
-                self._flying.append(chunk)
-            error: BaseException | None = None
-            try:
-                self._read(chunk)
-            except BaseException as caught:  # noqa: BLE001 - handed to the computing thread, which raises it
-                error = caught
-            with self._lock:
-                self._flying.remove(chunk)
-                now, since = time.perf_counter(), self._busy_since
-                self.busy_s, self._busy_since = self.busy_s + now - since, now
-                self._finish(chunk, error)
-                self._arrived.notify_all()
-
-    def _read(self, chunk: Chunk) -> None:
         start = time.perf_counter()
-        if chunk.load:
-            touch(chunk.address, chunk.n_bytes)
-        self.files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
-        if LayerStore.read_observer:
-            LayerStore.read_observer(chunk.offset, chunk.n_bytes, start, time.perf_counter())
+        with self._lock:
+            self._readers.read_now(chunks)
+        self.wait_s += time.perf_counter() - start
 
-    def _finish(self, chunk: Chunk, error: BaseException | None) -> None:
-        part = chunk.part
-        part.chunks_left -= 1
-        if error:
-            part.error = error
-            remove(self._queue, part)
-        else:
-            self.bytes_read += chunk.n_bytes
-        if isinstance(part, Load) and part.chunks_left == 0:
-            self._loaded(part)
+    # --- the readers' side: called with the lock held -----------------------------------------------------------
 
-    def _loaded(self, load: Load) -> None:
-        """All reads of a load have ended."""
-        number = load.piece.number
-        if self._loads.get(number) is not load:
-            self._give_back(load)  # it was dropped while it was read
-        elif load.slot is None and not load.error:
-            del self._loads[number]
-            self._resident.add(number)
-
-    def _next_chunk(self) -> Chunk | None:
-        """The next read, waiting for one; None when the store is closed. Holds the lock."""
-        while not self._closing:
-            if self._queue and (not self._paused or self._queue[0].load is None):
-                if self._ahead and self._queue[0].load is self._ahead:
-                    self._overtake()
-                return self._queue.popleft()
-            if self._paused or not self._start_load():
-                self._resting += 1
-                self._readable.wait()
-                self._resting -= 1
-        return None
-
-    def _start_load(self) -> bool:
+    def start_load(self) -> bool:
         """Queue the reads of the next piece: of the stream, or while there is no room for that, of a resident one."""
         piece = self._next_piece()
         if piece and self._start(piece):
@@ -349,11 +282,21 @@ class LayerStore:
         self._ahead = self._loads[piece.number]
         return True
 
-    def _overtake(self) -> None:
-        """Where there is room again, queue what the stream needs before the piece that is being read ahead of it."""
-        piece = self._next_piece()
-        if piece and self._ahead and self._start(piece):
-            self._load_place += 1
+    def begins(self, chunk: Chunk) -> None:
+        """Where a piece is read ahead of the stream, which has room again, queue what the stream needs before it."""
+        if self._ahead and chunk.load is self._ahead:
+            piece = self._next_piece()
+            if piece and self._ahead and self._start(piece):
+                self._load_place += 1
+
+    def loaded(self, load: Load) -> None:
+        """All reads of a load have ended."""
+        number = load.piece.number
+        if self._loads.get(number) is not load:
+            self._give_back(load)  # it was dropped while it was read
+        elif load.slot is None and not load.error:
+            del self._loads[number]
+            self._resident.add(number)
 
     def _start(self, piece: Piece) -> bool:
         """Queue the reads of a piece, before all others; False when it needs the ring and there is no room."""
@@ -366,9 +309,7 @@ class LayerStore:
                 return False
             address = self._ring.address(slot)
         load = self._loads[piece.number] = Load(piece, self._load_pass, address, slot)
-        chunks = load.cut(self._request_bytes)
-        self._queue.extendleft(reversed(chunks))
-        self._readable.notify(len(chunks))
+        self._readers.put_first(load.cut(self._request_bytes))
         return True
 
     def _next_piece(self) -> Piece | None:
@@ -428,19 +369,31 @@ class LayerStore:
         """Bytes of the ring."""
         return self._ring.n_bytes if self._ring else 0
 
-    def _stop(self) -> None:
-        with self._lock:
-            self._closing = True
-            self._queue.clear()
-            self._readable.notify_all()
+    @property
+    def interrupt(self) -> BaseException | None:
+        """Set it from anywhere: who waits for a read raises it, soon."""
+        return self._readers.interrupt
+
+    @interrupt.setter
+    def interrupt(self, reason: BaseException | None) -> None:
+        self._readers.interrupt = reason
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read until now."""
+        return self._readers.bytes_read
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was under way."""
+        return self._readers.busy_s
 
     def close(self) -> bool:
         """Stop the readers, close the files and free all memory.
 
         False after an interrupt while a read still hangs: what it may write to stays until the process ends.
         """
-        self._stop()
-        if not join_threads(self._threads, lambda: bool(self.interrupt)):
+        if not self._readers.close():
             return False
         if self._ring:
             self._ring.free()
