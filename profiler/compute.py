@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from profiler.awake import Waker
 from profiler.model_profile import Spread
@@ -18,7 +19,6 @@ from profiler.timing import columns
 from runtime.engine.engine import Engine
 from runtime.engine.trace import LayerTrace
 from runtime.llama.hollow import HollowModel
-from runtime.llama.model_file import ModelFile
 from runtime.plans.plan import Plan
 from runtime.plans.residency import streamable_bytes
 
@@ -26,6 +26,8 @@ PREFILL_TOKENS = 128
 DISTURBED = 1.25  # a pass that takes this many times the fastest one's time was disturbed
 _WARM_TOKENS = 3  # the first loads the weights
 _SLOW_S = ((0.5, 32), (0.1, 64))  # decode passes slower than this many seconds: fewer prompt tokens per pass
+
+_Trace = TypeVar("_Trace", bound=LayerTrace)
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class _Pass:
         return sum(self.group_s)
 
 
-def layer_trace(file: ModelFile, model: HollowModel) -> LayerTrace:
-    """A trace of every layer and the head. The norm before the head counts as part of it."""
-    head = file.head.index
+def layer_trace(engine: Engine, model: HollowModel, kind: type[_Trace]) -> _Trace:
+    """A trace (of this kind) of every layer and the head. The norm before the head counts as part of it."""
+    file, head = engine.file, engine.file.head.index
     group_of = {t.name: group.index for group in file.groups for t in group.small}
     group_of |= {piece.tensor.name: piece.layer for piece in file.pieces}
     group_of |= {t.name: head for t in file.globals if t.name.startswith("output_norm")}
     addresses = {a: group for name, group in group_of.items() for a in model.weights.get(name, ())}
-    return LayerTrace(addresses, head + 1)
+    return kind(addresses, head + 1, lambda: engine.waited_s)
 
 
 def measure_compute(
@@ -79,17 +81,17 @@ def measure_compute(
     Passes that others disturbed are made again: of up to twice as many the fastest count. progress is called after
     each pass.
     """
-    file, settings = engine.file, engine.settings
+    settings = engine.settings
     waker = Waker(settings.n_threads)
-    engine.nodes.quiet = waker.wake
+    engine.weights.quiet = waker.wake
     try:
-        decode = _passes(engine, layer_trace(file, model), 1, repeats, progress)
+        decode = _passes(engine, layer_trace(engine, model, LayerTrace), 1, repeats, progress)
         most = next((tokens for limit_s, tokens in _SLOW_S if decode[0].compute_s > limit_s), PREFILL_TOKENS)
         n_tokens = min(most, settings.n_ubatch, settings.n_ctx)
-        prefill = _passes(engine, layer_trace(file, model), n_tokens, repeats, progress)
+        prefill = _passes(engine, layer_trace(engine, model, LayerTrace), n_tokens, repeats, progress)
         plain_s = _token_s(engine, repeats, room_bytes)
     finally:
-        engine.nodes.quiet = None
+        engine.weights.quiet = None
         waker.close()
     share = min(1.0, plain_s / statistics.median(p.compute_s + p.rest_s for p in decode))
     return ComputeTimes(
@@ -106,16 +108,15 @@ def _passes(
 ) -> list[_Pass]:
     """The passes that count, the fastest first."""
     engine.truncate(0)
-    engine.nodes.trace = trace
-    _timed_pass(engine, n_tokens, 0)
-    progress()
     passes: list[_Pass] = []
-    while len(passes) < repeats or (len(passes) < 2 * repeats and _disturbed(passes, repeats)):
-        rest_s = _timed_pass(engine, n_tokens, 1 + len(passes))
-        passes.append(_Pass(trace.seconds[-1], max(0.0, rest_s - sum(trace.seconds[-1]))))
-        passes.sort(key=lambda p: p.compute_s)
+    with engine.guests.joined_by(trace):
+        _timed_pass(engine, n_tokens, 0)
         progress()
-    engine.nodes.trace = None
+        while len(passes) < repeats or (len(passes) < 2 * repeats and _disturbed(passes, repeats)):
+            rest_s = _timed_pass(engine, n_tokens, 1 + len(passes))
+            passes.append(_Pass(trace.seconds[-1], max(0.0, rest_s - sum(trace.seconds[-1]))))
+            passes.sort(key=lambda p: p.compute_s)
+            progress()
     return passes[:repeats]
 
 

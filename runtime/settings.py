@@ -14,7 +14,7 @@ MARGIN_BYTES = 5 * MB  # thread stacks, kernel memory charged to the process, he
 TURNS_MARGIN_BYTES = 8 * MB  # of a conversation: a turn is rendered and tokenised while the engine is open
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 SHORT_PASS = 16  # tokens up to which a pass counts as no prompt: a token and a few drafts
-FULL_TILES = 128  # memory never makes passes shorter than this; see pass_memory.pass_sizes
+FULL_TILES = 128  # memory never makes passes shorter than this; see passes.cut
 
 
 @dataclass(frozen=True)

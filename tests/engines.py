@@ -15,14 +15,13 @@ from runtime.settings import Settings
 
 @contextmanager
 def engine(path, plan=None, part=lambda file: file, **settings):
-    """An Engine on the model at path, or a part of it, with notes collected in `engine.notes`."""
+    """An Engine on the model at path, or a part of it, with a list `engine.notes` for those of a test."""
     file = part(ModelFile.open(path))
     model = HollowModel(file)
-    notes = []
     opened = None
     try:
-        opened = Engine(file, model, plan or Plan(0, 1), Settings(**{"n_ctx": 512, **settings}), notes.append)
-        opened.notes = notes
+        opened = Engine(file, model, plan or Plan(0, 1), Settings(**{"n_ctx": 512, **settings}))
+        opened.notes = []
         yield opened
     finally:
         if opened:

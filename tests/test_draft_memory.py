@@ -173,7 +173,7 @@ def test_where_it_takes_no_place_it_is_there_from_the_first_token():
 @pytest.fixture
 def pair(bundled_model, bundled_variant):
     """A rig whose budget holds half of the weights beside a draft model, the draft model, and its lodging."""
-    model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256, n_ubatch=64), print)
+    model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256, n_ubatch=64))
     try:
         with engine(bundled_model, n_ctx=256, n_ubatch=64, n_logits=9) as opened:
             budget = opened.fixed_bytes + model.n_bytes + 4 * MB
@@ -239,7 +239,7 @@ def test_it_does_not_come_where_the_budget_became_too_small(pair):
 
 def test_without_pressure_it_has_no_lodging(bundled_model, bundled_variant):
     with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_logits=9) as opened:
-        model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256), print)
+        model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256))
         assert opened.displaced_bytes(model.n_bytes) == 0
         model.close()
 
@@ -267,7 +267,7 @@ def test_ctrl_c_while_the_draft_model_comes_is_not_lost(pair, monkeypatch):
 
 def test_a_draft_model_that_takes_no_place_is_cancelled_with_its_host(bundled_model, bundled_variant):
     with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_logits=9) as opened:
-        draft = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256), print)
+        draft = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256))
         model = SimpleNamespace(hollow=opened._model, file=opened.file)
         speculation = opening._speculation(model, opened, draft)
         draft.start()

@@ -63,8 +63,8 @@ def test_a_token_computes_without_a_callback_once_every_weight_is_in_memory(tiny
     path = tiny_model("llama")
     with engine(path, Plan(0, 1, budget_bytes=10**9)) as opened:
         calls = []
-        note = opened.nodes._before
-        opened.nodes._before = lambda address: calls.append(address) or note(address)
+        before = opened.weights.before
+        opened.weights.before = lambda node: calls.append(node) or before(node)
         opened.forward([5, 6, 7])
         opened.forward([8])
         asked = len(calls)
@@ -109,7 +109,7 @@ def test_scratch_begins_at_a_cache_line_and_is_large_enough(tiny_model, file_typ
     "broken",
     [
         "runtime.engine.engine.RowTable",
-        "runtime.engine.engine.Nodes",
+        "runtime.engine.engine.WeightsGuest",
         "runtime.engine.engine.Context",
         "runtime.engine.engine.PassMemory",
         "runtime.engine.engine.resident_bytes_outside",
@@ -165,10 +165,10 @@ def test_a_node_that_is_switched_off_twice_keeps_its_operation(tiny_model):
     with engine(tiny_model("llama"), Plan(0, 1)) as opened:
         node = abi.Tensor(op=29)
         address = ctypes.addressof(node)
-        assert opened.nodes.skip(address)
-        assert opened.nodes.skip(address)
+        assert opened.guests.skip(address)
+        assert opened.guests.skip(address)
         assert node.op == 0
-        opened.nodes._unskip(address)
+        opened.guests._unskip(address)
         assert node.op == 29
 
 
@@ -176,11 +176,11 @@ def test_a_pass_that_ends_leaves_no_node_switched_off(tiny_model):
     """llama.cpp can end a pass without a report of the last node; the graph may be used again."""
     with engine(tiny_model("llama"), Plan(0, 1)) as opened:
         node = abi.Tensor(op=29)
-        opened.nodes.skip(ctypes.addressof(node))
-        opened.nodes.end_pass(complete=False)
+        opened.guests.skip(ctypes.addressof(node))
+        opened.guests.end(complete=False)
         assert node.op == 29
         node.op = 0
-        opened.nodes.end_pass(complete=False)
+        opened.guests.end(complete=False)
         assert node.op == 0
 
 
@@ -245,8 +245,8 @@ def test_tiles_of_a_rearranged_matrix_are_read_anew_when_some_are_streamed(tiny_
         everything = frozenset(piece.number for piece in opened.file.pieces)
     with engine(path, Plan(0, 1, budget_bytes=10**9)) as opened:
         greedy(opened, [5, 6, 7], 4)
-        tiled = [weight for weight in opened.nodes._weights if len(weight.pieces) > 1]
-        if not any(weight.address in opened.nodes._repacker._plain for weight in tiled):
+        tiled = [weight for weight in opened.weights._weights if len(weight.pieces) > 1]
+        if not any(weight.address in opened.weights._repacker._plain for weight in tiled):
             pytest.skip("llama.cpp rearranges nothing on this processor")
         opened.truncate(0)
         monkeypatch.setattr("runtime.engine.engine.resident_pieces", lambda *_, **__: everything - {tiles[1].number})

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BOTTOM_UP = ("runtime", "profiler", "planner", "h2o_cli")
-GROUND = ("errors", "limited", "memory", "settings", "sizes", "threads")
+GROUND = ("errors", "limited", "memory", "passes", "settings", "sizes", "threads")
 ROOMS = (GROUND, "llama", "plans", "weights", "kv", "engine", "answer")  # of runtime/, from the bottom up
 FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob("*.py"))
 

@@ -21,6 +21,7 @@ from test_residency import make_index, or_a_part
 from runtime.errors import DiskError, EngineError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region, view
+from runtime.passes import Part, Pass
 from runtime.settings import Settings
 from runtime.sizes import PAGE, page_down, page_up
 from runtime.weights import head_start, homes
@@ -257,7 +258,7 @@ def test_need_always_returns_the_pieces_bytes_and_memory_is_kept(data):
             share = data.draw(st.sampled_from([0, 0, 0.3, 0.6, 1]))
             c.plan(data.draw(st.sets(st.sampled_from(numbers))), int(share * n_bytes(c.pieces)))
             for heads in data.draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=3), max_size=2)):
-                s.expect_passes(heads)
+                s.expect_passes(passes(*heads))
                 for head in heads:
                     used = [piece for piece in order if head or piece.layer < model.head.index]
                     stop = data.draw(st.integers(0, 3 * len(used)))
@@ -402,6 +403,11 @@ EVERYTHING = n_bytes(SMALL.pieces)
 ONE = next(iter(SMALL.pieces)).span_bytes
 
 
+def passes(*heads):
+    """Passes that need the output head or not."""
+    return [Pass((Part(0, i, (5,), int(head)),)) for i, head in enumerate(heads)]
+
+
 def numbers_of(pieces):
     return {piece.number for piece in pieces}
 
@@ -534,7 +540,7 @@ def test_a_part_of_what_is_going_to_be_resident_as_a_whole_has_huge_pages(everyt
 def test_passes_without_head_do_not_read_it():
     with computing(SMALL) as (c, s, files):
         c.plan(set(), EVERYTHING)
-        s.expect_passes([False] * 4)
+        s.expect_passes(passes(*[False] * 4))
         body = [piece for piece in c.pieces if piece.layer < SMALL.n_layers]
         # the stream may have been quicker than the announcement, for the first pass only
         first = [files.times_read(piece) for piece in SMALL.head.pieces]
@@ -553,8 +559,8 @@ def test_passes_without_head_do_not_read_it():
 
 def test_only_the_last_announcement_of_passes_counts():
     with computing(SMALL) as (c, s, files):
-        s.expect_passes([False] * 3)
-        s.expect_passes([True])
+        s.expect_passes(passes(*[False] * 3))
+        s.expect_passes(passes(True))
         c.plan(set(), EVERYTHING)
         s.settle()
         assert [files.times_read(piece) for piece in SMALL.head.pieces] == [1, 1]
@@ -566,7 +572,7 @@ def test_only_the_last_announcement_of_passes_counts():
 def test_an_announced_pass_that_needs_the_head_after_all_gets_it():
     with computing(SMALL) as (c, s, _):
         c.plan(set(), 2 * ONE)
-        s.expect_passes([False, False])
+        s.expect_passes(passes(False, False))
         c.one_pass()
         c.one_pass(c.pieces[:3], complete=False)
         c.one_pass()

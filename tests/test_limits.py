@@ -154,14 +154,14 @@ def test_a_context_without_address_space_says_so(tiny_model, monkeypatch):
 @pytest.mark.parametrize(
     "broken",
     [
-        "runtime.engine.engine.Nodes",
+        "runtime.engine.engine.WeightsGuest",
         "runtime.weights.head_start.SmallTensors",
         "runtime.weights.files.WeightFiles.read",
     ],
 )
 def test_a_draft_model_that_cannot_be_opened_leaves_nothing_behind(broken, tiny_model, monkeypatch):
     file = ModelFile.open(tiny_model("llama"))
-    DraftModel(file, Settings(), print).close()
+    DraftModel(file, Settings()).close()
     before = what_is_open()
 
     def fail(*_, **__):
@@ -169,7 +169,7 @@ def test_a_draft_model_that_cannot_be_opened_leaves_nothing_behind(broken, tiny_
 
     monkeypatch.setattr(broken, fail)
     with pytest.raises(H2OError):
-        DraftModel(file, Settings(), print)
+        DraftModel(file, Settings())
     assert what_is_open() == before
 
 

@@ -13,6 +13,7 @@ from profiler.device import device_info
 from profiler.measure import Measurement, default_settings, measure_memory
 from profiler.model_profile import decode_profile, save_profile
 from profiler.release import resident_release, slot_release
+from runtime.engine.trace import LayerTrace
 from runtime.errors import BudgetError, Cancelled
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
@@ -61,9 +62,10 @@ def test_head_is_timed_apart_from_the_layers_when_it_is_the_embedding(opened):
     file = opened("qwen2")
     assert file.tied_head
     with engine(file.path, n_threads=1) as e:
-        trace = e.nodes.trace = layer_trace(file, e._model)
-        for token in (1, 2, 3):
-            e.forward([token])
+        trace = layer_trace(e, e._model, LayerTrace)
+        with e.guests.joined_by(trace):
+            for token in (1, 2, 3):
+                e.forward([token])
     assert len(trace.seconds) == 2
     assert all(seconds > 0 for row in trace.seconds for seconds in row)
 
@@ -75,7 +77,7 @@ def test_quiet_passes_compute_the_same(opened):
         plain = e.logits().copy()
         e.truncate(0)
         waker = Waker(1)
-        e.nodes.quiet = waker.wake
+        e.weights.quiet = waker.wake
         e.forward([1, 2, 3])
         waker.close()
         assert (e.logits() == plain).all()
@@ -89,7 +91,7 @@ def test_compute_fits_the_context_and_leaves_the_engine_as_it_was(opened):
         assert times.prefill_tokens == 32
         assert len(times.decode) == len(times.prefill) == file.n_layers + 1
         assert len(steps) >= 6  # disturbed passes are made again
-        assert e.nodes.trace is None and e.nodes.quiet is None
+        assert e.guests._guests == [e.weights] and e.weights.quiet is None
         e.truncate(0)
         e.forward([1])
 
@@ -151,7 +153,7 @@ def test_disturbed_passes_are_made_again_and_left_out(opened, monkeypatch):
     file = opened("llama")
     factors = iter((1, 1, 9, 1, 1))
     with engine(file.path, n_threads=1) as e:
-        trace = layer_trace(file, e._model)
+        trace = layer_trace(e, e._model, LayerTrace)
         steady = type(e).forward
 
         def forward(tokens, n_logits=1):
@@ -186,7 +188,7 @@ def test_waking_counts_as_a_wait(opened):
     file = opened("qwen2")
     with engine(file.path, n_threads=1) as e:
         calls = []
-        e.nodes.quiet = lambda: (calls.append(1), time.sleep(0.01))
+        e.weights.quiet = lambda: (calls.append(1), time.sleep(0.01))
         before = e.counters.wait_s
         e.forward([1])
         assert len(calls) > file.n_layers

@@ -9,10 +9,11 @@ from engines import assert_same, engine, greedy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.engine.nodes import Nodes
+from runtime.engine.weights_guest import WeightsGuest
 from runtime.errors import Cancelled
 from runtime.llama import abi, node_filter
 from runtime.llama.node_filter import NodeFilter
+from runtime.passes import Part, Pass
 from runtime.plans.plan import Layout, Plan
 
 PROMPT = [7 + (i * 37) % 200 for i in range(7)]
@@ -64,8 +65,8 @@ def test_a_node_with_a_watched_source_is_always_passed_on(steps, sources, answer
 def questions(monkeypatch):
     """Counts the nodes that reach Python."""
     counted = []
-    before = Nodes._before
-    monkeypatch.setattr(Nodes, "_before", lambda self, address: counted.append(address) or before(self, address))
+    before = WeightsGuest.before
+    monkeypatch.setattr(WeightsGuest, "before", lambda self, node: counted.append(node) or before(self, node))
     return counted
 
 
@@ -92,7 +93,7 @@ def test_without_the_compiled_function_the_tokens_are_the_same(bundled_model, mo
 def test_a_stop_at_the_beginning_of_a_pass_ends_it(bundled_model, monkeypatch):
     with engine(bundled_model, Plan(1, 1, Layout.PREFIX), n_threads=2) as opened:
         greedy(opened, PROMPT, 2)
-        filter_, calls = opened.nodes.filter, []
+        filter_, calls = opened.guests.filter, []
         pass_on = filter_.pass_on_everything
 
         def cancel_just_before(wanted):
@@ -102,9 +103,9 @@ def test_a_stop_at_the_beginning_of_a_pass_ends_it(bundled_model, monkeypatch):
             pass_on(wanted)
 
         monkeypatch.setattr(filter_, "pass_on_everything", cancel_just_before)
-        opened.nodes.begin_pass([5])
+        opened.guests.begin(Pass((Part(0, opened.n_past, (5,)),)))
         assert filter_._struct.everything
-        opened.nodes.end_pass(complete=False)
+        opened.guests.end(complete=False)
         opened.forget_cancel()
 
 
@@ -118,7 +119,7 @@ def test_a_stop_in_the_middle_of_a_pass_ends_it_at_the_next_node(bundled_model, 
         def cancel_at_the_second(piece):
             calls.append(piece)
             if len(calls) == 2:
-                opened.nodes.stop = Cancelled(2)
+                opened.guests.stop = Cancelled(2)
             return need(piece)
 
         monkeypatch.setattr(opened._store, "need", cancel_at_the_second)

@@ -1,4 +1,4 @@
-"""How a prompt is cut into passes, and the memory they take and give back."""
+"""The memory that passes take and give back."""
 
 from __future__ import annotations
 
@@ -7,44 +7,29 @@ import ctypes
 import numpy as np
 import pytest
 from engines import engine
-from hypothesis import given
-from hypothesis import strategies as st
 from test_layer_store import bytes_in_memory
 
-from runtime.engine.pass_memory import Use, pass_sizes, rows_for
+from runtime.engine.pass_memory import Use, rows_for
 from runtime.llama import abi
+from runtime.passes import Part
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
-from runtime.settings import FULL_TILES, SHORT_PASS
+from runtime.settings import SHORT_PASS
 from runtime.sizes import MB, page_down, page_up
 
 PROMPT = [3 + i * 7 % 250 for i in range(300)]
 
 
-@given(st.integers(1, 5000), st.integers(1, 1024), st.integers(1, 1024))
-def test_passes_cover_the_prompt_in_blocks_of_llama_cpps_size(n_tokens, n_ubatch, most):
-    sizes = pass_sizes(n_tokens, n_ubatch, most)
-    assert sum(sizes) == n_tokens
-    assert min(sizes) >= 1
-    assert max(sizes) <= min(n_ubatch, most)
-    ends = set(np.cumsum(sizes))
-    assert all(end in ends for end in range(n_ubatch, n_tokens, n_ubatch))
-    if most >= n_ubatch:
-        assert sizes == [n_ubatch] * (n_tokens // n_ubatch) + [n_tokens % n_ubatch] * (n_tokens % n_ubatch > 0)
-
-
-@given(st.integers(1, 5000), st.integers(FULL_TILES, 1024), st.integers(FULL_TILES, 1024))
-def test_memory_never_makes_a_pass_shorter_than_a_tile_of_attention(n_tokens, n_ubatch, most):
-    of_llama_cpp = pass_sizes(n_tokens, n_ubatch, n_ubatch)
-    sizes = pass_sizes(n_tokens, n_ubatch, most)
-    assert [size for size in sizes if size < 64] == [size for size in of_llama_cpp if size < 64]
+def sizes(opened, n_tokens):
+    """The tokens of each pass that n_tokens take."""
+    return [pass_.n_tokens for pass_ in opened.cut(Part(0, 0, (5,) * n_tokens), decode=False)]
 
 
 @pytest.mark.parametrize("n_ubatch", [100, 128, 200, 512])
 def test_a_small_budget_makes_no_context_for_shorter_passes(n_ubatch, tiny_model, monkeypatch):
     monkeypatch.setattr("runtime.engine.engine.Engine.apply", lambda *_: None)
     with engine(tiny_model("llama"), Plan(0, 1, budget_bytes=1), n_ubatch=n_ubatch) as opened:
-        assert opened.pass_sizes(n_ubatch) == [n_ubatch] * (n_ubatch <= 128) or min(opened.pass_sizes(n_ubatch)) >= 64
+        assert sizes(opened, n_ubatch) == [n_ubatch] * (n_ubatch <= 128) or min(sizes(opened, n_ubatch)) >= 64
 
 
 def logits_after_prompt(opened):
@@ -61,7 +46,7 @@ def test_the_answer_is_the_same_however_many_passes_a_prompt_takes(bundled_varia
     for n_ubatch, budget in ((512, 0), (512, 1000 * MB), (150, 0)):
         plan = Plan(0, 1, Layout.BALANCED, budget_bytes=budget)
         with engine(path, plan, n_ubatch=n_ubatch, repack=False) as opened:
-            results.append((len(opened.pass_sizes(len(PROMPT))), *logits_after_prompt(opened)))
+            results.append((len(sizes(opened, len(PROMPT))), *logits_after_prompt(opened)))
     assert [n for n, *_ in results] == [3, 1, 4]
     for _, *logits in results:
         assert all(np.array_equal(a, b) for a, b in zip(logits, results[0][1:], strict=True))
@@ -74,12 +59,12 @@ def touched_bytes(regions):
 @pytest.mark.parametrize("n_logits", [4, 33])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "qwen3moe", "gpt2", "cohere2"])
 def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch, n_logits):
-    sizes = "layers=4,dim=256,ffn=512,heads=4,kv_heads=4,vocab=8192,ctx=512"  # logits of 33 tokens are the most of it
-    model = f"{arch}:{sizes}" if n_logits == 33 else arch
+    shape = "layers=4,dim=256,ffn=512,heads=4,kv_heads=4,vocab=8192,ctx=512"  # logits of 33 tokens are the most of it
+    model = f"{arch}:{shape}" if n_logits == 33 else arch
     with engine(tiny_model(model), n_ubatch=512 if n_logits == 4 else 40, n_logits=n_logits, n_ctx=512) as opened:
         buffers, memory = opened._context.buffers, opened._pass_memory
         scratch = [region for region in buffers.regions if region not in buffers._cleared]
-        prompt = PROMPT[: opened.pass_sizes(300)[0]]
+        prompt = PROMPT[: sizes(opened, 300)[0]]
         opened.forward(prompt)
         assert touched_bytes(scratch) <= memory.compute(Use(long=True))
         for n in (1, 4, SHORT_PASS, 2, min(17, n_logits), min(33, n_logits), 1):

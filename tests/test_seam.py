@@ -18,6 +18,7 @@ from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
 from runtime.memory import view
+from runtime.passes import Part, Pass
 from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN
 from runtime.plans.plan import Layout, Plan
 from runtime.settings import KV_TYPES
@@ -173,9 +174,14 @@ def resident(tiny_model):
         yield opened
 
 
+def decode(opened, tokens, first, n_outputs=1):
+    """llama.cpp's status of a pass that nobody takes part in."""
+    return opened._context.decode(Pass((Part(0, first, tuple(tokens), n_outputs),)))
+
+
 def test_every_node_is_asked_for_after_its_sources_and_views_too(resident):
     watcher = Watcher(resident)
-    assert resident._context.decode([5], resident.n_past, 1) == 0
+    assert decode(resident, [5], resident.n_past) == 0
     assert all(ask for _, ask in watcher.calls)
     assert len(set(watcher.asked)) == len(watcher.asked) > 50
     seen, nodes = set(), set(watcher.asked)
@@ -188,7 +194,7 @@ def test_every_node_is_asked_for_after_its_sources_and_views_too(resident):
 
 def test_a_report_follows_the_question_it_was_asked_for_and_nothing_behind_is_computed_before(resident):
     watcher = Watcher(resident, wants=lambda _, i: i % 7 == 0)
-    assert resident._context.decode([5], resident.n_past, 1) == 0
+    assert decode(resident, [5], resident.n_past) == 0
     n_asked = 0
     for before, (address, ask) in zip([(0, False), *watcher.calls], watcher.calls, strict=False):
         n_asked += ask
@@ -199,7 +205,7 @@ def test_a_report_follows_the_question_it_was_asked_for_and_nothing_behind_is_co
 
 def test_an_answer_of_no_ends_the_pass_without_an_error(resident):
     watcher = Watcher(resident, wants=lambda _, i: i == 20, after=lambda _: False)
-    assert resident._context.decode([5], resident.n_past, 1) == 0
+    assert decode(resident, [5], resident.n_past) == 0
     assert len(watcher.asked) == 20 and watcher.calls[-1] == (watcher.asked[-1], False)
 
 
@@ -220,7 +226,7 @@ def test_a_node_that_is_off_is_passed_over_and_its_result_left_alone(resident):
         return True
 
     Watcher(resident, switch_off, look)
-    assert resident._context.decode([5], resident.n_past, 1) == 0
+    assert decode(resident, [5], resident.n_past) == 0
     assert written == [b"untouch."]
     assert view(ctypes.addressof(llama_cpp.llama_get_logits_ith(resident.context, -1).contents), 8) == b"untouch."
 
@@ -231,7 +237,7 @@ def test_nodes_computed_one_by_one_give_the_same_bits(resident):
     together = resident.logits().copy()
     resident.truncate(resident.n_past - 1)
     Watcher(resident, wants=lambda *_: True)
-    assert resident._context.decode([5], resident.n_past, 1) == 0
+    assert decode(resident, [5], resident.n_past) == 0
     assert np.array_equal(resident.logits(), together)
 
 
@@ -242,17 +248,17 @@ def n_reused(opened):
 def test_a_graph_is_used_again_with_the_callback_that_was_set_last(resident):
     """A new graph calls the context's own callback back; the nodes of one that is used again are the same structs."""
     first, before = Watcher(resident), n_reused(resident)
-    resident._context.decode([5], 11, 1)
+    decode(resident, [5], 11)
     second = Watcher(resident)
-    resident._context.decode([6], 12, 1)
+    decode(resident, [6], 12)
     assert n_reused(resident) == before + 2
     assert first.asked == second.asked
     calls = []
-    note = resident.nodes._on_node
-    resident.nodes.filter._struct.python = own = abi.EvalCallback(lambda *given: calls.append(1) or note(*given))
-    resident.nodes.filter.pass_on_everything(True)
+    note = resident.guests._on_node
+    resident.guests.filter._struct.python = own = abi.EvalCallback(lambda *given: calls.append(1) or note(*given))
+    resident.guests.filter.pass_on_everything(True)
     third = Watcher(resident)
-    resident._context.decode([7, 8], 13, 1)
+    decode(resident, [7, 8], 13)
     assert n_reused(resident) == before + 2
     assert third.calls == [] and (calls or not own)
 
@@ -265,29 +271,29 @@ def test_without_outputs_the_head_is_empty(resident):
             rows.append(node.ne[1])
         return False
 
-    resident._context.decode(TOKENS[:9], 11, 0)  # a graph without outputs is new, and calls the engine back
+    decode(resident, TOKENS[:9], 11, 0)  # a graph without outputs is new, and calls the engine back
     Watcher(resident, look)
-    resident._context.decode(TOKENS[:9], 20, 0)
+    decode(resident, TOKENS[:9], 20, 0)
     assert rows == [0]
 
 
 def test_a_view_of_a_weight_is_pointed_along_and_forgotten_with_the_pass(tiny_model):
     with engine(tiny_model("llama"), Plan(0, 1)) as opened:
         opened.forward([5])
-        nodes = opened.nodes
-        weight = next(w for w in nodes._weights if w.pieces[0].tensor.name == "blk.0.attn_q.weight")
+        guest = opened.weights
+        weight = next(w for w in guest._weights if w.pieces[0].tensor.name == "blk.0.attn_q.weight")
         part = abi.Tensor(op=min(abi.VIEW_OPS), view_src=weight.address, view_offs=64, ne=(1, 1, 1, 1))
         part.src[0] = weight.address
         user = abi.Tensor(op=abi.OP_MUL_MAT, ne=(1, 1, 1, 1))
         user.src[0] = ctypes.addressof(part)
-        opened._store.expect_passes([True])
-        nodes._before(ctypes.addressof(part))
+        opened._store.expect_passes([Pass((Part(0, 1, (5,), 1),))])
+        guest.before(ctypes.addressof(part))
         assert part.data == abi.Tensor.from_address(weight.address).data + 64
         part.data = 0
-        nodes._before(ctypes.addressof(user))
+        guest.before(ctypes.addressof(user))
         assert part.data == abi.Tensor.from_address(weight.address).data + 64
-        nodes.end_pass(complete=False)
-        assert ctypes.addressof(part) not in nodes._active
+        guest.end(complete=False)
+        assert ctypes.addressof(part) not in guest._active
 
 
 # --- buffers --------------------------------------------------------------------------------------------------------
@@ -327,7 +333,7 @@ def test_tensors_of_a_context_begin_at_cache_lines(tiny_model, arch):
         opened.forward(TOKENS[:9])
         opened.forward([3])
         watcher = Watcher(opened)
-        opened._context.decode([5], opened.n_past, 1)
+        decode(opened, [5], opened.n_past)
         results = [abi.Tensor.from_address(address) for address in watcher.asked]
         assert all(node.data % abi.CACHE_LINE == 0 for node in results if not node.view_src)
 

@@ -418,7 +418,7 @@ def assert_near_tie(rig, text, n_prompt, plain, found):
 @pytest.fixture(scope="module")
 def draft_model(bundled_variant):
     file = ModelFile.open(bundled_variant("q4_0"))
-    model = DraftModel(file, Settings(n_ctx=512), print)
+    model = DraftModel(file, Settings(n_ctx=512))
     yield model
     model.close()
 

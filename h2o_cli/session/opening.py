@@ -229,7 +229,7 @@ def open_session(
     if options.kv and options.speculate != "off":
         note("speculation is off: a filter of keys and values works on one token per pass")
     with ExitStack() as opened, interrupts.held():
-        draft = _open_draft(model, settings, note)
+        draft = _open_draft(model, settings)
         if draft:
             opened.callback(draft.close)
             settings = replace(settings, draft_bytes=draft.n_bytes)
@@ -281,7 +281,7 @@ def _open_planned(
     first, layout = model.first_plan, options.fixed_layout
     chosen = _choose(model, first, settings, layout)
     try:
-        return chosen, _open_inside(model, options, chosen, settings, note)
+        return chosen, _open_inside(model, options, chosen, settings)
     except BudgetError as error:
         if chosen.origin != FROM_FILE:
             raise
@@ -290,7 +290,7 @@ def _open_planned(
             raise BudgetError(message, error.next_step, error.floor_bytes) from None
         note(message)
     chosen = _choose(model, first.without_file(), settings, layout)
-    return chosen, _open_inside(model, options, chosen, settings, note)
+    return chosen, _open_inside(model, options, chosen, settings)
 
 
 def _choose(model: OpenModel, first: FirstPlan, settings: Settings, layout: Layout | None) -> Chosen:
@@ -301,13 +301,11 @@ def _choose(model: OpenModel, first: FirstPlan, settings: Settings, layout: Layo
     return chosen
 
 
-def _open_inside(
-    model: OpenModel, options: RunOptions, chosen: Chosen, settings: Settings, note: Callable[[str], None]
-) -> Engine:
+def _open_inside(model: OpenModel, options: RunOptions, chosen: Chosen, settings: Settings) -> Engine:
     """The engine. Raises BudgetError below the smallest budget, whatever this very run would need."""
     budget, least = chosen.plan.budget_bytes, least_settings(settings, options.ubatch)
     try:
-        engine = _open_engine(model, chosen, settings, note)
+        engine = _open_engine(model, chosen, settings)
         near = engine.fixed_bytes + smallest_window(model.file) + NEAR_BYTES
         if not budget or budget >= (written(model.file.hash, least, options.kind) or near):
             return engine
@@ -318,24 +316,24 @@ def _open_inside(
     floor = measure(model.file, model.hollow, least, options.kind)
     if budget < floor:
         raise below_floor(budget, floor)
-    return _open_engine(model, chosen, settings, note)
+    return _open_engine(model, chosen, settings)
 
 
-def _open_engine(model: OpenModel, chosen: Chosen, settings: Settings, note: Callable[[str], None]) -> Engine:
+def _open_engine(model: OpenModel, chosen: Chosen, settings: Settings) -> Engine:
     """The engine; a budget too small for the logits of long drafts has short ones, and then no look-up."""
     settings, most = replace(settings, fit_window=chosen.origin == DEFAULT), settings.n_logits
     least, *more = sorted({most, rows_for(2, most), most if settings.draft_bytes else 1})
     for n_logits in reversed(more):
         try:
-            return _engine(model, chosen, replace(settings, n_logits=n_logits), note)
+            return _engine(model, chosen, replace(settings, n_logits=n_logits))
         except BudgetError:
             continue
-    return _engine(model, chosen, replace(settings, n_logits=least), note)
+    return _engine(model, chosen, replace(settings, n_logits=least))
 
 
-def _engine(model: OpenModel, chosen: Chosen, settings: Settings, note: Callable[[str], None]) -> Engine:
+def _engine(model: OpenModel, chosen: Chosen, settings: Settings) -> Engine:
     """The engine, closed where a plan without a budget of its own does not fit the process's."""
-    engine = Engine(model.file, model.hollow, chosen.plan, settings, note, model.take_weights())
+    engine = Engine(model.file, model.hollow, chosen.plan, settings, model.take_weights())
     try:
         check_budget(engine, chosen.plan, chosen.budget_bytes)
     except BudgetError:
@@ -355,7 +353,7 @@ def _speculation(model: OpenModel, engine: Engine, draft: DraftModel | None) -> 
     if draft:
         cost, n_vocab = draft.file.n_bytes / model.file.n_bytes, min(engine.n_vocab, draft.engine.n_vocab)
         place = Lodging(engine, draft) if engine.displaced_bytes(draft.n_bytes) else draft
-        engine.guest = draft.engine if place is draft else None
+        engine.lodger = draft.engine if place is draft else None
         return Speculation(ModelDrafter(place, cost, n_vocab), most)
     return Speculation(LookupDrafter(engine.settings.n_ctx), most)
 
@@ -389,14 +387,14 @@ def _draft_file(model: OpenModel, options: RunOptions, note: Callable[[str], Non
     return ModelFile.open(low_bit_copy(model.file, folder, note, progress))
 
 
-def _open_draft(model: OpenModel, settings: Settings, note: Callable[[str], None]) -> DraftModel | None:
+def _open_draft(model: OpenModel, settings: Settings) -> DraftModel | None:
     """The draft model, its weights not read yet. Raises ModelError when it has another vocabulary, or tokens that turn
     out wrong could not be taken back in it."""
     file = model.draft_file
     if file is None:
         return None
     n_ctx = min(settings.n_ctx, _n_positions(file))
-    draft = DraftModel(file, replace(settings, n_ctx=n_ctx), note)
+    draft = DraftModel(file, replace(settings, n_ctx=n_ctx))
     try:
         check_vocabulary(model.hollow, draft.hollow, (model.file.path.name, file.path.name))
         if not can_take_back(draft.hollow):

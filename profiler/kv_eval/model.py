@@ -54,7 +54,7 @@ class EvalModel:
         budget = self._budget_bytes
         plan = Plan(0, 1, Layout.BALANCED, window_bytes=first_window(self.file, budget), budget_bytes=budget)
         settings = Settings(n_ctx=n_ctx, n_ubatch=min(UBATCH, n_ctx), n_threads=self._n_threads, kv_type=kv_type, kv=kv)
-        self._engine = Engine(self.file, self._hollow, plan, settings, lambda _text: None)
+        self._engine = Engine(self.file, self._hollow, plan, settings)
         try:
             self._check()
             yield self._engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import cast
@@ -129,9 +129,9 @@ class _LateStore(LayerStore):
 class DraftModel:
     """A small model that is in memory as a whole, beside the model it drafts for. Its weights are read at start()."""
 
-    def __init__(self, file: ModelFile, settings: Settings, note: Callable[[str], None]) -> None:
+    def __init__(self, file: ModelFile, settings: Settings) -> None:
         """Load everything but the weights. Raises H2OError."""
-        self.file, self._settings, self._note = file, settings, note
+        self.file, self._settings = file, settings
         self._closed = False
         settings = replace(settings, n_logits=1, n_ubatch=min(FULL_TILES, settings.n_ubatch))
         self._whole = Plan(file.n_layers, 1, pinned_bytes=max(1, streamable_bytes(file)))
@@ -140,7 +140,7 @@ class DraftModel:
             opened.callback(self.hollow.free)
             weights = open_weights(file, settings, _LateStore)
             self._store = cast(_LateStore, weights.store)
-            self.engine = Engine(file, self.hollow, self._whole, settings, note, weights)
+            self.engine = Engine(file, self.hollow, self._whole, settings, weights)
             opened.pop_all()
 
     @property
@@ -162,7 +162,7 @@ class DraftModel:
 
     def again(self) -> DraftModel:
         """The same model, opened again. Raises H2OError."""
-        return DraftModel(self.file, self._settings, self._note)
+        return DraftModel(self.file, self._settings)
 
     def close(self) -> None:
         """Free it; once more does nothing."""
@@ -211,16 +211,16 @@ class Lodging:
             if isinstance(error, Cancelled):
                 raise
             return False
-        self._host.guest = self.model.engine
+        self._host.lodger = self.model.engine
         self.model.start()
-        if self._host.nodes.stop:  # it came while the model was opened
-            raise self._host.nodes.stop
+        if self._host.guests.stop:  # it came while the model was opened
+            raise self._host.guests.stop
         return True
 
     def leave(self) -> None:
         """The draft model goes, weights take its place."""
         if self.model:
-            self._host.guest = None
+            self._host.lodger = None
             self.model.close()
             self.model = None
             trim_heap()

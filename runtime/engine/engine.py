@@ -1,19 +1,20 @@
 """The forward pass: the one place where llama.cpp, the layer store and the budget meet.
 
 A plan becomes a set of resident pieces and a window inside the budget; tokens become passes. While llama.cpp computes a
-pass, `nodes` puts the weights under it.
+pass, guests act at its nodes: the weights are put under them there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from runtime.engine.nodes import Nodes
-from runtime.engine.pass_memory import PassMemory, Use, pass_sizes, rows_for
+from runtime.engine.guests import Guests
+from runtime.engine.pass_memory import PassMemory, Use, rows_for
+from runtime.engine.weights_guest import WeightsGuest
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
 from runtime.kv.cache_memory import STEP, CacheMemory, growing_rows
 from runtime.llama import abi
@@ -21,6 +22,7 @@ from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
+from runtime.passes import Part, Pass, cut
 from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, more_margin, usable_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import (
@@ -68,7 +70,6 @@ class Engine:
         model: HollowModel,
         plan: Plan,
         settings: Settings,
-        note: Callable[[str], None] = print,
         weights: Weights | None = None,
     ) -> None:
         """Take over weights that are being read already (see head_start), or begin to read now."""
@@ -76,9 +77,9 @@ class Engine:
         self.ledger: Ledger
         self.n_past = 0
         self.plan_changes = 0
-        self.guest: Engine | None = None  # a draft model's, which is cancelled with this one
+        self.lodger: Engine | None = None  # a draft model's, which is cancelled with this one
         self.counters = Counters()
-        self._note = note
+        self.guests = Guests()
         self._model = model
         self.kv: Filter | None = None
         self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
@@ -86,8 +87,8 @@ class Engine:
         self._placed: tuple[frozenset[int], int, bool] | None = None  # resident pieces, window, repacked or not
         self._fits = False  # weights and what any pass needs, both at once
         self._n_computing = 0  # tokens of the pass that runs
-        self._weights = weights or open_weights(file, settings)
-        self._store = self._weights.store
+        self._source = weights or open_weights(file, settings)
+        self._store = self._source.store
         self._opened = ExitStack()
         try:
             self._open(plan)
@@ -99,14 +100,18 @@ class Engine:
     # --- opening ------------------------------------------------------------------------------------------------
 
     def _open(self, plan: Plan) -> None:
-        self._weights.small.place(self._model)
+        self._source.small.place(self._model)
         self._tables = []
         for info in self.file.row_tables:
             self._tables.append(RowTable(info, info.n_bytes))
             self._opened.callback(self._tables[-1].free)
-        self.nodes = Nodes(self.file, self._model.weights, self._tables, self._store, self.settings.n_threads)
-        self._opened.callback(self.nodes.close)
+        model, n_threads = self._model, self.settings.n_threads
+        self.weights = WeightsGuest(self.file, model.weights, self._tables, self._store, self.guests, n_threads)
+        self._opened.callback(self.weights.close)
         self._open_context(plan)
+        self.guests.add(self.weights, every_node=False)
+        if self.kv:
+            self.guests.add(self.kv)
         self.n_vocab = self._context.n_vocab
         few, most = (rows_for(n, self.settings.n_logits) for n in (2, self.settings.n_logits))
         self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
@@ -131,13 +136,13 @@ class Engine:
         n_tokens = min(self.settings.n_ubatch, self.settings.n_ctx)
         while True:
             with ExitStack() as opened:
-                self._context = Context(self._model, self.settings, n_tokens, self.nodes.filter)
+                self._context = Context(self._model, self.settings, n_tokens, self.guests.filter)
                 opened.callback(self._context.close)
                 self._pass_memory = PassMemory(self.file, self.settings, self._context, self._one_row_bytes(n_tokens))
                 self._context.align_scratch(self._pass_memory.scratch_bytes)
                 buffers = self._context.buffers
                 self._cache = CacheMemory(buffers.kv_bytes, growing_rows(buffers.caches, self.file.architecture))
-                self.kv = self.nodes.kv = self._open_filter()
+                self.kv = self._open_filter()
                 if self.kv:
                     opened.callback(self.kv.close)
                 self._process_bytes = resident_bytes_outside(self._store.ranges)
@@ -153,7 +158,7 @@ class Engine:
         """The buffers of a context that makes one row of logits."""
         if self.settings.n_logits == 1:
             return self._context.scratch_bytes
-        with closing(Context(self._model, replace(self.settings, n_logits=1), n_tokens, self.nodes.filter)) as context:
+        with closing(Context(self._model, replace(self.settings, n_logits=1), n_tokens, self.guests.filter)) as context:
             return context.scratch_bytes
 
     def _open_filter(self) -> Filter | None:
@@ -162,7 +167,7 @@ class Engine:
         from runtime.kv.filter import CacheSource, open_filter  # numpy, which a run without it does not need
 
         source = CacheSource(self._context.buffers.caches, self._model.pointer)
-        return open_filter(self.settings, self.file, source, lambda: self.nodes.stop, self.nodes.skip)
+        return open_filter(self.settings, self.file, source, lambda: self.guests.stop, self.guests.skip)
 
     def _fixed_ledger(self, use: Use) -> Ledger:
         """The ledger of a full context, without weights."""
@@ -238,14 +243,14 @@ class Engine:
     def _place(self, resident: frozenset[int], window: int, repack: bool) -> None:
         """Have these pieces in memory, rearranged or not, and the others come through the window."""
         try:
-            self._store.apply(resident, window, spoilt=self.nodes.spoilt_by(resident))
+            self._store.apply(resident, window, spoilt=self.weights.spoilt_by(resident))
         except Cancelled:
             self.forget_cancel()
             raise
         self._placed = resident, window, repack
-        self.nodes.forget(resident)
+        self.weights.forget(resident)
         largest = smallest_window(self.file, resident)
-        self.nodes.watch_all(repack=repack, boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)))
+        self.weights.watch_all(repack=repack, boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)))
 
     def make_room(self, draft_bytes: int) -> None:
         """Between two passes: a draft model takes so many bytes from now on, weights have the rest.
@@ -290,31 +295,34 @@ class Engine:
             raise PromptError(
                 f"{self.n_past + len(tokens)} tokens do not fit a context of {self.settings.n_ctx}", "raise --ctx"
             )
-        sizes = self.pass_sizes(len(tokens))
-        self._prepare(max(sizes), n_logits, self.n_past + len(tokens))
-        self._store.expect_passes([i == len(sizes) - 1 for i in range(len(sizes))])
-        start = 0
-        for i, size in enumerate(sizes):
-            if self.kv:
-                self.kv.begin_pass(self.n_past, size, decode=len(tokens) == 1 and self.n_past > 0)
-            self._pass(tokens[start : start + size], min(n_logits, size) if i == len(sizes) - 1 else 0)
-            start += size
+        part = Part(0, self.n_past, tuple(tokens), n_logits)
+        self.compute(self.cut(part, decode=len(tokens) == 1 and self.n_past > 0))
 
-    def pass_sizes(self, n_tokens: int) -> list[int]:
-        """The tokens of each pass that n_tokens take."""
-        return pass_sizes(n_tokens, min(self.settings.n_ubatch, self.settings.n_ctx), self._context.n_tokens)
+    def cut(self, part: Part, *, decode: bool) -> list[Pass]:
+        """The passes that a part takes alone. decode: it continues an answer."""
+        return cut(part, min(self.settings.n_ubatch, self.settings.n_ctx), self._context.n_tokens, decode=decode)
 
-    def _prepare(self, n_tokens: int, n_logits: int, n_positions: int) -> None:
-        """Lay the memory out for passes of at most n_tokens that end with n_positions in the cache: weights make room
-        for a prompt, for the logits of drafted tokens and for keys and values, and come back when those are gone.
+    def compute(self, passes: Sequence[Pass]) -> None:
+        """Compute passes one after the other; the logits that the last one wants are there afterwards.
+
+        Raises what forward() raises.
+        """
+        self._prepare(passes)
+        self._store.expect_passes(passes)
+        for pass_ in passes:
+            self._compute(pass_)
+
+    def _prepare(self, passes: Sequence[Pass]) -> None:
+        """Lay the memory out for these passes: weights make room for a prompt, for the logits of drafted tokens and for
+        keys and values, and come back when those are gone.
 
         Where there is room for everything, what was touched stays for the next time.
         """
-        rows = rows_for(n_logits, self.settings.n_logits)
-        use = Use(long=n_tokens > max(SHORT_PASS, rows), rows=rows)
+        rows = rows_for(max(pass_.n_outputs for pass_ in passes), self.settings.n_logits)
+        use = Use(long=max(pass_.n_tokens for pass_ in passes) > max(SHORT_PASS, rows), rows=rows)
         if use.long:
             use = _PROMPT if rows == 1 else self._everything
-        room = self._cache.steps(n_positions)
+        room = self._cache.steps(max(pass_.only.end for pass_ in passes))
         if self._fits and self.streamed_bytes == 0:
             self._touched, self._room = use.with_(self._touched), max(room, self._room)
             return
@@ -328,21 +336,22 @@ class Engine:
         elif (use, room) != (self._use, self._room):
             self._lay_out(self._asked_plan, use, room, again=True)
 
-    def _pass(self, tokens: Sequence[int], n_logits: int) -> None:
+    def _compute(self, pass_: Pass) -> None:
         """One pass through all layers."""
         start = time.perf_counter()
         status = -1
         try:
-            self.nodes.begin_pass(tokens)
-            self._n_computing = len(tokens)
-            self._context.call_back(wanted=len(tokens) > 1 or self.nodes.are_watched)
-            status = self._context.decode(tokens, self.n_past, n_logits)
+            self.guests.begin(pass_)
+            self._n_computing = pass_.n_tokens
+            long = pass_.n_tokens > 1  # it can be ended at any node
+            self._context.call_back(wanted=long or self.guests.are_needed)
+            status = self._context.decode(pass_)
         except Cancelled:
             self.forget_cancel()
             raise
         finally:
             self._n_computing = 0
-            self.nodes.end_pass(complete=status == 0)
+            self.guests.end(complete=status == 0)
         self._raise_stop()
         if self._store.bytes_read != self.counters.bytes_read:
             self._check_files()
@@ -350,11 +359,11 @@ class Engine:
             self._take_back()
             reason = (abi.take_log() or ["no reason given"])[-1]
             raise EngineError(f"llama.cpp could not compute this pass (status {status}, {reason})", "raise --ctx")
-        self.n_past += len(tokens)
-        self._count(len(tokens), time.perf_counter() - start)
+        self.n_past = pass_.only.end
+        self._count(pass_.n_tokens, time.perf_counter() - start)
 
     def _raise_stop(self) -> None:
-        stop = self.nodes.stop
+        stop = self.guests.stop
         if stop is not None:
             self.forget_cancel()
             self._take_back()
@@ -387,15 +396,15 @@ class Engine:
 
     def cancel(self, signal_number: int = 2) -> None:
         """End the pass that is running (from a signal handler or another thread); forward() raises Cancelled."""
-        self.nodes.stop = self._store.interrupt = Cancelled(signal_number)
-        if self.guest:
-            self.guest.cancel(signal_number)
+        self.guests.stop = self._store.interrupt = Cancelled(signal_number)
+        if self.lodger:
+            self.lodger.cancel(signal_number)
 
     def forget_cancel(self) -> None:
         """Drop a cancel() that came when no pass was running, so that the next one runs."""
-        self.nodes.stop = self._store.interrupt = None
-        if self.guest:
-            self.guest.forget_cancel()
+        self.guests.stop = self._store.interrupt = None
+        if self.lodger:
+            self.lodger.forget_cancel()
 
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
@@ -435,6 +444,11 @@ class Engine:
         return self._ledgers[_PROMPT].compute_bytes - self._ledgers[_TOKEN].compute_bytes
 
     @property
+    def waited_s(self) -> float:
+        """Seconds of waits for reads until now, in the pass that runs."""
+        return self._store.wait_s
+
+    @property
     def computed_tokens(self) -> float:
         """Tokens computed until now; those of the pass that runs count by the layers it has come to."""
         return self.counters.tokens + self._n_computing * self._store.share_used
@@ -446,5 +460,5 @@ class Engine:
 
     def close(self) -> None:
         """Free the context and all weights. The hollow model stays its owner's."""
-        if self._weights.close():
+        if self._source.close():
             self._opened.close()

@@ -80,17 +80,3 @@ class PassMemory:
             return page_up(table.n_bytes) + PAGE
         n_rows = (self.context.n_tokens if long else SHORT_PASS) + _KEPT_ROWS
         return min(embedding_rows_bytes(table.row_bytes, n_rows), page_up(table.n_bytes) + PAGE)
-
-
-def pass_sizes(n_tokens: int, n_ubatch: int, most: int) -> list[int]:
-    """How n_tokens are cut into passes: blocks of n_ubatch as llama.cpp cuts them, each evenly into passes of `most`.
-
-    Attention over 64 or more tokens gives the same bits however they are cut; fewer tokens take another path
-    through llama.cpp's kernels. So with most >= FULL_TILES the answer does not depend on how much memory there was.
-    """
-    sizes = []
-    for start in range(0, n_tokens, n_ubatch):
-        n = min(n_ubatch, n_tokens - start)
-        n_parts = -(-n // most)
-        sizes += [n * (i + 1) // n_parts - n * i // n_parts for i in range(n_parts)]
-    return sizes

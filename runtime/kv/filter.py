@@ -1,4 +1,4 @@
-"""The object an engine asks at every node when keys and values are filtered.
+"""The guest of an engine's passes that filters keys and values: it looks at every node.
 
 A pass over several tokens (a prompt) is dense. In a pass over one token every filter layer scores the rows of the
 prompt, and the sparse layers behind it attend to the chosen rows and to all rows decoded since: their flash-attention
@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.errors import EngineError, H2OError
+from runtime.errors import EngineError
 from runtime.kv.cache import OFF, Cache, V, find_cache
 from runtime.kv.dense import DenseAttention
 from runtime.kv.jobs import Stopped
@@ -35,18 +35,10 @@ from runtime.kv.slots import Rows
 from runtime.kv.sparse import SparseRows
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
+from runtime.passes import Pass
 from runtime.settings import Settings
 
 Watch = Callable[[int, Floats], None]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The pass at hand. decode: one token that continues an answer."""
-
-    n_past: int = 0
-    n_tokens: int = 0
-    decode: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,8 @@ class Filter:
         self._dense = DenseAttention(scorer.n_threads, values) if values else None
         if self._dense:
             opened.callback(self._dense.close)
-        self._pass = Pass()
+        self._n_past = self._n_tokens = 0  # of the pass at hand: positions before it, its own
+        self._decode = False
         self._stored = 0
         self._asked: dict[int, int] = {}  # nodes to be reported -> layer
         self._seen: set[int] = set()
@@ -172,7 +165,7 @@ class Filter:
     def figures(self) -> dict[str, Any]:
         """The figures of `--json`. Bytes per token are those of the decode passes since the last prompt."""
         options, sparse, n = self.options, self._sparse, self._n_decoded
-        n_past = self._pass.n_past + self._pass.n_tokens
+        n_past = self._n_past + self._n_tokens
         dense_bytes = sum(min(n_past, c.parts[0].n_cells) * c.row_bytes for c in self.cache.layers.values())
         return {
             "method": options.method,
@@ -195,10 +188,11 @@ class Filter:
 
     # --- around a pass ------------------------------------------------------------------------------------------
 
-    def begin_pass(self, n_past: int, n_tokens: int, *, decode: bool) -> None:
-        """Positions [n_past, n_past + n_tokens) come next; decode: one token that continues an answer."""
-        decode = decode and self.stored > 0
-        self._pass = Pass(n_past, n_tokens, decode)
+    def begin(self, pass_: Pass) -> None:
+        """A pass comes: what it attends to is chosen where it is for one token that continues an answer."""
+        part = pass_.only
+        n_past, n_tokens = self._n_past, self._n_tokens = part.first, len(part.tokens)
+        decode = self._decode = pass_.decode and n_tokens == 1 and self.stored > 0
         self._seen.clear()
         self._asked.clear()
         if not decode:
@@ -228,22 +222,21 @@ class Filter:
             return WindowChooser(self.options, self.stored, self._queries[layer])
         return LastChooser(self.options, self.stored)
 
-    def end_pass(self, *, complete: bool) -> H2OError | None:
-        """After the pass; an error when the nodes expected in it were not met."""
+    def end(self, *, complete: bool) -> None:
+        """After the pass. Raises EngineError when the nodes expected in it were not met."""
         if not complete:
             if self._sparse:
                 self._sparse.failed()
-            return None
+            return
         missing = self._filterable - self._seen
         if missing:
-            return EngineError(
+            raise EngineError(
                 f"llama.cpp computes layer {min(missing)} without flash attention: nothing can be filtered", OFF
             )
-        if not self._pass.decode:
-            self._stored = self._pass.n_past + self._pass.n_tokens
+        if not self._decode:
+            self._stored = self._n_past + self._n_tokens
             if self._sparse:
                 self._sparse.stored = self._stored
-        return None
 
     def truncate(self, n_past: int) -> None:
         """Positions from n_past on are forgotten."""
@@ -283,9 +276,9 @@ class Filter:
         if layer not in self._layers:
             return False
         row = ctypes.c_int64.from_address(abi.Tensor.from_address(node.src[1]).data).value  # an input: there already
-        if row != self._pass.n_past:
-            raise EngineError(f"llama.cpp put position {self._pass.n_past} into cell {row} of its cache", OFF)
-        if self._pass.decode:
+        if row != self._n_past:
+            raise EngineError(f"llama.cpp put position {self._n_past} into cell {row} of its cache", OFF)
+        if self._decode:
             return sparse.write_decoded(node, layer, part, row)
         return sparse.write_prompt(node, layer, part)
 
@@ -299,8 +292,8 @@ class Filter:
         self._seen.add(layer)
         report = self._wants(layer)
         if self._sparse and layer in self._layers:
-            if self._pass.decode:
-                self._sparse.attend_selected(node, layer, self._pass.n_past)
+            if self._decode:
+                self._sparse.attend_selected(node, layer, self._n_past)
             else:
                 report = self._sparse.attend_prompt(node) or bool(self._heavy)
         if self._multiplies(layer, node):
@@ -314,9 +307,9 @@ class Filter:
 
     def _multiplies(self, layer: int, node: abi.Tensor) -> bool:
         """Whether a node's attention is computed here, by products."""
-        if not self._dense or not self._pass.decode or self.kept_rows == self.stored:
+        if not self._dense or not self._decode or self.kept_rows == self.stored:
             return False
-        if not self._dense.pays(layer, self._pass.n_past + 1):
+        if not self._dense.pays(layer, self._n_past + 1):
             return False
         softcap, sinks = _parameters(node)[1], node.src[4]
         return not softcap and not sinks
@@ -335,7 +328,7 @@ class Filter:
     def _wants(self, layer: int) -> bool:
         """Whether a dense layer's attention is looked at in this pass."""
         filters = self._sparse and self._scored and layer in self.roles.filters
-        if not self._pass.decode:
+        if not self._decode:
             return bool(filters and self._windowed)
         return bool(filters) or layer in self._watched
 
@@ -348,23 +341,23 @@ class Filter:
         query = abi.Tensor.from_address(node.src[0])
         if self._sparse and layer in self._layers:
             if self._heavy:
-                found = queries(query, self._pass.n_tokens)
-                self._heavy[layer].see(found, self._pass.n_past, self._attention(node))
+                found = queries(query, self._n_tokens)
+                self._heavy[layer].see(found, self._n_past, self._attention(node))
             self._sparse.computed_prompt(layer)
             return
-        if not self._pass.decode:
+        if not self._decode:
             self._see_prompt(layer, query)
             return
         attention = self._attention(node)
         own = queries(query)[0]
         if self._dense and self._multiplies(layer, node):
-            logits = self._scorer.logits(own, attention.keys, self._pass.n_past + 1)
+            logits = self._scorer.logits(own, attention.keys, self._n_past + 1)
             self._dense.compute(layer, logits, attention.scale, node)
             attention.known = (own, logits)
         if self._sparse and layer in self._choosers:
-            rows = self._choosers[layer].rows(own, self._pass.n_past, attention)
+            rows = self._choosers[layer].rows(own, self._n_past, attention)
             if self._windowed:
-                self._queries[layer].append((self._pass.n_past, own))
+                self._queries[layer].append((self._n_past, own))
             self._sparse.take(self.roles.filters.index(layer), rows)
         if self._watch and layer in self._watched:
             self._watch(layer, attention.softmax(own))
@@ -375,7 +368,7 @@ class Filter:
     def _see_prompt(self, layer: int, query: abi.Tensor) -> None:
         """Remember the last queries of a prompt at a filter layer (those of decoded tokens are, too)."""
         found = queries(query, self.options.window)
-        end = self._pass.n_past + self._pass.n_tokens
+        end = self._n_past + self._n_tokens
         self._queries[layer].extend(zip(range(end - len(found), end), found, strict=True))
 
 

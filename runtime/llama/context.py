@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EngineError
@@ -12,6 +12,7 @@ from runtime.llama import abi
 from runtime.llama.hollow import ContextBuffers, HollowModel
 from runtime.llama.node_filter import NodeFilter
 from runtime.memory import drop_pages
+from runtime.passes import Pass
 from runtime.settings import KV_TYPES, Settings
 
 if TYPE_CHECKING:
@@ -59,22 +60,25 @@ class Context:
         callback, data = (nodes.callback, nodes.data) if nodes else (_NO_CALLBACK, None)
         abi.ggml_backend_sched_set_eval_callback(self._scheduler, callback, data)
 
-    def decode(self, tokens: Sequence[int], n_past: int, n_logits: int) -> int:
-        """Compute tokens at positions from n_past on, with logits of the last n_logits. Returns llama.cpp's status."""
-        n = len(tokens)
+    def decode(self, pass_: Pass) -> int:
+        """Compute a pass. Returns llama.cpp's status."""
+        n, n_outputs = pass_.n_tokens, pass_.n_outputs
         batch = abi.llama.llama_batch_init(n, 0, 1)
         try:
-            batch.n_tokens = n
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i] = token, n_past + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = i >= n - n_logits
+            batch.n_tokens, i = n, 0
+            for part in pass_.parts:
+                silent_end = part.end - part.n_outputs
+                for position, token in enumerate(part.tokens, part.first):
+                    batch.token[i], batch.pos[i] = token, position
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, part.sequence
+                    batch.logits[i] = position >= silent_end
+                    i += 1
             status = int(abi.llama.llama_decode(self.pointer, batch))
         finally:
             abi.llama.llama_batch_free(batch)  # it has copied what it needs
-        self._n_outputs = n_logits
+        self._n_outputs = n_outputs
         if status == 0:
-            self._most_outputs = max(n_logits, self._most_outputs)
+            self._most_outputs = max(n_outputs, self._most_outputs)
         return status
 
     def truncate(self, n_past: int) -> None:

@@ -74,6 +74,11 @@ class NodeFilter:
         """Whether nodes are passed on whatever their sources are. Any thread may say it: nodes read it one by one."""
         self._struct.everything = wanted
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether any tensor is watched."""
+        return bool(self._watched)
+
     def watch(self, address: int) -> None:
         """Pass nodes on that use the tensor at address."""
         if address not in self._watched:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from runtime.errors import EngineError
 from runtime.llama.model_file import ModelFile, Piece
+from runtime.passes import Pass
 from runtime.sizes import PAGE, page_down
 from runtime.weights.files import WeightFiles
 from runtime.weights.homes import Home, Homes
@@ -122,10 +123,10 @@ class LayerStore:
 
     # --- the computation's side ---------------------------------------------------------------------------------
 
-    def expect_passes(self, heads: Iterable[bool]) -> None:
-        """The next passes need the output head or not; passes not announced need it."""
+    def expect_passes(self, passes: Iterable[Pass]) -> None:
+        """These passes come next; passes not announced need the output head."""
         with self._lock:
-            self._passes_without_head = {self._pass + i for i, head in enumerate(heads) if not head}
+            self._passes_without_head = {self._pass + i for i, pass_ in enumerate(passes) if not pass_.needs_head}
             self._readers.feed()
 
     def need(self, piece: Piece) -> int:

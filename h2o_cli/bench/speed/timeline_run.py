@@ -16,6 +16,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.trace import LayerTrace
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
+from runtime.passes import Pass
 from runtime.plans.file import read_plan
 from runtime.settings import Settings
 from runtime.weights.store import LayerStore
@@ -28,23 +29,15 @@ class WallTrace(LayerTrace):
 
     spans: list[Span]
 
-    @classmethod
-    def like(cls, trace: LayerTrace) -> WallTrace:
-        """One that begins where `trace` stands."""
-        made = cls({}, 0)
-        vars(made).update(vars(trace))
-        made.spans = []
-        return made
-
-    def begin_pass(self, wait_s: float) -> None:
+    def begin(self, pass_: Pass) -> None:
         """A pass begins."""
         self.spans = []
-        super().begin_pass(wait_s)
+        super().begin(pass_)
 
-    def _close(self, wait_s: float) -> None:
+    def _close(self) -> None:
         group, (begin_s, waited_s) = self._group, self._mark
-        super()._close(wait_s)
-        self.spans.append(Span(group, begin_s, self._mark[0], wait_s - waited_s))
+        super()._close()
+        self.spans.append(Span(group, begin_s, self._mark[0], self._mark[1] - waited_s))
 
 
 def main() -> None:
@@ -66,11 +59,11 @@ def measure(path: Path, plan_file: Path, threads: int) -> Timeline:
     plan = read_plan(plan_file)
     engine = Engine(file, hollow, plan, Settings(n_ubatch=8, n_threads=threads))
     try:
-        trace = WallTrace.like(layer_trace(file, hollow))
+        trace = layer_trace(engine, hollow, WallTrace)
         engine.forward([1, 2, 3])
-        engine.nodes.trace = trace
-        for token in range(_WARM_PASSES):
-            engine.forward([token])
+        with engine.guests.joined_by(trace):
+            for token in range(_WARM_PASSES):
+                engine.forward([token])
     finally:
         engine.close()
         hollow.free()

@@ -1,8 +1,8 @@
-"""Weights under llama.cpp's nodes: what the callback of a pass does.
+"""Weights under llama.cpp's nodes: the guest that is there in every pass.
 
-llama.cpp asks before it computes a node; when the node uses a weight that is not settled in memory, we wait until the
-store has it and point the weight's tensor there. After the node was computed the store gets the slots back. A tensor
-kept in several pieces (a large matrix) is computed piece by piece instead of by llama.cpp's own node.
+Before a node that uses a weight which is not settled in memory, we wait until the store has it and point the weight's
+tensor there. After the node was computed the store gets the slots back. A tensor kept in several pieces (a large
+matrix) is computed piece by piece instead of by llama.cpp's own node.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
-from runtime.engine.trace import LayerTrace
+from runtime.engine.guests import Guests
 from runtime.errors import EngineError
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile, Piece
-from runtime.llama.node_filter import NodeFilter
 from runtime.llama.tiled_product import TiledProduct
+from runtime.passes import Pass
 from runtime.weights.repack import Repacker
 from runtime.weights.rows import RowTable
 from runtime.weights.store import LayerStore
-
-if TYPE_CHECKING:
-    from runtime.kv.filter import Filter
 
 
 @dataclass(eq=False)
@@ -36,8 +32,8 @@ class Weight:
     table: RowTable | None = None
 
 
-class Nodes:
-    """The nodes of one context's passes. `filter` is for llama.cpp; `stop` ends the pass and is raised after it."""
+class WeightsGuest:
+    """Puts the weights of a store under the nodes of one context's passes."""
 
     def __init__(
         self,
@@ -45,20 +41,17 @@ class Nodes:
         addresses: Mapping[str, Sequence[int]],
         tables: Sequence[RowTable],
         store: LayerStore,
+        guests: Guests,
         n_threads: int,
     ) -> None:
-        """addresses: of the ggml_tensor structs of every weight."""
-        self.filter = NodeFilter(self._on_node)
-        self._stop: BaseException | None = None
-        self.trace: LayerTrace | None = None
+        """addresses: of the ggml_tensor structs of every weight. guests: whom this one joins."""
         self.quiet: Callable[[], object] | None = None  # for measuring: called once the readers rest, before computing
-        self.kv: Filter | None = None
+        self._guests, self._filter = guests, guests.filter
         self._store = store
         self._weights = _index(file, addresses, tables)
         self._tables = [(weight, weight.table) for weight in self._weights if weight.table]
         self._active: dict[int, Weight] = {}  # weights that are not in memory for good
         self._tiled: dict[int, Weight] = {}
-        self._skipped: dict[int, int] = {}
         self._aliases: list[int] = []
         self._asked_bytes = self._boundary_bytes = 0
         self._repack = False
@@ -93,56 +86,28 @@ class Nodes:
 
     def _watch(self, address: int, weight: Weight) -> None:
         self._active[address] = weight
-        self.filter.watch(address)
+        self._filter.watch(address)
 
     def _unwatch(self, address: int) -> None:
         self._active.pop(address, None)
-        self.filter.forget(address)
+        self._filter.forget(address)
 
     # --- passes -------------------------------------------------------------------------------------------------
 
-    @property
-    def stop(self) -> BaseException | None:
-        """What ends the pass, or None. It may be set from a signal handler, in the middle of a pass."""
-        return self._stop
-
-    @stop.setter
-    def stop(self, reason: BaseException | None) -> None:
-        self._stop = reason
-        if reason is not None:
-            self.filter.pass_on_everything(True)  # the next node, whatever it is, ends the pass
-
-    @property
-    def are_watched(self) -> bool:
-        """Whether there is anything to do at a node; not when every weight is in memory for good."""
-        return bool(self._active or self.trace or self.kv)
-
-    def begin_pass(self, tokens: Sequence[int]) -> None:
+    def begin(self, pass_: Pass) -> None:
         """Fetch the embedding rows of the tokens."""
-        self.filter.pass_on_everything(bool(self.trace or self.kv))
-        if self.stop:  # looked at last: it may come at any moment
-            self.filter.pass_on_everything(True)
-        self._fetch_rows(tokens)
+        self._fetch_rows(pass_.tokens)
         if self.quiet:
             self._store.settle(self.quiet)
-        if self.trace:
-            self.trace.begin_pass(self._store.wait_s)
 
-    def end_pass(self, *, complete: bool) -> None:
-        """The pass is over; complete: llama.cpp computed all of it."""
-        complete = complete and self.stop is None
-        if self.trace:
-            self.trace.end_pass(self._store.wait_s)
+    def end(self, *, complete: bool) -> None:
+        """The pass is over; the stream goes on with the next one."""
         for address in self._aliases:
             self._unwatch(address)
         self._aliases.clear()
         self._tiled.clear()
-        for address in list(self._skipped):
-            self._unskip(address)  # llama.cpp may use its graph again
         self._asked_bytes = 0
         self._store.end_pass(complete=complete)
-        if self.kv:
-            self.stop = self.kv.end_pass(complete=complete) or self.stop
 
     def _fetch_rows(self, tokens: Sequence[int]) -> None:
         for weight, table in self._tables:
@@ -154,31 +119,19 @@ class Nodes:
                 table.fetch(tokens, self._store)
                 abi.Tensor.from_address(weight.address).data = table.data
 
-    # --- llama.cpp calls back -----------------------------------------------------------------------------------
+    # --- nodes --------------------------------------------------------------------------------------------------
 
-    def _on_node(self, address: int, ask: bool, _data: int) -> bool:
-        if ask and not (self.stop or self.are_watched):
+    def before(self, node: int) -> bool:
+        """Place the weights of a node; True: report when it is done."""
+        if not self._active:
             return False
-        try:
-            if self.stop is None:
-                return self._before(address) if ask else self._after(address)
-        except BaseException as error:  # noqa: BLE001 - ctypes would swallow it: kept, and raised after the pass
-            self.stop = error
-        return self.skip(address) if ask else self._unskip(address)
-
-    def _before(self, address: int) -> bool:
-        """A node is going to be computed: place its weights. True makes llama.cpp report when it is done."""
-        report = self.kv.before(address) if self.kv else False
-        if not self._active and not self.trace:
-            return report
-        sources = abi.unpack_src(ctypes.string_at(address + abi.SRC_OFFSET, abi.SRC_BYTES))
-        if self.trace and self.trace.before(sources):
-            report = True
+        sources = abi.unpack_src(ctypes.string_at(node + abi.SRC_OFFSET, abi.SRC_BYTES))
         if self._active.keys().isdisjoint(sources):
-            return report
+            return False
+        report = False
         for source in sources:
             weight = self._active.get(source)
-            if weight and self._place(address, source, weight):
+            if weight and self._place(node, source, weight):
                 report = True
         return report
 
@@ -209,7 +162,7 @@ class Nodes:
         return self._asked_bytes > self._boundary_bytes or not self._store.next_is_there()
 
     def _place_tiled(self, node: int, op: int, weight: Weight) -> bool:
-        """A tensor in pieces: switch its node off and compute it in _after, unless all of it is in one place."""
+        """A tensor in pieces: switch its node off and compute it in after(), unless all of it is in one place."""
         if all(self._store.is_resident(piece) for piece in weight.pieces):
             abi.Tensor.from_address(weight.address).data = self._store.home(weight.pieces[0].tensor.name).data
             self._settle(weight)
@@ -219,7 +172,7 @@ class Nodes:
                 f"{weight.pieces[0].tensor.name} is not used as a matrix here", "raise -m until the model fits"
             )
         self._tiled[node] = weight
-        self.skip(node)
+        self._guests.skip(node)
         return True
 
     def _settle(self, weight: Weight) -> None:
@@ -228,22 +181,13 @@ class Nodes:
         if self._repack and weight.table is None:
             self._repacker.repack(weight.address)
 
-    def _after(self, address: int) -> bool:
-        """Everything up to this node has been computed."""
-        weight = self._tiled.pop(address, None)
+    def after(self, node: int) -> None:
+        """Everything up to this node has been computed: give that back, and compute a node that was switched off."""
+        self._give_back()
+        weight = self._tiled.pop(node, None)
         if weight:
-            self._unskip(address)
-            self._give_back()
-            self._compute_tiles(address, weight.pieces)
-        else:
-            self._give_back()
+            self._compute_tiles(node, weight.pieces)
         self._asked_bytes = 0
-        if self.kv:
-            self.kv.after(address)
-            self._unskip(address)
-        if self.trace:
-            self.trace.after(self._store.wait_s)
-        return True
 
     def _compute_tiles(self, node: int, pieces: Sequence[Piece]) -> None:
         """Compute a product piece by piece; resident neighbours lie one behind the other and are computed at once."""
@@ -261,19 +205,6 @@ class Nodes:
         self._store.computed()
         if self.quiet:
             self._store.settle(self.quiet)
-
-    def skip(self, address: int) -> bool:
-        """Switch a node off until it is reported."""
-        op = ctypes.c_int.from_address(address + abi.OP_OFFSET)
-        self._skipped.setdefault(address, op.value)
-        op.value = abi.OP_NONE
-        return True
-
-    def _unskip(self, address: int) -> bool:
-        op = self._skipped.pop(address, None)
-        if op is not None:
-            ctypes.c_int.from_address(address + abi.OP_OFFSET).value = op
-        return False
 
     def close(self) -> None:
         """Free what was made of weights."""
