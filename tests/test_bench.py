@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +14,12 @@ from emulated import can_emulate, groups_left
 from h2o_cli.bench.box import Outcome
 from h2o_cli.bench.models.named import BenchModel, bench_model
 from h2o_cli.bench.rows import read_lines
-from h2o_cli.bench.speed import parts
+from h2o_cli.bench.speed import parts, turns
 from h2o_cli.bench.speed.engines import H2O, Job, command, read_result, tokens_hash, turns_commands
 from h2o_cli.bench.speed.report import report, summary_rows
 from h2o_cli.bench.speed.rows import InTurns, Read, Rounds, Span, SpeedRow, Timeline
 from h2o_cli.bench.speed.runs import MMAP, Settings, budget_bytes, cases, check_budget, estimate_s
+from h2o_cli.main import run_command
 from profiler.model_profile import DeviceInfo
 from runtime.errors import UsageError
 from runtime.sizes import MB
@@ -360,57 +359,52 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-class TestCommand:
-    def h2o(self, *arguments, **options):
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-        words = [sys.executable, "-m", "h2o_cli.main", "bench", *map(str, arguments)]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, **options)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "nothing-like-this"],
+        ["--budget", "much"],
+        ["--engine", "nothing"],
+        ["--suite", "nothing"],
+        ["--disk", "-1"],
+        ["--repeats", "0"],
+    ],
+)
+def test_wrong_flags(arguments, tmp_path, capsys):
+    assert run_command(["bench", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize(
-        "arguments",
-        [
-            ["--model", "nothing-like-this"],
-            ["--budget", "much"],
-            ["--engine", "nothing"],
-            ["--suite", "nothing"],
-            ["--disk", "-1"],
-            ["--repeats", "0"],
-        ],
-    )
-    def test_wrong_flags(self, arguments, tmp_path):
-        done = self.h2o(*arguments, "--output", tmp_path / "out", cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert not (tmp_path / "out").exists()
 
-    @pytest.mark.cgroup
-    @pytest.mark.skipif(not can_emulate(), reason="no device can be emulated here")
-    def test_a_benchmark_of_a_tiny_model(self, tmp_path, tiny_model):
-        model = tiny_model(SHAPE)
-        flags = ["--quick", "--model", model, "--budget", "90", "--disk", 200]
-        flags += ["--suite", "budgets", "--suite", "resident"]
-        flags += ["--engine", H2O, "--engine", MMAP]
-        done = self.h2o(*flags, "--output", tmp_path / "out", "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        rows = read_lines(tmp_path / "out" / "rows.jsonl", SpeedRow)
-        assert [msgspec.json.decode(line, type=SpeedRow) for line in done.stdout.splitlines()] == rows
-        by_engine = {one.engine: one for one in rows if one.suite == "budgets"}
-        own, plain = by_engine[H2O], by_engine[MMAP]
-        assert own.status == plain.status == "ok", done.stderr
-        assert own.tokens_hash == plain.tokens_hash
-        assert own.peak_bytes <= 90 * MB
-        assert own.limit_ms_per_token and own.predicted_ms_per_token and own.machine
-        (resident,) = (one for one in rows if one.suite == "resident")
-        assert resident.in_turns, resident.note
-        assert resident.tokens_hash == resident.in_turns.llama_cpp_tokens_hash
-        assert resident.peak_bytes and resident.in_turns.llama_cpp_peak_bytes
-        text = (tmp_path / "out" / "report.md").read_text()
-        assert str(tmp_path) not in text
-        assert all(command in text for one in rows for command in (*one.commands, one.bench))
-        assert not list((PROJECT / "model_configs").glob("*.json"))
-        assert groups_left() == []
-        if find_spec("matplotlib"):
-            assert list((tmp_path / "out").glob("timeline-*.png"))
-        again = self.h2o("report", tmp_path / "out", cwd=tmp_path)
-        assert again.returncode == 0, again.stderr
-        assert (tmp_path / "out" / "report.md").read_text() == text
+@pytest.mark.cgroup
+@pytest.mark.skipif(not can_emulate(), reason="no device can be emulated here")
+def test_a_benchmark_of_a_tiny_model(tmp_path, tiny_model, monkeypatch, capsys):
+    for name, n in {"OPENINGS": 1, "PREFILL_PAIRS": 2, "DECODE_PAIRS": 2}.items():
+        monkeypatch.setattr(turns, name, n)
+    output = tmp_path / "out"
+    flags = ["--quick", "--model", tiny_model(SHAPE), "--budget", 90, "--disk", 200, "--output", output, "--json"]
+    flags += ["--suite", "budgets", "--suite", "resident", "--engine", H2O, "--engine", MMAP]
+    monkeypatch.setattr(sys, "argv", ["h2o", "bench", *map(str, flags)])
+    assert run_command(sys.argv[1:]) == 0
+    out, err = capsys.readouterr()
+    rows = read_lines(output / "rows.jsonl", SpeedRow)
+    assert [msgspec.json.decode(line, type=SpeedRow) for line in out.splitlines()] == rows
+    by_engine = {one.engine: one for one in rows if one.suite == "budgets"}
+    own, plain = by_engine[H2O], by_engine[MMAP]
+    assert own.status == plain.status == "ok", err
+    assert own.tokens_hash == plain.tokens_hash
+    assert own.peak_bytes <= 90 * MB
+    assert own.limit_ms_per_token and own.predicted_ms_per_token and own.machine
+    (resident,) = (one for one in rows if one.suite == "resident")
+    assert resident.in_turns, resident.note
+    assert resident.tokens_hash == resident.in_turns.llama_cpp_tokens_hash
+    assert resident.peak_bytes and resident.in_turns.llama_cpp_peak_bytes
+    text = (output / "report.md").read_text()
+    assert str(tmp_path) not in text
+    assert all(command in text for one in rows for command in (*one.commands, one.bench))
+    assert not list((PROJECT / "model_configs").glob("*.json"))
+    assert groups_left() == []
+    if find_spec("matplotlib"):
+        assert list(output.glob("timeline-*.png"))
+    assert run_command(["bench", "report", str(output)]) == 0
+    assert (output / "report.md").read_text() == text
