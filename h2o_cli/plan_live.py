@@ -16,7 +16,6 @@ from planner.running_process import Overtaken, RunningProcess
 from runtime.errors import BudgetError, H2OError
 from runtime.plans.file import write_plan
 from runtime.plans.plan import Layout, Plan
-from runtime.plans.stats import PlanStats
 from runtime.sizes import MB, format_size
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def plan_live(
 
     def pull(arm: Plan) -> Pulled:
         measured = process.measure(as_plan(arm))
-        return Pulled(measured.pass_ms, measured.wait_ms)
+        return Pulled(measured.pass_ms, measured.wait_ms, budget - measured.fixed_bytes)
 
     try:
         search(found, pull, lambda arm, pulled, word: note(_pull_line(found, arm, pulled, word)))
@@ -57,7 +56,7 @@ def plan_live(
             process.keep(as_plan(found.best))
             note(f"stopped after {found.n_pulls} pulls; the best plan so far stays in {path}")
         raise
-    outlook = _live_outlook(found, profile, process.keep(as_plan(found.best)), stats)
+    outlook = _live_outlook(found, profile, process.keep(as_plan(found.best)), stats.pid)
     if json:
         print_json(as_json(outlook, profile, path))
         return
@@ -88,29 +87,30 @@ def _arm_text(arm: Plan) -> str:
     return f"k={arm.k} w={arm.w} {arm.layout.label}, window {format_size(arm.window_bytes)}"
 
 
-def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats: PlanStats) -> Outlook:
+def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, pid: int) -> Outlook:
     """The plan the search ended with: predicted from the profile, measured, and where the process's bytes go."""
     row = found.best_row
-    budget, weights = written.budget_bytes, row.arm.pinned_bytes + row.arm.window_bytes
+    budget = written.budget_bytes
+    fixed = budget - found.available_bytes
     ledger = {
-        "fixed_bytes": stats.fixed_bytes,
+        "fixed_bytes": fixed,
         "resident_bytes": row.arm.pinned_bytes,
         "window_bytes": row.arm.window_bytes,
-        "free_bytes": budget - stats.fixed_bytes - weights,
+        "free_bytes": found.available_bytes - row.arm.pinned_bytes - row.arm.window_bytes,
     }
     facts = {
         "measured_ms_per_token": row.measured_ms,
         "pulls": found.n_pulls,
         "restarts": found.n_restarts,
         "settled": found.is_settled,
-        "pid": stats.pid,
+        "pid": pid,
     }
     measured = sum(row.n > 0 for row in found.rows)
-    how = f"{found.n_pulls} pulls of {measured} plans on process {stats.pid}"
+    how = f"{found.n_pulls} pulls of {measured} plans on process {pid}"
     return replace(
         outlook_of(profile, written, budget, LEAST_UBATCH),
         budget_bytes=budget,
-        floor_bytes=stats.fixed_bytes + profile.memory.min_window_bytes,
+        floor_bytes=fixed + profile.memory.min_window_bytes,
         ledger=ledger,
         method=how + (", settled" if found.is_settled else ", others may be as good"),
         live=facts,

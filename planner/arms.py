@@ -8,6 +8,7 @@ and w say"; in_bytes translates. An arm of the source system is any (k, w) of it
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from planner.footprint import streamable_bytes
 from planner.source.profile import SourceProfile
@@ -17,14 +18,14 @@ from runtime.plans.residency import overlapping_window, whole_layers
 
 
 def tie_order(arm: Plan, token_ms: float) -> tuple[float, int, int]:
-    """Sort key, best first: the faster arm; among equals (to a nanosecond) larger k+w, then larger k."""
+    """Sort key, best first: the faster arm. Among equals (to a nanosecond) it is larger k+w, then larger k."""
     return (round(token_ms, 6), -(arm.k + arm.w), -arm.k)
 
 
 def pinned_per_unit(profile: ModelProfile, arm: Plan) -> list[int]:
-    """Resident bytes of every layer, then of the head, under an arm; together at most arm.pinned_bytes.
+    """Resident bytes of every layer, then of the head, under an arm. Together they are at most arm.pinned_bytes.
 
-    Balanced: the same share of each. Else the whole layers, then the head, then the other layers in order.
+    Balanced: the same share of each. Else whole layers come first, then the head, then the other layers in order.
     """
     sizes = [*(layer.bytes for layer in profile.layers), profile.head.bytes]
     total = sum(sizes)
@@ -59,11 +60,32 @@ def in_bytes(profile: ModelProfile, plan: Plan) -> Plan:
     return replace(plan, k=k, pinned_bytes=pinned, window_bytes=window)
 
 
+def filled(profile: ModelProfile, arm: Plan, available_bytes: int) -> Plan:
+    """The arm where a process leaves available_bytes for weights: the same window, and what that leaves is pinned.
+
+    k is the largest number of whole layers that fits into the pinned bytes; balanced: of mean layers.
+    """
+    sizes = tuple(layer.bytes for layer in profile.layers)
+    window = min(arm.window_bytes, available_bytes)
+    pinned = min(available_bytes - window, streamable_bytes(profile))
+    if arm.layout == Layout.BALANCED:
+        k = min(len(sizes), pinned * len(sizes) // sum(sizes))
+    else:
+        k = max(k for k, n_bytes in enumerate(_bytes_of_k(sizes, arm.layout)) if n_bytes <= pinned)
+    return replace(arm, k=k, pinned_bytes=pinned, window_bytes=window)
+
+
+@cache
+def _bytes_of_k(sizes: tuple[int, ...], layout: Layout) -> list[int]:
+    """Bytes of k whole layers, for every k."""
+    return [sum(sizes[i] for i in whole_layers(len(sizes), k, layout)) for k in range(len(sizes) + 1)]
+
+
 def h2o_arms(profile: ModelProfile, available_bytes: int, layouts: tuple[Layout, ...] = tuple(Layout)) -> list[Plan]:
     """Every arm that fits in available_bytes: one per layout and w, with all that the window leaves pinned.
 
-    window_bytes + pinned_bytes = available_bytes, at most. w counts in the largest layer (balanced: what is streamed
-    of it; one arm more has the narrowest window). When not even one layer fits, w is 1 and the window is what there is.
+    window_bytes + pinned_bytes is at most available_bytes. w counts in the largest layer (balanced: in what is streamed
+    of it; one more arm has the narrowest window). Where not even one layer fits, w is 1 and the window is all there is.
     """
     n_layers = len(profile.layers)
     total = streamable_bytes(profile)
@@ -83,8 +105,10 @@ def h2o_arms(profile: ModelProfile, available_bytes: int, layouts: tuple[Layout,
 
 
 def narrowest_window(profile: ModelProfile, available_bytes: int) -> int:
-    """Bytes of the smallest window worth having: one in which reads and computation overlap; less where that would
-    take more than half of what there is."""
+    """Bytes of the smallest window that is worth having: reads and computation overlap in it.
+
+    It is smaller where that would take more than half of what there is.
+    """
     least = profile.memory.min_window_bytes
     streamed = streamable_bytes(profile) - available_bytes
     wanted = overlapping_window(least, streamed, profile.disk.bytes_per_s.mean)
@@ -94,8 +118,7 @@ def narrowest_window(profile: ModelProfile, available_bytes: int) -> int:
 def _balanced_arms(profile: ModelProfile, available_bytes: int, windows: range) -> list[Plan]:
     """The balanced arms: the one with the narrowest window, and one for each w.
 
-    With a share f of every byte pinned, f * total + w * (1 - f) * largest = available; solved for f * total. k is how
-    many mean layers the pinned bytes are worth.
+    With a share f of every byte pinned, f * total + w * (1 - f) * largest = available; solved for f * total.
     """
     sizes = [layer.bytes for layer in profile.layers]
     total = streamable_bytes(profile)
@@ -105,35 +128,24 @@ def _balanced_arms(profile: ModelProfile, available_bytes: int, windows: range) 
         window_full = w * max(sizes)
         pinned = (available_bytes - window_full) * total // (total - window_full)
         w_of[max(narrowest, available_bytes - pinned)] = w
-    return [
-        Plan(min(len(sizes), pinned * len(sizes) // sum(sizes)), w, Layout.BALANCED, pinned, window)
-        for window, w in w_of.items()
-        for pinned in (available_bytes - window,)
-    ]
+    return [filled(profile, Plan(0, w, Layout.BALANCED, 0, window), available_bytes) for window, w in w_of.items()]
 
 
 def _whole_layer_arms(profile: ModelProfile, available_bytes: int, layout: Layout, windows: range) -> list[Plan]:
-    """Arms with whole layers resident, for each w the largest k that fits.
+    """Arms with whole layers resident, one for each w.
 
-    Where every layer fits, one more arm streams only from the head, through the narrowest window.
+    Where every layer fits, one more arm streams only the head, through the narrowest window.
     """
     sizes = [layer.bytes for layer in profile.layers]
-    n_layers = len(sizes)
     narrowest = narrowest_window(profile, available_bytes)
-    bytes_of_k = [sum(sizes[i] for i in whole_layers(n_layers, k, layout)) for k in range(n_layers + 1)]
     needs = [(w, max(w * max(sizes), narrowest)) for w in windows]
-    if bytes_of_k[n_layers] + narrowest <= available_bytes:
+    if sum(sizes) + narrowest <= available_bytes:
         needs.append((1, narrowest))
-    arms = []
-    for w, window in needs:
-        pinned = available_bytes - window
-        k = max(k for k in range(n_layers + 1) if bytes_of_k[k] <= pinned)
-        arms.append(Plan(k, w, layout, pinned, window))
-    return arms
+    return [filled(profile, Plan(0, w, layout, 0, window), available_bytes) for w, window in needs]
 
 
 def source_layer_max(source: SourceProfile, memory_mib: float) -> int:
-    """The source system's largest k + w: the longest prefix of layers that fits in memory_mib (its "MB")."""
+    """The source system's largest k + w: so many first layers fit in memory_mib (its "MB")."""
     cumulative = 0
     for i, size in enumerate(source.layer_sizes):
         cumulative += size

@@ -28,7 +28,6 @@ EPISODES = 120  # for so few arms more find nothing better, and each costs a mil
 CONFIRM_ARMS = 4  # the leaders and the choice; the arms behind them are further off than the noise
 PROMPT_TOKENS = 128  # of the prompt whose first token is predicted: one pass at the least memory
 SAME_TIME = 0.01  # relative; the predictions are not better than that
-SHOWN = 0.0005  # relative; smaller differences would be shown as 0.0%
 WORTH_SAYING = 0.99  # what helps is named when it brings the time below this part of the predicted one
 
 
@@ -65,8 +64,8 @@ def choose(
     """The plan for a process of budget_bytes, a context of ctx_tokens and passes of at most ubatch_tokens.
 
     layout None: the best of all. predicted_ttft_s is for a prompt of PROMPT_TOKENS. kv: how keys and values are kept
-    (None: all of them, f16); what a disk store reads of them is not in the predictions. The bandit decides; the exact
-    search checks it (see decide). Raises BudgetError, with the smallest budget that works, below the floor.
+    (None: all of them, f16). The predictions leave out what a disk store reads of them. The bandit decides, and the
+    exact search checks it (see decide). Below the floor, BudgetError is raised with the smallest budget that works.
     floor_bytes: that budget, where it is known better than from the profile (0: not).
     """
     footprint = measure_footprint(profile, ctx_tokens, ubatch_tokens, kv, floor_bytes)
@@ -119,9 +118,12 @@ def leanest(times: Sequence[tuple[Plan, float]]) -> Plan:
     return min((arm for arm, ms in times if ms <= limit), key=lean)
 
 
-def pick(profile: ModelProfile, arms: list[Plan]) -> Best:
-    """The leanest() of all arms by the exact search, with its simulated time."""
-    beside = with_disk_speed(profile, BESIDE)
+def pick(profile: ModelProfile, arms: Sequence[Plan], disk: float = BESIDE) -> Best:
+    """The leanest() of all arms by the exact search, with its simulated time.
+
+    disk: the part of the profile's disk speed that is left beside a computation.
+    """
+    beside = with_disk_speed(profile, disk)
     limit = NEAR * best_arm(beside, arms).token_ms
     arm = next(arm for arm in sorted(arms, key=lean) if 1000 * token_s(beside, arm) <= limit)
     return Best(arm, 1000 * token_s(profile, arm))
@@ -147,8 +149,8 @@ def decide(profile: ModelProfile, bandit: BanditResult, exact: Best) -> tuple[Be
     gain = found.token_ms / exact.token_ms - 1
     if gain > SAME_TIME:
         return exact, f"the exact search, whose plan is {gain:.1%} faster than that of {name}"
-    than = "as fast" if abs(gain) < SHOWN else f"{abs(gain):.1%} {'faster' if gain > 0 else 'slower'}"
-    return found, f"{name}; the exact search's plan is {than}"
+    than = f"{abs(gain):.1%} {'faster' if gain > 0 else 'slower'}"
+    return found, f"{name}; the exact search's plan is {'as fast' if than.startswith('0.0%') else than}"
 
 
 def what_helps(

@@ -1,19 +1,20 @@
-"""The exact search: the best arm for certain, against which the bandit is checked.
+"""The exact search finds the best arm for certain. It checks the bandit.
 
 One arm per layout and w is enough (arms.py), because pinning more never makes a token slower:
 
-The lanes' times follow from max and + alone. A segment's read starts at the latest of: the end of the read before it,
-and the end of the compute that frees its room, namely of the first segment q such that at most window_bytes are
-streamed after q up to this one. Its compute starts at the later of its arrival and the end of the compute before it.
-Pinning more bytes at the same window (prefix: a superset of the layers) lowers some read times and leaves no more
-streamed bytes between any two segments, so every q is the same or earlier. All terms are then less or equal, hence, by
-induction over the segments, all times. In the balanced layout streamed bytes and window shrink by the same factor at
-the same w, so every q stays the same and only read times fall.
-Layers spread evenly are not nested from k to k + 1; there an arm is the largest k that fits, by definition.
+The lanes' times follow from max and + alone. A segment's read starts when the read before it has ended and its room is
+free. The compute of an earlier segment q frees it: q is the first one after which at most window_bytes are streamed,
+this segment included. A segment's compute starts when it has arrived and the compute before it has ended. Pinning more
+bytes at the same window (prefix: a superset of the layers) lowers some read times. It leaves no more streamed bytes
+between any two segments, so every q is the same or an earlier one. All terms are then less or equal. By induction over
+the segments all times are, too. In the balanced layout streamed bytes and window shrink by the same factor at the same
+w. So every q stays the same, and only read times fall. Layers that are spread evenly are not nested from k to k + 1.
+There an arm is the largest k that fits, by definition.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.arms import source_arms, tie_order
@@ -33,11 +34,11 @@ class Best:
     token_ms: float
 
 
-def best_arm(profile: ModelProfile, arms: list[Plan]) -> Best:
-    """The fastest of the arms; among equals the one that streams the fewest bytes, then the evener layout.
+def best_arm(profile: ModelProfile, arms: Sequence[Plan]) -> Best:
+    """The fastest of the arms. Among equals it is the one that streams the fewest bytes, then the evener layout.
 
-    Arms are tried in order of their limit (limit_s, which no arm beats); once an arm's limit is not below the best
-    time so far, neither is any later one's.
+    Arms are tried in order of their limit (limit_s), which no arm beats. Once an arm's limit is not below the best time
+    so far, no later one's is.
     """
     total = streamable_bytes(profile)
     order = sorted(arms, key=lambda arm: (-arm.pinned_bytes, arm.window_bytes, -arm.layout))

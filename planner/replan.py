@@ -1,20 +1,19 @@
-"""The live search: which plan is the fastest on the process that is running, found by trying plans on it.
+"""The live search tries plans on the running process, to find the fastest one there.
 
-A bandit whose arms are plans that fit the budget, and whose pulls are measured passes. The simulator's prediction for
-every arm counts as a first observation of limited weight, so arms that are predicted to be far off are never tried. The
-prediction itself is adapted to the machine: where it is far off, the profile's disk and computing speeds are scaled
-until it fits the pulls. When later pulls say that the machine has changed, everything measured is dropped and the
-search starts again.
+It is a bandit. Its arms are plans that fit the budget, and its pulls are measured passes. The simulator's prediction
+for an arm counts as a first observation of limited weight, so arms that are predicted to be far off are never tried.
+Where the predictions are far off, the profile's disk and computing speeds are scaled until they fit the pulls. When
+later pulls say that the machine has changed, everything measured is dropped and the search starts again.
 
-LiveSearch decides and measures nothing; search() pulls; RunningProcess is a pull on a real process.
+LiveSearch decides and measures nothing. search() pulls. RunningProcess is a pull on a real process.
 
-The score is that of UCB1 (Auer, Cesa-Bianchi, Fischer 2002), mean - C * sqrt(2 ln t) * width for times, lowest played.
-UCB1's width is sigma / sqrt(n); here it is the standard deviation of what is believed of the arm, as in GP-UCB
-(Srinivas, Krause, Kakade, Seeger 2010), because the arms' prediction errors go together: a pull of one arm says
-something of the others, and with fewer pulls than arms each one could not even be played once. It is sigma / sqrt(n)
-for an arm of which nothing else is known. As in LUCB (Kalyanakrishnan, Tewari, Auer, Stone 2012) the leader and its
-strongest rival are played in turns, and the search ends when no rival can still be better by more than a tolerance.
-Changes are found with Page's cumulative sums (Page 1954, Hinkley 1971).
+The score is that of UCB1 (Auer, Cesa-Bianchi, Fischer 2002): mean - C * sqrt(2 ln t) * width for times. The lowest one
+is played. UCB1's width is sigma / sqrt(n). Here it is the standard deviation of what is believed of the arm, as in
+GP-UCB (Srinivas, Krause, Kakade, Seeger 2010). For an arm of which nothing else is known the two are the same. But the
+arms' prediction errors go together, so a pull of one arm says something of the others, and there may be fewer pulls
+than arms. As in LUCB (Kalyanakrishnan, Tewari, Auer, Stone 2012) the leader and its strongest rival are played in
+turns. The search ends when no rival can still be better by more than a tolerance. Changes are found with Page's
+cumulative sums (Page 1954, Hinkley 1971).
 """
 
 from __future__ import annotations
@@ -22,46 +21,61 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from planner.arms import tie_order
-from planner.choose import pick, with_disk_speed
+from planner.arms import filled, tie_order
+from planner.choose import BESIDE, pick, with_disk_speed
 from planner.footprint import streamable_bytes
 from planner.simulator import decode_rates, limit_s, token_s
 from profiler.model_profile import ModelProfile, Spread
 from runtime.plans.plan import Layout, Plan
 
-MOST_PULLS = 39
-MOST_RESTARTS = 3
-MISFIT, SMALL_MISFIT = 0.15, 0.05  # natural logarithms of measured / predicted
-HOPELESS = 1.3  # arms whose limit is this much above the best prediction are left out
-SMALLER_WINDOWS = (2, 4)  # balanced arms with a half and a quarter of one layer's window are tried as well
+MOST_PULLS = 39  # what the tests allow; a pull takes half a second to five
+MOST_RESTARTS = 3  # a machine that changes more often has no best plan
+MISFIT = 0.15  # log of measured / predicted that no prediction error explains: it is another machine
+HOPELESS = 1.3  # arms whose limit is this many times the best prediction are left out: errors are smaller
+SMALLER_WINDOWS = (2, 4)  # parts of one layer's window that are tried as well; below a quarter few pieces fit
 
-C = 0.5
-# Relative standard deviations of the simulator's errors: see errors_covariance.
-COMMON_ERROR, SPEED_ERROR, LAYOUT_ERROR, WINDOW_ERROR, OWN_ERROR = 0.02, 0.08, 0.02, 0.02, 0.005
-SLOWER = 1.1  # the step over which sensitivities are taken
-WINDOW_LENGTH = 0.7  # in natural logarithms of window bytes
-FIRST_NOISE, FIRST_NOISE_WEIGHT = 0.04, 3  # relative noise of a pull until it is known; worth this many pulls
-LEAST_NOISE = 0.003
+C = 0.5  # weight of exploring: the predictions know much, so little is needed
+# Relative standard deviations that the simulator's errors are taken to have: see errors_covariance.
+COMMON_ERROR = 0.02  # of all arms alike
+SPEED_ERROR = 0.08  # of the profile's disk and computing speeds
+LAYOUT_ERROR = 0.02  # of the arms of one layout
+WINDOW_ERROR = 0.02  # of arms with similar windows
+OWN_ERROR = 0.005  # of one arm; without it no arm would need a pull of its own
+SLOWER = 1.1  # the step over which sensitivities are taken: about the size of the speeds' errors
+WINDOW_LENGTH = 0.7  # in logarithms of window bytes: windows are similar up to twice the size
+FIRST_NOISE = 0.04  # relative noise of a pull until it is known: of a machine that does other work, too
+FIRST_NOISE_WEIGHT = 3  # pulls that this guess is worth; one or two pulls alone tell little of noise
+LEAST_NOISE = 0.003  # a few pulls that are equal by chance are no proof of a machine without noise
 TOLERANCE = 0.01  # a rival that may be better by less than this is not worth more pulls
-SURE = 2.0  # standard deviations
-SURPRISE = 4.0  # standard deviations after which a pull is repeated before it is believed
-DRIFT_ALLOWED, DRIFT_ALARM = 0.5, 10.0  # Page's test, in standard deviations
+SURE = 2.0  # standard deviations: 97.7 % sure of a rival
+SURPRISE = 4.0  # standard deviations after which a pull is repeated before it is believed: 1 in 16000 by chance
+DRIFT_ALLOWED = 0.5  # Page's test: half of the shift to be found, in standard deviations
+DRIFT_ALARM = 10.0  # Page's test: with this a false alarm comes once in some 70000 pulls
 FIT_AGAIN = 3  # the profile is adapted again after so many times the pulls it was adapted to
-WORTH_CHANGING = 0.005  # relative gain for which the planner's own choice is given up
+WORTH_CHANGING = 0.005  # relative gain for which the planner's own choice is given up: half of TOLERANCE
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """Means over the passes of one pull: the time of a pass, and how much of it was spent waiting for the disk."""
+    """Medians over the passes of one pull: the time of a pass, and how much of it was spent waiting for the disk.
+
+    available_bytes: what the process had for weights meanwhile (0: what it had before).
+    """
 
     pass_ms: float
     wait_ms: float
+    available_bytes: int = 0
+
+    def scaled(self, factor: float) -> Pulled:
+        """The same with passes that take factor times as long, because more or less is read."""
+        pass_ms = self.pass_ms * factor
+        return replace(self, pass_ms=pass_ms, wait_ms=max(0.0, self.wait_ms + pass_ms - self.pass_ms))
 
 
 Floats = npt.NDArray[np.float64]
@@ -95,29 +109,24 @@ class Row:
 
 
 def smaller_windows(profile: ModelProfile, arms: Sequence[Plan]) -> list[Plan]:
-    """Balanced arms with a window below one layer: the simulator flatters them, so only a live search tries them."""
+    """Balanced arms with a window below one layer. The simulator flatters them, so only a live search tries them."""
     ones = [arm for arm in arms if arm.layout == Layout.BALANCED and arm.w == 1 and arm.window_bytes]
     if not ones:
         return []
     one = max(ones, key=lambda arm: arm.window_bytes)  # the others have the narrowest window worth planning
-    room = one.pinned_bytes + one.window_bytes
+    available_bytes = one.pinned_bytes + one.window_bytes
     windows = {max(one.window_bytes // part, profile.memory.min_window_bytes) for part in SMALLER_WINDOWS}
     new = windows - {arm.window_bytes for arm in ones}
-    smaller = [Plan(one.k, 1, Layout.BALANCED, room - window, window) for window in sorted(new)]
-    return [arm for arm in smaller if arm.window_bytes < one.window_bytes]
-
-
-def offline_arm(profile: ModelProfile, arms: Sequence[Plan]) -> Plan:
-    """The planner's choice among the arms, without any measurement."""
-    return pick(profile, list(arms)).arm
+    smaller = [window for window in sorted(new) if window < one.window_bytes]
+    return [filled(profile, replace(one, window_bytes=window), available_bytes) for window in smaller]
 
 
 def adapted(profile: ModelProfile, rows: Sequence[Row]) -> ModelProfile:
     """The profile with computing and disk speeds scaled so that simulated tokens fit what was measured of some arms.
 
     Computing: the part of the passes that was not waiting. Disk: the least squares of the logarithms, from 1/16 to 16
-    times the profile's speed. Predictions that are all off by less than MISFIT are left alone: the bandit learns such
-    errors by itself (see errors_covariance), and few pulls cannot tell what they come from.
+    times the profile's speed. Predictions that are all off by less than MISFIT stay. The bandit learns such errors by
+    itself (see errors_covariance), and few pulls cannot tell where they come from.
     """
 
     def misfits(profile: ModelProfile) -> list[float]:
@@ -130,8 +139,6 @@ def adapted(profile: ModelProfile, rows: Sequence[Row]) -> ModelProfile:
     if compute_ms:
         busy_ms = statistics.median(pulled.pass_ms - pulled.wait_ms for row in rows for pulled in row.pulls)
         profile = with_compute_time(profile, max(0.05, busy_ms / compute_ms))
-    if max(map(abs, misfits(profile))) < SMALL_MISFIT:
-        return profile
 
     def loss(log2_speed: float) -> float:
         offs = misfits(with_disk_speed(profile, 2**log2_speed))
@@ -151,14 +158,14 @@ def with_compute_time(profile: ModelProfile, factor: float) -> ModelProfile:
         mean, sd, minimum, maximum = (factor * value for value in values)
         return Spread(mean, sd, spread.n, minimum, maximum)
 
-    replace = msgspec.structs.replace
-    layers = tuple(replace(layer, decode_compute_s=scaled(layer.decode_compute_s)) for layer in profile.layers)
-    head = replace(profile.head, decode_compute_s=scaled(profile.head.decode_compute_s))
-    return replace(profile, layers=layers, head=head, overhead_s=scaled(profile.overhead_s))
+    change = msgspec.structs.replace
+    layers = tuple(change(layer, decode_compute_s=scaled(layer.decode_compute_s)) for layer in profile.layers)
+    head = change(profile.head, decode_compute_s=scaled(profile.head.decode_compute_s))
+    return change(profile, layers=layers, head=head, overhead_s=scaled(profile.overhead_s))
 
 
 def predictions(profile: ModelProfile, arms: Sequence[Plan], always: Collection[Plan]) -> list[Row]:
-    """A row per arm that is worth a thought, best first; those in `always` are whatever their prediction."""
+    """A row per arm that is worth a thought, best first. Arms in `always` have one, whatever their prediction."""
     total = streamable_bytes(profile)
     rows: list[Row] = []
     best_ms = math.inf
@@ -178,9 +185,9 @@ def predictions(profile: ModelProfile, arms: Sequence[Plan], always: Collection[
 def errors_covariance(rows: Sequence[Row]) -> Floats:
     """How the relative errors of these predictions go together: [arm, arm].
 
-    An error has a part common to all arms; what comes from a disk and a computing speed that are not quite right, which
-    moves every arm by its sensitivity; one of the layout; one that changes smoothly with the window (a small window
-    forgives less); and one of the arm's own.
+    An error has several parts. One is common to all arms. One comes from a disk and a computing speed that are not
+    quite right: it moves every arm by its sensitivity. One is that of the layout. One changes smoothly with the window
+    (a small window forgives less). One is the arm's own.
     """
     arms = [row.arm for row in rows]
     windows = np.log([max(1, arm.window_bytes) for arm in arms])
@@ -200,8 +207,8 @@ def errors_covariance(rows: Sequence[Row]) -> Floats:
 class LiveSearch:
     """Says which arm to pull next, takes in what was measured, and knows when it is enough.
 
-    next_arm() is None when the search is over. best is the arm to keep, at any time. `planned` are the arms the planner
-    would choose from, `more` others to be tried.
+    next_arm() is None when the search is over. best is the arm to keep, at any time. The planner would choose from the
+    arms in `planned`. Those in `more` are tried as well.
     """
 
     def __init__(
@@ -213,7 +220,8 @@ class LiveSearch:
         self._most_pulls = most_pulls
         self._noise_squares = FIRST_NOISE_WEIGHT * FIRST_NOISE**2
         self._noise_weight = float(FIRST_NOISE_WEIGHT)
-        self.first = offline_arm(profile, planned)
+        self.first = pick(profile, planned).arm
+        self.available_bytes = self.first.pinned_bytes + self.first.window_bytes
         self.best = self.first
         self.rows: list[Row] = [Row(self.first, math.nan)]
         self.n_pulls = self.n_restarts = 0
@@ -280,7 +288,7 @@ class LiveSearch:
         return None if self.is_settled else self._choose().arm
 
     def _choose(self) -> Row:
-        """The lowest score; when that is the leader's, and it has been played more, its strongest rival."""
+        """The row with the lowest score. If that is the leader, and it was played more, it is its strongest rival."""
         mean, covariance = self._belief()
         leader = self._leader(mean)
         n_all = max(2, self._n_known)
@@ -293,10 +301,12 @@ class LiveSearch:
     # --- learning -----------------------------------------------------------------------------------------------
 
     def saw(self, arm: Plan, pulled: Pulled) -> str:
-        """Take a pull in; a word about it where it was not an ordinary one: "surprise", "noise" or "change"."""
+        """Take a pull in. Returns a word where it was not an ordinary one: "surprise", "noise" or "change"."""
         self.n_pulls += 1
         self._n_left -= 1
         row = next(row for row in self.rows if row.arm == arm)
+        if pulled.available_bytes not in (0, self.available_bytes):
+            self._fill(pulled.available_bytes)
         self._again, word = None, ""
         if self.n_pulls == 1:
             self._take(row, pulled)
@@ -307,6 +317,22 @@ class LiveSearch:
                 self._predict()
         self.best = self.rows[self._leader(self._belief()[0])].arm
         return word
+
+    def _fill(self, available_bytes: int) -> None:
+        """The process leaves so many bytes for weights now: every arm pins others, and earlier pulls of it are scaled.
+
+        Keys and values grow while the search goes on. Without this an arm that was pulled early would look faster than
+        the same arm does later.
+        """
+        profile = self._adapted or self._profile
+        arms = {arm: filled(profile, arm, available_bytes) for arm in self._arms}
+        for row in self.rows:
+            factor = token_s(profile, arms[row.arm]) / token_s(profile, row.arm)
+            row.arm, row.predicted_ms = arms[row.arm], row.predicted_ms * factor
+            row.pulls = [pulled.scaled(factor) for pulled in row.pulls]
+        self._planned, self._arms = [arms[arm] for arm in self._planned], list(dict.fromkeys(arms.values()))
+        self.first, self.best = arms[self.first], arms[self.best]
+        self.available_bytes = available_bytes
 
     def _judge_first(self, row: Row, pulled: Pulled) -> str:
         """The first pull of an arm. One far from the prediction is repeated before it is believed."""
@@ -349,7 +375,7 @@ class LiveSearch:
         return ""
 
     def _take(self, row: Row, pulled: Pulled) -> None:
-        """Add an observation; what it says beyond the arm's mean is noise, as far as it is no surprise."""
+        """Add an observation. Its distance from the arm's mean is noise, as far as it is no surprise."""
         if row.n:
             square = (math.log(pulled.pass_ms) - row.log_ms) ** 2 * row.n / (row.n + 1)
             self._noise_squares += min(square, (SURPRISE * self.noise) ** 2)
@@ -379,7 +405,8 @@ class LiveSearch:
         if profile is self._adapted:
             return
         self._adapted = profile
-        self.first = offline_arm(profile, self._planned)
+        # An adapted disk is as fast as it was beside computations.
+        self.first = pick(profile, self._planned, BESIDE if profile is self._profile else 1.0).arm
         self.rows = predictions(profile, self._arms, seen.keys())
         for row in self.rows:
             if row.arm in seen:

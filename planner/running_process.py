@@ -15,19 +15,26 @@ from runtime.plans.plan import Plan
 from runtime.plans.stats import PlanStats, StatsReader, stats_path
 
 SKIP_PASSES = 1  # after a change of plan: they load what the new plan keeps resident
-MEASURE_PASSES, MEASURE_LEAST_S, MEASURE_ENOUGH_S = 3, 0.5, 5.0
-STALL_S, STALL_PASSES = 120.0, 10
-TELL_AFTER_S = 10.0
+MEASURE_PASSES = 3  # the least number that has a median
+MEASURE_LEAST_S = 0.5  # of passes: shorter ones vary more
+MEASURE_ENOUGH_S = 5.0  # after which one pass is enough
+STALL_S = 120.0  # without a token, after which the process counts as stuck; a user may think that long between turns
+STALL_PASSES = 10  # times a pass, in addition: slow models
+TELL_AFTER_S = 10.0  # without a token, after which the user hears what is waited for
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over the passes that were measured under one plan: a single pass that was disturbed does not count."""
+    """Medians over the passes that were measured under one plan: a single pass that was disturbed does not count.
+
+    fixed_bytes: what the process needed besides weights in the last of them.
+    """
 
     n_passes: int
     pass_ms: float
     wait_ms: float
     bytes_read: float
+    fixed_bytes: int
 
 
 class Overtaken(PlanError):
@@ -92,6 +99,7 @@ class RunningProcess:
             1000 * median((b.pass_s - a.pass_s) / passes for passes, a, b in steps),
             1000 * median((b.wait_s - a.wait_s) / passes for passes, a, b in steps),
             median((b.bytes_read - a.bytes_read) / passes for passes, a, b in steps),
+            seen[-1].fixed_bytes,
         )
 
     def _wait(self, done: Callable[[PlanStats], bool]) -> PlanStats:
