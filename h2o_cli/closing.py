@@ -50,6 +50,7 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "ledger": session.engine.ledger.as_dict(),
         "plan_origin": session.plan_origin,
         "kv": session.engine.kv.figures() if session.engine.kv else None,
+        **({"devices": session.model.team.figures()} if session.model.team else {}),
     }
 
 

@@ -23,7 +23,7 @@ from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT
 from runtime.answer.generate import LENGTH, Request, Step, check_prompt, generate
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling
-from runtime.errors import DiskError, EngineError, PromptError, UsageError
+from runtime.errors import DiskError, EngineError, PromptError, UsageError, WorkerError
 from runtime.sizes import parse_size
 
 PROMPT_LEAST_BYTES, PROMPT_MOST_BYTES = 2**18, 2**24
@@ -113,6 +113,25 @@ Draft = Annotated[
     ),
 ]
 
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="A:P,...",
+        show_default=False,
+        help="Share the layers out over these workers (`h2o worker`); `local` among them: this machine, too.",
+    ),
+]
+Spare = Annotated[
+    str | None,
+    typer.Option(
+        "--spare", metavar="A:P,...", show_default=False, help="Workers that take over when one of --workers is lost."
+    ),
+]
+Tls = Annotated[
+    Path | None, typer.Option("--tls", metavar="DIR", show_default=False, help="This machine's keys, for --workers.")
+]
+
 
 def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
@@ -140,6 +159,9 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     draft: Draft = None,
     prefetch_input: PrefetchInput = False,
     repack: Repack = "auto",
+    workers: Workers = None,
+    spare: Spare = None,
+    tls: Tls = None,
     kv_filter: kv.Switch = False,
     kv_layers: kv.Layers = None,
     kv_wait: kv.Wait = None,
@@ -278,7 +300,7 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
                 finish = step.finish
                 if not options.json:
                     emit(step.text)
-        except (DiskError, EngineError):
+        except (DiskError, EngineError, WorkerError):
             if parts and not options.json:
                 emit("\n")  # the error gets a line of its own
             raise

@@ -7,6 +7,7 @@ H2OError                    the work failed (exit 1)
  +- ProfileError            a profile that cannot be used
  +- PromptError             a prompt or setting that does not fit the model
  +- DiskError               a read failed while the model was running
+ +- WorkerError             a worker on another machine is not there, or refuses
  +- EngineError             llama.cpp or its libraries failed or are not the ones we know
  +- UsageError              a wrong argument (exit 2)
  +- Cancelled               Ctrl-C (exit 130) or SIGTERM (exit 143)
@@ -70,6 +71,10 @@ class DiskError(H2OError):
 
 class EngineError(H2OError):
     """llama.cpp failed, or is not the version this program knows."""
+
+
+class WorkerError(H2OError):
+    """A worker cannot be reached, was lost, or does not go on."""
 
 
 class UsageError(H2OError):

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BOTTOM_UP = ("runtime", "profiler", "planner", "h2o_cli")
 GROUND = ("errors", "limited", "memory", "passes", "settings", "sizes", "threads")
-ROOMS = (GROUND, "llama", "plans", "weights", "kv", "engine", "answer")  # of runtime/, from the bottom up
+# Rooms of runtime/, from the bottom up.
+ROOMS = (GROUND, "llama", "plans", "weights", "kv", "engine", "distributed", "answer")
 FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob("*.py"))
 
 # Heavy package -> modules that import it when they are imported themselves, and those that do so inside a function.
@@ -26,9 +27,20 @@ HEAVY = {
         {"h2o_cli/bench/plots.py", "h2o_cli/bench/speed/plots.py", "h2o_cli/bench/kv/plots.py"},
     ),
     "torch": (set(), set()),
+    "grpc": ({"runtime/distributed/wire.py"}, set()),
+    "cryptography": (set(), {"runtime/distributed/keys.py"}),
     "sentencepiece": (set(), set()),
 }
-NEVER_ON_THE_RUN_PATH = ("gguf", "matplotlib", "torch", "sentencepiece", "h2o_cli.bench.models.make_model", "rich")
+NEVER_ON_THE_RUN_PATH = (
+    "grpc",
+    "cryptography",
+    "gguf",
+    "matplotlib",
+    "torch",
+    "sentencepiece",
+    "h2o_cli.bench.models.make_model",
+    "rich",
+)
 REPORT = "import sys; print(','.join(name for name in {names!r} if name in sys.modules), file=sys.stderr)"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from h2o_cli.interrupts import interrupts
 from h2o_cli.kv_flags import KvChoice
 from h2o_cli.output import Progress
+from h2o_cli.session import team
 from h2o_cli.session.defaults import CONVERSATION_CONTEXT, MOST_THREADS, UBATCH, default_threads
 from h2o_cli.session.first_plan import DEFAULT, FROM_FILE, Chosen, FirstPlan
 from h2o_cli.session.kv_layers import warn_of_guess
@@ -78,6 +79,9 @@ class RunOptions:
     repack: str = "auto"
     kv: KvChoice | None = None
     max_context: int = 0
+    workers: str | None = None
+    spare: str | None = None
+    tls: Path | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any], **made: Any) -> RunOptions:
@@ -103,6 +107,7 @@ class RunOptions:
             raise UsageError(f"-n {self.n_predict} is not possible", "give 0 or more, or -1 for no limit")
         if self.kv:
             self._check_filter()
+        team.check_flags(self.workers, self.spare, self.tls, bool(self.kv or self.draft))
 
     def _check_filter(self) -> None:
         if self.kv_type == "f32":
@@ -137,6 +142,10 @@ class OpenModel:
         self.is_named = options.is_named
         with interrupts.held():
             self.file = ModelFile.open(options.model)
+        self.team = team.join(self.file, options.workers, options.spare, options.tls, options.budget_bytes, note)
+        if self.team:
+            self.file = self.team.part
+        with interrupts.held():
             self.profile = Profiled.find(self.file, note)
             path, is_named = options.plan_file or default_plan_path(), options.plan_file is not None
             self.first_plan = FirstPlan.find(self.file, path, options.budget_bytes, note, is_named=is_named)
@@ -179,6 +188,8 @@ class OpenModel:
             self.weights.close()
         if self.profile:
             self.profile.rest()
+        if self.team:
+            self.team.close()
         self.hollow.free()
 
 
@@ -229,6 +240,8 @@ def open_session(
     if options.kv and options.speculate != "off":
         note("speculation is off: a filter of keys and values works on one token per pass")
     with ExitStack() as opened, interrupts.held():
+        if model.team:
+            model.team.check(model.hollow, settings)
         draft = _open_draft(model, settings)
         if draft:
             opened.callback(draft.close)
@@ -239,6 +252,8 @@ def open_session(
         if speculation:
             opened.callback(speculation.close)
         cleanup = opened.pop_all()
+    if model.team:
+        team.set_up(model.team, engine, model.hollow, cleanup, note)
     if engine.kv:
         warn_of_guess(engine.kv, model.file.path, n_ctx)
     sampler = Sampler(options.sampling, engine.n_vocab, model.tokenizer.suppressed)
@@ -428,7 +443,7 @@ def _settings(file: ModelFile, options: RunOptions, n_ctx: int, n_prompt: int, p
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,
         prefetch_input=options.prefetch_input,
-        repack=options.repack == "auto",
+        repack=options.repack == "auto" and options.workers is None,
         margin_bytes=TURNS_MARGIN_BYTES if options.kind == CONVERSATION else MARGIN_BYTES,
     )
     if profile is None:

@@ -16,7 +16,7 @@ from runtime.engine.guests import Guests
 from runtime.engine.pass_memory import PassMemory, Use, rows_for
 from runtime.engine.weights_guest import WeightsGuest
 from runtime.errors import Cancelled, DiskError, EngineError, H2OError, PromptError
-from runtime.kv.cache_memory import STEP, CacheMemory, growing_rows
+from runtime.kv.cache_memory import STEP, CacheMemory
 from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
@@ -80,6 +80,7 @@ class Engine:
         self.lodger: Engine | None = None  # a draft model's, which is cancelled with this one
         self.counters = Counters()
         self.guests = Guests()
+        self.most_tokens = 0  # of a pass, where others that take part in it can take no more (0: as many as fit)
         self._model = model
         self.kv: Filter | None = None
         self._use = self._touched = _PROMPT  # what memory is laid out for, and what was touched in it
@@ -140,8 +141,7 @@ class Engine:
                 opened.callback(self._context.close)
                 self._pass_memory = PassMemory(self.file, self.settings, self._context, self._one_row_bytes(n_tokens))
                 self._context.align_scratch(self._pass_memory.scratch_bytes)
-                buffers = self._context.buffers
-                self._cache = CacheMemory(buffers.kv_bytes, growing_rows(buffers.caches, self.file.architecture))
+                self._cache = CacheMemory.of(self._context.buffers, self.file)
                 self.kv = self._open_filter()
                 if self.kv:
                     opened.callback(self.kv.close)
@@ -300,7 +300,8 @@ class Engine:
 
     def cut(self, part: Part, *, decode: bool) -> list[Pass]:
         """The passes that a part takes alone. decode: it continues an answer."""
-        return cut(part, min(self.settings.n_ubatch, self.settings.n_ctx), self._context.n_tokens, decode=decode)
+        most = min(self.pass_tokens, self.most_tokens or self.pass_tokens)
+        return cut(part, min(self.settings.n_ubatch, self.settings.n_ctx), most, decode=decode)
 
     def compute(self, passes: Sequence[Pass]) -> None:
         """Compute passes one after the other; the logits that the last one wants are there afterwards.
@@ -447,6 +448,11 @@ class Engine:
     def waited_s(self) -> float:
         """Seconds of waits for reads until now, in the pass that runs."""
         return self._store.wait_s
+
+    @property
+    def pass_tokens(self) -> int:
+        """The longest pass that there is memory for."""
+        return self._context.n_tokens
 
     @property
     def computed_tokens(self) -> float:

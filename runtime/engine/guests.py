@@ -73,6 +73,13 @@ class Guests:
         finally:
             self.remove(guest)
 
+    def watched_nodes_only(self, guest: Guest) -> None:
+        """For the rest of this pass a guest that sees every node needs no more than the watched ones."""
+        if self._everywhere == [guest]:
+            self.filter.pass_on_everything(False)
+            if self._stop:  # looked at last: it may come at any moment
+                self.filter.pass_on_everything(True)
+
     # --- passes -------------------------------------------------------------------------------------------------
 
     @property

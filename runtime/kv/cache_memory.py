@@ -8,10 +8,12 @@ leave in steps as the context grows.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from runtime.llama import abi
+from runtime.llama.hollow import ContextBuffers
+from runtime.llama.model_file import ModelFile
 from runtime.memory import drop_pages
 from runtime.plans.ledger import touched_bytes
 
@@ -37,6 +39,12 @@ class CacheMemory:
         self._rows = tuple(rows)
         self.n_cells = max((rows.n_cells for rows in self._rows), default=0)
 
+    @classmethod
+    def of(cls, buffers: ContextBuffers, file: ModelFile) -> CacheMemory:
+        """Of the layers of `file`; where that is a part of a model, the other layers' memory is never touched."""
+        own, others_bytes = of_layers(buffers.caches, {layer.index for layer in file.layers})
+        return cls(buffers.kv_bytes - others_bytes, growing_rows(own, file.architecture))
+
     def steps(self, n_positions: int) -> int:
         """n_positions rounded up to where the next step begins, at most all cells."""
         return min(-(-max(n_positions, 1) // STEP) * STEP, self.n_cells)
@@ -56,6 +64,16 @@ class CacheMemory:
         for rows in self._rows:
             end = rows.address + rows.row_bytes * rows.n_cells
             drop_pages(min(rows.address + rows.row_bytes * n_positions, end), end)
+
+
+def of_layers(caches: Iterable[Mapping[str, int]], layers: Collection[int]) -> tuple[list[dict[str, int]], int]:
+    """The tensors of a context's cache that belong to these layers, and the bytes of all others."""
+    own, others = [], 0
+    for group in caches:
+        named = {name: address for name, address in group.items() if int(name.rpartition("_l")[2]) in layers}
+        others += sum(int(abi.ggml_nbytes(address)) for name, address in group.items() if name not in named)
+        own.append(named)
+    return own, others
 
 
 def growing_rows(caches: Iterable[Mapping[str, int]], architecture: str) -> list[Rows]:

@@ -132,6 +132,10 @@ class Tensor(ctypes.Structure):
 TENSOR_BYTES = ctypes.sizeof(Tensor)
 SRC_OFFSET = Tensor.src.offset
 OP_OFFSET = Tensor.op.offset
+FLAGS_OFFSET = Tensor.flags.offset
+VIEW_SRC_OFFSET = Tensor.view_src.offset
+NAME_OFFSET = Tensor.name.offset
+FLAG_COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE: without it a node is passed over
 SRC_BYTES = 80
 unpack_src = struct.Struct("10Q").unpack
 

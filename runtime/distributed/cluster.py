@@ -1,0 +1,350 @@
+"""A root's workers: who has which layers, and the way of a hidden state through them in a pass.
+
+The root's own engine computes what is left: the head, and layers of its own if it has any. Between them it gives the
+hidden state to the workers of the layers in between, one after the other, and gets it back.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runtime.distributed.journal import Entry, Journal
+from runtime.distributed.keys import Keys
+from runtime.distributed.messages import (
+    Error,
+    Hello,
+    Message,
+    Probe,
+    Progress,
+    Ready,
+    Result,
+    Setup,
+    Step,
+    Truncated,
+)
+from runtime.distributed.protocol import CLOSED, FLOAT_BYTES, WAITING, Refusal, RootSide, Stale
+from runtime.distributed.wire import Wire
+from runtime.errors import WorkerError
+from runtime.passes import Pass
+
+CONNECT_S = 5.0  # for the answer to a greeting
+SILENCE_S = 12.0  # without any message of a worker that computes: it says every second that it is there
+AGAIN = "start it, and run again"
+
+
+class Link:
+    """The conversation with one worker. Every call may raise WorkerError."""
+
+    def __init__(self, address: str, keys: Keys | None, hello: Hello) -> None:
+        """Connect and greet."""
+        self.address = address
+        self.ranges: list[tuple[int, int]] = []
+        self.bytes_read = self.peak_bytes = 0
+        self.ready: Ready | None = None
+        self.number = 0
+        self.is_lost = False
+        self.replacements = 0  # how often it took over layers of another
+        self._side = RootSide()
+        self._wire = Wire(address, keys)
+        try:
+            self._wire.send(self._side.hello(hello))
+            answer = self.receive(timeout_s=CONNECT_S)
+            if not isinstance(answer, Hello):
+                raise WorkerError(f"the worker {address} does not greet", AGAIN)
+        except BaseException:
+            self._wire.close()
+            raise
+        self.hello = answer
+
+    def round_trip_s(self, n_bytes: int) -> float:
+        """Seconds until n_bytes were there and back."""
+        start = time.perf_counter()
+        self._wire.send(self._side.probe(Probe(bytes(n_bytes))))
+        self.receive(timeout_s=CONNECT_S)
+        return time.perf_counter() - start
+
+    def set_up(self, setup: Setup) -> None:
+        """Give it its layers; `wait_ready` waits until it has planned them."""
+        self.ranges = setup.ranges
+        self._wire.send(self._side.setup(setup))
+
+    def wait_ready(self, check: Callable[[], object]) -> Ready:
+        """How it took its layers."""
+        answer = self.receive(check)
+        if not isinstance(answer, Ready):
+            raise WorkerError(f"the worker {self.address} does not say how it took its layers", AGAIN)
+        self.ready = answer
+        return answer
+
+    def send(self, step: Step, hidden_bytes: int) -> None:
+        """Have a step computed; `result` waits for it."""
+        if self._side.state == CLOSED:
+            raise WorkerError(f"the worker {self.address} has left", AGAIN)
+        self._wire.send(self._side.step(step, hidden_bytes))
+
+    def result(self, check: Callable[[], object]) -> bytes:
+        """What the step gave."""
+        while True:
+            answer = self.receive(check, SILENCE_S)
+            if isinstance(answer, Result):
+                self.bytes_read, self.peak_bytes = answer.bytes_read, max(answer.peak_bytes, self.peak_bytes)
+                return answer.hidden
+
+    def be_at(self, n_past: int, check: Callable[[], object]) -> bool:
+        """Have the worker forget what is behind n_past positions, or under way. False: it has fewer."""
+        side = self._side
+        if side.n_past > n_past or side.state == WAITING:
+            if not side.is_shortening:
+                self._wire.send(side.truncate(n_past))
+            while not isinstance(self.receive(check, SILENCE_S), Truncated):
+                pass
+            if side.n_past > n_past:  # an earlier one, interrupted, was for more
+                return self.be_at(n_past, check)
+        return side.n_past == n_past
+
+    def receive(self, check: Callable[[], object] = lambda: None, timeout_s: float = 0.0) -> Message | Stale:
+        """The next message that is one of the conversation."""
+        try:
+            data = self._wire.receive(check, timeout_s)
+        except WorkerError:
+            self.is_lost = True
+            raise
+        event = self._side.receive(data)
+        self.is_lost = self._side.state == CLOSED
+        if isinstance(event, Error):
+            raise WorkerError(f"the worker {self.address}: {event.reason}", event.next_step)
+        if isinstance(event, Refusal):
+            raise WorkerError(f"the worker {self.address} talks nonsense: {event.reason}", AGAIN)
+        if not isinstance(event, Hello | Probe | Ready | Result | Progress | Truncated | Stale):
+            raise WorkerError(f"the worker {self.address} has left", AGAIN)
+        return event
+
+    def close(self) -> None:
+        """Say goodbye."""
+        if self._side.state != CLOSED:
+            self._wire.send(self._side.bye())
+        self._wire.close()
+
+
+@dataclass
+class Stage:
+    """A range of layers at a worker. part: which of the worker's ranges it is, from its set-up on."""
+
+    first: int
+    last: int
+    link: Link
+    part: int = 0
+
+
+class Cluster:
+    """The stages, in the order of their layers: hops of the root's passes.
+
+    check: raises where the pass has to end. When a worker is lost, a spare one takes over its layers, or one of the
+    others does. What went into them is in the journal; it is computed again in the same passes, so nothing changes.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], n_layers: int, spares: Sequence[Link] = (), folder: Path | None = None
+    ) -> None:
+        self.stages = list(stages)
+        self.n_layers = n_layers
+        self.width = 0
+        self.check: Callable[[], object] = lambda: None
+        self.note: Callable[[str], None] = lambda _: None
+        self._spares = list(spares)
+        self._shape = (0, 0, 0, "")
+        self._journal = Journal(folder)
+        self._given: Stage | None = None  # it computes already
+
+    @property
+    def links(self) -> list[Link]:
+        """The workers that have layers, each once."""
+        return list(dict.fromkeys(stage.link for stage in self.stages))
+
+    def set_up(self, n_ctx: int, n_ubatch: int, n_logits: int, kv_type: str) -> int:
+        """Give the workers their layers; the longest pass that all of them can take."""
+        self._shape = (n_ctx, n_ubatch, n_logits, kv_type)
+        return self._set_up(self.links)
+
+    def _set_up(self, links: Sequence[Link]) -> int:
+        for link in links:
+            mine = [stage for stage in self.stages if stage.link is link]
+            for part, stage in enumerate(mine):
+                stage.part = part
+            link.set_up(Setup([(stage.first, stage.last) for stage in mine], *self._shape))
+        found = [link.wait_ready(self.check) for link in links]
+        for link, ready in zip(links, found, strict=True):
+            if ready.width != self.width:
+                raise WorkerError(f"the worker {link.address} has another model", "give it the same file")
+        return min(ready.n_tokens for ready in found)
+
+    # --- hops of a pass -----------------------------------------------------------------------------------------
+
+    def begin(self, pass_: Pass) -> None:
+        """A pass comes: the workers have to be where it begins."""
+        self._given = None
+        self._journal.begin(pass_.only)
+        while True:
+            try:
+                self._replay([link for link in self.links if not link.be_at(pass_.only.first, self.check)], 0)
+                break
+            except WorkerError as error:
+                self._replace(error, 0)
+        if self.stages[0].first == 0:
+            self._give_early(self.stages[0])
+
+    def leave(self, layer: int, hidden: memoryview) -> None:
+        """To the worker that has this layer."""
+        self._journal.put(layer, hidden)
+        stage = next(stage for stage in self.stages if stage.first == layer)
+        self._give_early(stage)
+
+    def _give_early(self, stage: Stage) -> None:
+        """The worker begins while this machine goes on to where it needs the result; a loss is met there."""
+        if stage.link.is_lost:
+            return
+        self._give(stage, self._journal.entries[-1], b"" if stage.first == 0 else None)
+        self._given = stage
+
+    def enter(self, layer: int, _n_bytes: int) -> bytes:
+        """From the worker that has the layer before, through all that come before it without the root."""
+        at = self._start_of_chain(layer)
+        entry = self._journal.entries[-1]
+        while True:
+            try:
+                stage = next(stage for stage in reversed(self.stages) if stage.first <= at)
+                if stage is not self._given:
+                    self._give(stage, entry)
+                self._given = None
+                hidden = stage.link.result(self.check)
+            except WorkerError as error:
+                self._given = None
+                self._replace(error, at)
+                continue
+            at = stage.last
+            if at == layer:
+                return hidden
+            self._journal.put(at, hidden)
+
+    def _start_of_chain(self, layer: int) -> int:
+        at = layer
+        for stage in reversed(self.stages):
+            if stage.last == at:
+                at = stage.first
+        return at
+
+    def _give(self, stage: Stage, entry: Entry, hidden: bytes | None = None) -> None:
+        """Have a stage computed in a pass; hidden None: what the journal has."""
+        part = entry.part
+        rows = part.n_outputs if stage.last == self.n_layers else len(part.tokens)
+        stage.link.number += stage.part == 0
+        hidden = self._journal.get(entry, stage.first) if hidden is None else hidden
+        tokens = array("i", part.tokens).tobytes()
+        step = Step(stage.link.number, stage.part, part.first, part.n_outputs, tokens, hidden)
+        stage.link.send(step, rows * self.width * FLOAT_BYTES)
+
+    # --- a worker is lost ---------------------------------------------------------------------------------------
+
+    def _replace(self, error: WorkerError, at: int) -> None:
+        """Have others do what lost workers did, up to layer `at` of the pass at hand; raises `error` if nobody can."""
+        while True:
+            lost = [link for link in self.links if link.is_lost]
+            if not lost:
+                raise error
+            self._spares = [link for link in self._spares if not link.is_lost]
+            fresh = [self._successor(link, error) for link in lost]
+            for link in lost:
+                link.close()
+            fresh = list(dict.fromkeys(fresh))
+            try:
+                for link in fresh:
+                    link.be_at(0, self.check)
+                n_tokens = self._set_up(fresh)
+                if n_tokens < max(len(entry.part.tokens) for entry in self._journal.entries):
+                    raise error
+                self._replay(fresh, at)
+                for link in fresh:
+                    link.replacements += 1
+                return
+            except WorkerError as another:
+                if not any(link.is_lost for link in fresh):
+                    raise
+                error = another
+
+    def _successor(self, lost: Link, error: WorkerError) -> Link:
+        """Who takes over the layers of a lost worker: a spare one, or the one with most memory for each layer."""
+        others = [link for link in self.links if not link.is_lost]
+        if not self._spares and not others:
+            raise error
+        if self._spares:
+            link = self._spares.pop(0)
+        else:
+            link = max(others, key=lambda link: link.hello.weights_bytes / self._n_layers_of(link))
+        ranges = ", ".join(f"{s.first}-{s.last - 1}" for s in self.stages if s.link is lost)
+        self.note(f"{error.message}; its layers {ranges} go to {link.address}")
+        moved = [replace(s, link=link) if s.link is lost else replace(s) for s in self.stages]
+        self.stages = [moved[0]]
+        for stage in moved[1:]:
+            before = self.stages[-1]
+            if stage.link is before.link and stage.first == before.last:
+                before.last = stage.last
+            else:
+                self.stages.append(stage)
+        return link
+
+    def _n_layers_of(self, link: Link) -> int:
+        return sum(stage.last - stage.first for stage in self.stages if stage.link is link)
+
+    def _replay(self, fresh: Sequence[Link], at: int) -> None:
+        """Have workers compute what they have not, or no more: all passes, and the one at hand up to layer `at`."""
+        if not fresh:
+            return
+        *done, last = self._journal.entries
+        for entry in done:
+            self._replay_pass(entry, fresh, self.n_layers)
+        self._replay_pass(last, fresh, at)
+
+    def _replay_pass(self, entry: Entry, fresh: Sequence[Link], until: int) -> None:
+        for link in fresh:
+            if not link.be_at(entry.part.first, self.check):
+                raise WorkerError(f"the worker {link.address} forgets what it computed", AGAIN)
+        for stage in self.stages:
+            if stage.link in fresh and stage.last <= until:
+                self._give(stage, entry)
+                stage.link.result(self.check)
+
+    def close(self) -> None:
+        """Leave all workers."""
+        for link in (*self.links, *self._spares):
+            link.close()
+        self._journal.close()
+
+
+def greet(addresses: Sequence[str], keys: Callable[[str], Keys | None], mine: Hello) -> list[Link]:
+    """Conversations with the workers at these addresses. Raises WorkerError, and leaves none open then."""
+    links: list[Link] = []
+    try:
+        for address in addresses:
+            links.append(Link(address, keys(address), mine))
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+    return links
+
+
+def shares(weights: Sequence[int], n_layers: int) -> list[int]:
+    """How many layers each gets: in proportion to its weight, at least one, by the largest remainder."""
+    total = sum(weights) or 1
+    exact = [max(1.0, weight * n_layers / total) for weight in weights]
+    counts = [int(x) for x in exact]
+    order = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
+    for i in range(n_layers - sum(counts)):
+        counts[order[i % len(order)]] += 1
+    while sum(counts) > n_layers:
+        counts[max(range(len(counts)), key=lambda i: counts[i])] -= 1
+    return counts

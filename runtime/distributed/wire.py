@@ -1,0 +1,243 @@
+"""How messages travel: one gRPC stream in both directions for each conversation, of plain bytes.
+
+TLS with a certificate on both sides, or nothing on this machine's own loopback. gRPC's own checks notice a machine that
+has stopped answering: a ping after some seconds of silence, and an end when no answer comes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from runtime.distributed.keys import INSTALL, Keys
+from runtime.distributed.messages import MOST_MESSAGE_BYTES
+from runtime.errors import UsageError, WorkerError
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # a child of ours renders a template and ends: no call is in it
+
+try:
+    import grpc
+except ImportError:
+    raise UsageError("the package `grpcio` is not installed, which workers need", INSTALL) from None
+
+SERVICE = "h2o.Worker"
+_METHOD = "Converse"
+_PORTS = 65535
+_QUIET_S, _ANSWER_S = 3.0, 3.0  # without data until a ping is sent; for its answer
+_CONNECT_S = 5.0
+_POLL_S = 0.1
+_CONVERSATIONS = 16  # at once: one computes, the others ask what the worker offers
+_SIZES = [
+    ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MOST_MESSAGE_BYTES),
+]
+_PINGS = [
+    ("grpc.keepalive_time_ms", int(1000 * _QUIET_S)),
+    ("grpc.keepalive_timeout_ms", int(1000 * _ANSWER_S)),
+    ("grpc.http2.ping_timeout_ms", int(1000 * _ANSWER_S)),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[::1]:port". Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > _PORTS:
+        raise UsageError(f"{text!r} is no address", "give host:port, for example 127.0.0.1:9999")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def keys_for(address: str, folder: Path | None) -> Keys | None:
+    """The keys an address needs: any but loopback has to have some. Raises UsageError."""
+    if folder is not None:
+        return Keys.load(folder)
+    if not is_loopback(parse_address(address)[0]):
+        raise UsageError(
+            f"{address} can be reached from other machines, so it needs certificates",
+            "make them with `h2o keys DIR --host NAME` and give --tls DIR/NAME",
+        )
+    return None
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# --- a worker's side ------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """Takes conversations: `converse(messages, send)` is called in a thread of its own for each.
+
+    messages are those that come, until the other side is gone; send(bytes) sends, send(None) closes.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: Keys | None,
+        converse: Callable[[Iterator[bytes], Callable[[bytes | None], None]], None],
+    ) -> None:
+        """Listen. Raises WorkerError where the address cannot be taken."""
+        self._converse = converse
+        self._server = grpc.server(
+            ThreadPoolExecutor(_CONVERSATIONS, "conversation"),
+            options=_SIZES + _PINGS + _SERVER,
+            maximum_concurrent_rpcs=_CONVERSATIONS,
+        )
+        handler = grpc.stream_stream_rpc_method_handler(self._handle)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {_METHOD: handler}),))
+        self._add_services()
+        host, port = parse_address(address)
+        try:
+            self.port = self._bind(_joined(host, port), keys)
+        except RuntimeError:
+            raise WorkerError(
+                f"{address} cannot be listened on", "is it taken? give another one with --listen"
+            ) from None
+        self.address = _joined(host, self.port)
+        self._server.start()
+
+    def _bind(self, address: str, keys: Keys | None) -> int:
+        if keys is None:
+            return int(self._server.add_insecure_port(address))
+        pair = (keys.key, keys.certificate)
+        credentials = grpc.ssl_server_credentials([pair], keys.authority, require_client_auth=True)
+        return int(self._server.add_secure_port(address, credentials))
+
+    def _add_services(self) -> None:
+        """gRPC's own: is it well, and what is here."""
+        try:
+            from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+            from grpc_reflection.v1alpha import reflection
+        except ImportError:
+            return
+        servicer = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        for name in (SERVICE, health.OVERALL_HEALTH):
+            servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    def _handle(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        context.add_callback(lambda: answers.put(None))
+
+        def read() -> None:
+            try:
+                self._converse(_until_gone(requests), answers.put)
+            finally:
+                answers.put(None)
+
+        threading.Thread(target=read, name="conversation", daemon=True).start()
+        while (answer := answers.get()) is not None:
+            yield answer
+
+    def close(self) -> None:
+        """Take no more conversations and end those that go on."""
+        self._server.stop(0).wait(1)
+
+
+def _until_gone(requests: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        yield from requests
+    except grpc.RpcError:
+        return
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+
+
+# --- a root's side --------------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """A stream to the worker at an address."""
+
+    def __init__(self, address: str, keys: Keys | None) -> None:
+        """Raises WorkerError where nobody answers there."""
+        self.address = address
+        host, port = parse_address(address)
+        target, options = _joined(host, port), _SIZES + _PINGS
+        if keys is None:
+            self._channel = grpc.insecure_channel(target, options)
+        else:
+            credentials = grpc.ssl_channel_credentials(keys.authority, keys.key, keys.certificate)
+            self._channel = grpc.secure_channel(target, credentials, options)
+        self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._in: queue.SimpleQueue[bytes | str] = queue.SimpleQueue()
+        self._call = self._channel.stream_stream(f"/{SERVICE}/{_METHOD}")(iter(self._out.get, None))
+        threading.Thread(target=self._read, name=f"from {address}", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for message in self._call:
+                self._in.put(message)
+            self._in.put("it closed the connection")
+        except grpc.RpcError as error:
+            self._in.put(_reason(error))
+
+    def send(self, message: bytes) -> None:
+        """Send it; whether it arrives is seen at the answer."""
+        self._out.put(message)
+
+    def receive(self, check: Callable[[], object] = lambda: None, timeout_s: float = 0.0) -> bytes:
+        """The next message. `check` is called all the while and may raise. Raises WorkerError when the worker is gone,
+        or when nothing came in timeout_s (0: no limit)."""
+        waited = 0.0
+        while True:
+            try:
+                message = self._in.get(timeout=_POLL_S)
+            except queue.Empty:
+                check()
+                waited += _POLL_S
+                if timeout_s and waited > timeout_s:
+                    raise WorkerError(f"the worker {self.address} does not answer", "is it running?") from None
+                continue
+            if isinstance(message, bytes):
+                return message
+            self._in.put(message)
+            raise WorkerError(f"the worker {self.address} is gone: {message}", "start it, and run again")
+
+    def close(self) -> None:
+        """End the stream; messages under way still arrive if they can."""
+        self._out.put(None)
+        self._call.cancel()
+        self._channel.close()
+
+
+def _reason(error: grpc.RpcError) -> str:
+    """gRPC's reason in some words."""
+    details = " ".join(str(error.details()).split())
+    for sign, text in (
+        ("Connection refused", "nothing listens there"),
+        ("CERTIFICATE_VERIFY_FAILED", "its certificate is not one of this authority, or expired"),
+        ("Hostname Verification", "its certificate is for another name"),
+        ("hostname", "its certificate is for another name"),
+        ("DNS", "its name is not known"),
+        ("Socket closed", "it closed the connection (does it want a certificate?)"),
+        ("ping timeout", "it does not answer any more"),
+        ("keepalive", "it does not answer any more"),
+    ):
+        if sign in details:
+            return text
+    return details[-160:] or str(error.code())

@@ -1,0 +1,389 @@
+"""A worker: computes some layers of a model for one root at a time, inside its own budget.
+
+Threads of the listener take what comes and answer what needs no model; everything that computes is a job for the main
+thread, where signals arrive. Weights stay when a root leaves: the next one that asks for the same layers finds them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+
+from runtime.distributed.messages import (
+    PROTOCOL,
+    Hello,
+    Message,
+    Probe,
+    Ready,
+    Setup,
+    Step,
+    Truncate,
+)
+from runtime.distributed.offer import Offer
+from runtime.distributed.protocol import CLOSED, COMPUTING, Again, Refusal, Shape, WorkerSide
+from runtime.engine.borders import Borders, check_cut
+from runtime.engine.engine import Engine
+from runtime.errors import Cancelled, EngineError, H2OError, WorkerError
+from runtime.llama import abi
+from runtime.llama.hollow import HollowModel
+from runtime.llama.model_file import ModelFile
+from runtime.memory import peak_bytes
+from runtime.passes import Pass
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import smallest_window
+from runtime.settings import KV_TYPES, Settings
+from runtime.sizes import format_size
+
+GIVEN_UP = 0  # the number of a Cancelled that no signal brought
+_PROGRESS_S = 1.0
+_WINDOW_PIECES = 2
+
+
+def cpu_class() -> str:
+    """What llama.cpp uses of this processor: the same text, the same kernels."""
+    return str(abi.llama.llama_print_system_info().decode(errors="replace"))[:2000].strip()
+
+
+def build() -> str:
+    """Which llama.cpp computes here."""
+    return f"llama-cpp-python {abi.PINNED_VERSION}"
+
+
+class Talk:
+    """One conversation: its protocol, under a lock, and how to send."""
+
+    def __init__(self, send: Callable[[bytes | None], None]) -> None:
+        self.side = WorkerSide()
+        self.model = 0  # its hash
+        self.lock = threading.Lock()
+        self.send = send
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something for the main thread. event None: the conversation is over; talk None: so is the worker."""
+
+    talk: Talk | None
+    event: Message | None
+
+
+class Worker:
+    """What a worker has and does. `find` gives the model file with a hash, or None; notes go to `log`."""
+
+    def __init__(
+        self,
+        find: Callable[[int], ModelFile | None],
+        offer: Offer,
+        log: Callable[[str], None],
+    ) -> None:
+        self._find, self._offer, self._log = find, offer, log
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._held: Job | None = None  # a job that was met inside a pass
+        self._talk: Talk | None = None  # the conversation that has the engine
+        self._seat = threading.Lock()
+        self._part: _Part | None = None
+        self._step: Step | None = None
+        self._peak_bytes = 0
+        self._stopped = 0
+        self._told: set[str] = set()
+        threading.Thread(target=self._tell_progress, name="progress", daemon=True).start()
+
+    # --- threads of the listener --------------------------------------------------------------------------------
+
+    def converse(self, messages: Iterator[bytes], send: Callable[[bytes | None], None]) -> None:
+        """Serve one conversation until it is over."""
+        talk = Talk(send)
+        try:
+            for data in messages:
+                if not self._take(talk, data):
+                    break
+        finally:
+            send(None)
+            with self._seat:
+                mine = self._talk is talk
+            if mine:
+                self._cancel()
+                self._jobs.put(Job(talk, None))
+
+    def _take(self, talk: Talk, data: bytes) -> bool:
+        """One message; False when it was the last."""
+        with talk.lock:
+            event = talk.side.receive(data)
+            if isinstance(event, Again):
+                if event.answer:
+                    talk.send(event.answer)
+            elif isinstance(event, Hello):
+                talk.send(self._welcome(talk, event))
+            elif isinstance(event, Probe):
+                talk.send(talk.side.probe(event))
+            elif isinstance(event, Setup) and not self._take_seat(talk):
+                talk.send(talk.side.error("this worker computes for another root", "wait, or take another worker"))
+            elif isinstance(event, Refusal):
+                self._log_once(f"refused: {event.reason}")
+                talk.send(event.answer)
+            elif isinstance(event, Setup | Step | Truncate):
+                if isinstance(event, Truncate) and talk.side.state == COMPUTING:
+                    self._cancel()  # a pass whose last result was sent is left to end: its positions count
+                self._jobs.put(Job(talk, event))
+            return talk.side.state != CLOSED
+
+    def _welcome(self, talk: Talk, theirs: Hello) -> bytes:
+        mine = Hello(PROTOCOL, build(), theirs.model, cpu_class(), **asdict(self._offer))
+        if theirs.build != mine.build:
+            return talk.side.error(f"{theirs.build} asks, here is {mine.build}", "install the same version on both")
+        if theirs.model and self._find(theirs.model) is None:
+            return talk.side.error(
+                "this worker does not have that model", "start it with the path of its own copy: h2o worker MODEL"
+            )
+        talk.model = theirs.model
+        return talk.side.hello(mine)
+
+    def _take_seat(self, talk: Talk) -> bool:
+        with self._seat:
+            if self._talk in (None, talk):
+                self._talk = talk
+            return self._talk is talk
+
+    def _log_once(self, text: str) -> None:
+        if text not in self._told and len(self._told) < 100:
+            self._told.add(text)
+            self._log(text)
+
+    def _cancel(self) -> None:
+        """End the pass that runs, if one does; the job that says why is about to be in the queue."""
+        if self._part:
+            self._part.engine.cancel(GIVEN_UP)
+
+    def _tell_progress(self) -> None:
+        while True:
+            time.sleep(_PROGRESS_S)
+            self._peak_bytes = peak_bytes()
+            talk, part = self._talk, self._part
+            if talk and part and self._step:
+                with talk.lock:
+                    if talk.side.state == COMPUTING:
+                        talk.send(talk.side.progress(part.share))
+
+    # --- the main thread ----------------------------------------------------------------------------------------
+
+    def stop(self, signal_number: int) -> None:
+        """End work() soon (from a signal handler)."""
+        self._stopped = signal_number
+        if self._part:
+            self._part.engine.cancel(signal_number)
+        self._jobs.put(Job(None, None))
+
+    def work(self) -> int:
+        """Compute until stop(); returns the signal's number."""
+        try:
+            while not self._stopped:
+                self._do(self._next())
+        finally:
+            self._close_part()
+        return self._stopped
+
+    def _next(self) -> Job:
+        job, self._held = self._held, None
+        return job or self._jobs.get()
+
+    def _do(self, job: Job) -> None:
+        talk, event = job.talk, job.event
+        if talk is None or talk is not self._talk:
+            return
+        if event is None:
+            with self._seat:
+                self._talk = None
+            return
+        try:
+            if isinstance(event, Setup):
+                self._set_up(talk, event)
+            elif isinstance(event, Step):
+                self._compute(talk, event)
+            elif isinstance(event, Truncate):
+                self._truncate(talk, event.n_past)
+        except Cancelled:
+            return  # what comes next says why
+        except H2OError as error:
+            self._log(str(error))
+            with talk.lock:
+                if talk.side.state != CLOSED:
+                    talk.send(talk.side.error(error.message, error.next_step))
+                    talk.send(None)
+
+    def _set_up(self, talk: Talk, setup: Setup) -> None:
+        if not self._part or (self._part.setup, self._part.model) != (setup, talk.model):
+            self._close_part()
+            self._part = self._open(talk.model, setup)
+            self._log(self._part.summary)
+        part = self._part
+        part.engine.forget_cancel()
+        part.engine.truncate(0)
+        self._peak_bytes = peak_bytes()
+        with talk.lock:
+            if talk.side.state != CLOSED:
+                talk.send(talk.side.ready(part.ready, part.shape))
+
+    def _open(self, model: int, setup: Setup) -> _Part:
+        file = self._find(model)
+        if file is None:
+            raise WorkerError("no model is chosen", "say hello first")
+        return _Part(file, setup, self._offer, _WorkerHops(self))
+
+    def _close_part(self) -> None:
+        part, self._part = self._part, None
+        if part:
+            part.close()
+
+    def _compute(self, talk: Talk, step: Step) -> None:
+        part = self._part
+        if part is None or talk.side.is_shortening or talk.side.state != COMPUTING:
+            return
+        part.engine.forget_cancel()
+        self._step = step
+        try:
+            part.compute(step)
+        finally:
+            self._step = None
+
+    def _truncate(self, talk: Talk, n_past: int) -> None:
+        part = self._part
+        if part is None:
+            return
+        part.engine.forget_cancel()
+        if n_past < part.engine.n_past:
+            try:
+                part.engine.truncate(n_past)
+            except EngineError:  # a recurrent state cannot be shortened
+                part.engine.truncate(0)
+        with talk.lock:
+            if talk.side.state != CLOSED:
+                talk.send(talk.side.truncated(part.engine.n_past))
+
+    # --- inside a pass ------------------------------------------------------------------------------------------
+
+    def hidden_of(self, layer: int) -> bytes:
+        """What goes into a layer: it came with the step at hand, or comes with the next one."""
+        step, part = self._step, self._part
+        assert step and part
+        if part.setup.ranges[step.part][0] != layer:
+            step = self._step = self._next_step()
+        return step.hidden
+
+    def _next_step(self) -> Step:
+        while True:
+            job = self._jobs.get()
+            if job.talk is not self._talk and job.talk is not None:
+                continue
+            if isinstance(job.event, Step):
+                return job.event
+            self._held = job
+            raise Cancelled(self._stopped)
+
+    def give(self, hidden: memoryview) -> None:
+        """The result of the step at hand."""
+        talk, part = self._talk, self._part
+        assert talk and part
+        with talk.lock:
+            if talk.side.state != COMPUTING:
+                raise Cancelled(GIVEN_UP)
+            talk.send(
+                talk.side.result(bytes(hidden), bytes_read=part.engine.counters.bytes_read, peak_bytes=self._peak_bytes)
+            )
+
+
+class _WorkerHops:
+    """Hidden states of a worker come with steps and go with results."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def begin(self, pass_: Pass) -> None:
+        """Nothing to do: a step has come."""
+
+    def enter(self, layer: int, _n_bytes: int) -> bytes:
+        """From the root."""
+        return self._worker.hidden_of(layer)
+
+    def leave(self, _layer: int, hidden: memoryview) -> None:
+        """To the root."""
+        self._worker.give(hidden)
+
+
+class _Part:
+    """The layers of one setup, in an engine of their own."""
+
+    def __init__(
+        self,
+        file: ModelFile,
+        setup: Setup,
+        offer: Offer,
+        hops: _WorkerHops,
+    ) -> None:
+        self.setup, self.model = setup, file.hash
+        self._check(setup, file)
+        layers = [i for first, last in setup.ranges for i in range(first, last)]
+        self.file = file.owned(layers, head=False, embedding=0 in layers)
+        settings = Settings(
+            n_ctx=setup.n_ctx,
+            n_ubatch=setup.n_ubatch,
+            n_threads=offer.n_threads,
+            kv_type=setup.kv_type,
+            n_logits=setup.n_logits,
+            repack=False,
+            fit_window=not setup.window_bytes,
+        )
+        budget_bytes = offer.budget_bytes
+        window = setup.window_bytes or min(_WINDOW_PIECES * smallest_window(self.file), budget_bytes // 4)
+        plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes, model_hash=self.file.hash)
+        with ExitStack() as opened:
+            hollow = HollowModel(file)
+            opened.callback(hollow.free)
+            check_cut(self.file, hollow, settings)
+            self.engine = Engine(self.file, hollow, plan, settings)
+            opened.callback(self.engine.close)
+            self.engine.guests.add(Borders(self.file, hollow.weights, self.engine.guests, hops))
+            width = int(abi.llama.llama_model_n_embd(hollow.pointer))
+            self._opened = opened.pop_all()
+        engine = self.engine
+        self.shape = Shape(
+            tuple(setup.ranges), file.n_layers, setup.n_ctx, engine.pass_tokens, setup.n_logits, engine.n_vocab, width
+        )
+        self.ready = Ready(engine.pass_tokens, width, budget_bytes, engine.ledger.resident_bytes, engine.streamed_bytes)
+        self._before = 0.0
+
+    @staticmethod
+    def _check(setup: Setup, file: ModelFile) -> None:
+        end = 0
+        for first, last in setup.ranges:
+            if not end <= first < last <= file.n_layers:
+                raise WorkerError(f"layers {first} to {last - 1} are not possible: the model has {file.n_layers}")
+            end = last + 1
+        if setup.kv_type not in KV_TYPES:
+            raise WorkerError(f"there is no KV type {setup.kv_type!r}")
+
+    @property
+    def summary(self) -> str:
+        """One line for the log."""
+        ranges = ", ".join(f"{first}-{last - 1}" for first, last in self.setup.ranges)
+        ledger, streamed = self.engine.ledger, self.engine.streamed_bytes
+        rest = f", {format_size(streamed)} streamed" if streamed else ""
+        return f"layers {ranges}: {format_size(ledger.resident_bytes)} in memory{rest}"
+
+    @property
+    def share(self) -> float:
+        """How far the pass is."""
+        return self.engine.computed_tokens - self._before
+
+    def compute(self, step: Step) -> None:
+        """A pass that begins with this step; results are sent from inside it."""
+        self._before = self.engine.computed_tokens
+        self.engine.forward(array("i", step.tokens), step.n_logits)
+
+    def close(self) -> None:
+        """Free everything."""
+        self._opened.close()

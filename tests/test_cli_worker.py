@@ -1,0 +1,134 @@
+"""`h2o worker` and `h2o run --workers`, as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("grpc", reason="the extra `workers` is not installed")
+
+from h2o_cli.main import run_command as h2o
+from runtime.distributed.keys import Keys, make_keys
+from runtime.distributed.wire import Wire
+from runtime.errors import WorkerError
+
+ROOT = Path(__file__).resolve().parent.parent
+H2O = [sys.executable, "-m", "h2o_cli.start"]
+
+
+@contextmanager
+def worker(*arguments):
+    """A worker on a free port: (process, what it says with --json)."""
+    command = [*H2O, "worker", *map(str, arguments), "--json", "-t", "1"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def run(*arguments):
+    """(exit code, stdout, stderr) of a command."""
+    done = subprocess.run(
+        [*H2O, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_answer_is_that_of_one_machine(bundled_model):
+    prompt = ["run", bundled_model, "-p", "Once upon a time", "-n", "24", "--temp", "0", "--ctx", "256", "-t", "1"]
+    code, text, _ = run(*prompt, "--repack", "off")
+    assert code == 0
+    arguments = (bundled_model, "--listen", "127.0.0.1:0", "-m", "100")
+    with worker(*arguments) as (first, one), worker(*arguments) as (_, two):
+        addresses = f"{one['listening']},local,{two['listening']}"
+        assert one["pid"] == first.pid
+        found = json.loads(run(*prompt, "--workers", addresses, "-m", "100", "--json")[1])
+        assert found["text"] + "\n" == text
+        local, *others = found["devices"]
+        layers = [*others[0]["layers"], *local["layers"], *others[1]["layers"]]
+        assert [first for first, _ in layers] + [8] == [0] + [last for _, last in layers]
+        assert [d["address"] for d in found["devices"]] == ["local", one["listening"], two["listening"]]
+        assert all(0 < device["peak_memory_bytes"] < 110e6 for device in found["devices"])
+        code, again, said = run(*prompt, "--workers", one["listening"], "--spare", two["listening"])
+        assert (code, again) == (0, text)
+        assert f"{one['listening']}: layers 0-7, " in said
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(3) == 143
+        code, again, said = run(*prompt, "--workers", one["listening"])
+        assert (code, again) == (1, "")
+        assert f"h2o: the worker {one['listening']} is gone: nothing listens there" in said
+
+
+def test_ctrl_c_ends_a_worker(bundled_model):
+    with worker(bundled_model, "--listen", "127.0.0.1:0") as (process, _):
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        assert process.wait(3) == 130
+        assert time.monotonic() - start < 2
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_stranger_is_refused_and_said_once(bundled_model, tmp_path):
+    make_keys(tmp_path / "a", ["me", "worker,127.0.0.1"])
+    make_keys(tmp_path / "b", ["stranger"])
+    me, stranger = Keys.load(tmp_path / "a" / "me"), Keys.load(tmp_path / "b" / "stranger")
+    arguments = (bundled_model, "--listen", "127.0.0.1:0", "--tls", tmp_path / "a" / "worker")
+    with worker(*arguments) as (process, said):
+        for keys in (None, Keys(me.authority, stranger.certificate, stranger.key), None):
+            wire = Wire(said["listening"], keys)
+            wire.send(b"?")
+            with pytest.raises(WorkerError):
+                wire.receive(timeout_s=5)
+            wire.close()
+        prompt = ("run", bundled_model, "-p", "a", "-n", "2", "--workers", said["listening"])
+        assert run(*prompt, "--tls", tmp_path / "a" / "me")[0] == 0
+        code, _, error = run(*prompt)
+        assert (code, "does it want a certificate?" in error) == (1, True)
+        process.terminate()
+        log = process.communicate(timeout=5)[1].decode()
+    refusals = [line for line in log.splitlines() if "refused" in line]
+    assert sorted(refusals) == [
+        "h2o: refused a connection: it does not speak TLS",
+        "h2o: refused a connection: its certificate is not of this authority",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["worker", "--listen", "0.0.0.0:0"], "can be reached from other machines, so it needs certificates"),
+        (["worker", "--listen", "nowhere"], "'nowhere' is no address"),
+        (["worker", "--tls", "/nonexistent"], "authority.pem cannot be read"),
+        (["worker", "-t", "0"], "--threads 0 is not possible"),
+        (["run", "-p", "a", "--workers", "local"], "--workers names no worker"),
+        (["run", "-p", "a", "--workers", "a:1,a:1"], "a:1 cannot be named here"),
+        (["run", "-p", "a", "--workers", "192.168.1.7:9999"], "needs certificates"),
+        (["run", "-p", "a", "--workers", "x"], "'x' is no address"),
+        (["run", "-p", "a", "--tls", "x"], "--tls is for --workers"),
+        (["run", "-p", "a", "--workers", "127.0.0.1:1", "--draft", "auto"], "--workers does not work with"),
+        (["keys", "somewhere", "--host", "a b"], "'a b' is no name of a machine"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_wrong_usage_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert h2o(arguments) == 2
+    assert message in capsys.readouterr().err
