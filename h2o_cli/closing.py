@@ -50,7 +50,7 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "ledger": session.engine.ledger.as_dict(),
         "plan_origin": session.plan_origin,
         "kv": session.engine.kv.figures() if session.engine.kv else None,
-        **({"devices": session.model.team.figures()} if session.model.team else {}),
+        **({"devices": session.model.team.figures(statistics.bytes_read_per_token)} if session.model.team else {}),
     }
 
 
@@ -69,6 +69,8 @@ def draft_saved_s(session: Session) -> float | None:
 def predicted_ms(session: Session) -> float | None:
     """What the profile says of a token in memory as it is shared out now; None without a profile."""
     profile, engine = session.model.profile, session.engine
+    if session.model.team:
+        return 1000 * session.model.team.place.token_s or None
     if profile is None:
         return None
     try:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from h2o_cli import device_flags as devices
 from h2o_cli import kv_flags as kv
 from h2o_cli.closing import closing_line, figures
 from h2o_cli.interrupts import interrupts
@@ -20,6 +21,7 @@ from h2o_cli.session.defaults import N_PREDICT, default_budget
 from h2o_cli.session.models import DEFAULT_MODEL, read_text, resolve_model
 from h2o_cli.session.opening import OpenModel, RunOptions, Session, context_for, open_session
 from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT
+from h2o_cli.session.team import Flags
 from runtime.answer.generate import LENGTH, Request, Step, check_prompt, generate
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling
@@ -113,25 +115,6 @@ Draft = Annotated[
     ),
 ]
 
-Workers = Annotated[
-    str | None,
-    typer.Option(
-        "--workers",
-        metavar="A:P,...",
-        show_default=False,
-        help="Share the layers out over these workers (`h2o worker`); `local` among them: this machine, too.",
-    ),
-]
-Spare = Annotated[
-    str | None,
-    typer.Option(
-        "--spare", metavar="A:P,...", show_default=False, help="Workers that take over when one of --workers is lost."
-    ),
-]
-Tls = Annotated[
-    Path | None, typer.Option("--tls", metavar="DIR", show_default=False, help="This machine's keys, for --workers.")
-]
-
 
 def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
@@ -159,9 +142,13 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     draft: Draft = None,
     prefetch_input: PrefetchInput = False,
     repack: Repack = "auto",
-    workers: Workers = None,
-    spare: Spare = None,
-    tls: Tls = None,
+    workers: devices.Workers = None,
+    device_file: devices.File = None,
+    priority: devices.Priority = None,
+    prioritize_by_memory: devices.ByMemory = False,
+    spare: devices.Spare = None,
+    split: devices.Split = None,
+    tls: devices.Tls = None,
     kv_filter: kv.Switch = False,
     kv_layers: kv.Layers = None,
     kv_wait: kv.Wait = None,
@@ -194,6 +181,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         chat=chat or bool(config and config.chat),
         kv=kv.choose_filter(kv.KvFlags.of(given), config),
         max_context=config.max_context if config else 0,
+        devices=Flags(workers, device_file, spare, split, tls, priority, prioritize_by_memory),
     )
     _check(options)
     raise typer.Exit(_reply(options, text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,10 @@ import typer
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import note, print_json
 from h2o_cli.session.defaults import MOST_THREADS, default_budget, default_threads
-from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
+from h2o_cli.session.models import DEFAULT_MODEL, find_profile, resolve_model
 from h2o_cli.worker_log import one_line_each
-from runtime.errors import UsageError
+from runtime.errors import H2OError, UsageError
+from runtime.llama.model_file import ModelFile
 from runtime.sizes import format_size, parse_size
 
 EPILOG = """Examples:
@@ -55,26 +57,28 @@ def worker(
     """Compute some layers of a model for a root, inside a memory budget.
 
     Which layers is the root's choice. They stay in memory, as far as the budget allows, from one root to the next. It
-    serves one root at a time, until Ctrl-C.
+    serves one root at a time, until Ctrl-C. Without MODEL it also takes a model that was profiled here, if the root's
+    is one.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"--threads {threads} is not possible", f"give 1 to {MOST_THREADS}")
     budget = parse_size(memory) if memory else default_budget()
-    raise typer.Exit(_serve(resolve_model(model), listen, tls, (budget, threads or default_threads()), json))
+    limits = budget, threads or default_threads()
+    raise typer.Exit(_serve(model, listen, tls, limits, json))
 
 
-def _serve(path: Path, listen: str, tls: Path | None, limits: tuple[int, int], json: bool) -> int:
+def _serve(model: str | None, listen: str, tls: Path | None, limits: tuple[int, int], json: bool) -> int:
+    os.environ["GRPC_VERBOSITY"] = "INFO"  # it says why it refuses a connection, which is put into our words
     with one_line_each(note):
         from runtime.distributed.offer import measure
         from runtime.distributed.wire import Listener, keys_for
         from runtime.distributed.worker import Worker
-        from runtime.llama.model_file import ModelFile
 
         keys = keys_for(listen, tls)
         with interrupts.held():
-            file = ModelFile.open(path)
+            file = ModelFile.open(resolve_model(model))
             offer = measure(file, *limits)
-        worker = Worker(lambda model: file if model == file.hash else None, offer, note)
+        worker = Worker(_finder(file, is_named=model is not None), offer, note)
         listener = Listener(listen, keys, worker.converse)
         try:
             _say(listener.address, file.hash, json)
@@ -82,6 +86,33 @@ def _serve(path: Path, listen: str, tls: Path | None, limits: tuple[int, int], j
             return 128 + _work(worker.work, worker.stop)
         finally:
             listener.close()
+
+
+def _finder(file: ModelFile, *, is_named: bool) -> Callable[[int], ModelFile | None]:
+    """What gives the model with a hash: this file, or without a name one that was profiled here."""
+    known = {file.hash: file}
+
+    def find(model_hash: int) -> ModelFile | None:
+        if model_hash not in known and not is_named:
+            found = _profiled(model_hash)
+            if found:
+                known[model_hash] = found
+        return known.get(model_hash)
+
+    return find
+
+
+def _profiled(model_hash: int) -> ModelFile | None:
+    """The model with this hash where its profile says it is, and it still is the same."""
+    path = find_profile(model_hash)
+    if path is None:
+        return None
+    from profiler.model_profile import load_profile
+
+    with suppress(H2OError):
+        file = ModelFile.open(load_profile(path).model.path)
+        return file if file.hash == model_hash else None
+    return None
 
 
 def _work(work: Callable[[], int], stop: Callable[[int], None]) -> int:

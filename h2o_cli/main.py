@@ -23,6 +23,7 @@ COMMANDS = {
     "profile": "Measure a model on this machine: disk, layers, memory.",
     "kv": "Find the layers of a model that can filter keys and values.",
     "worker": "Compute some layers of a model for a run on another machine.",
+    "devices": "Show what workers offer, and what a token would take with them.",
     "keys": "Make certificates for the machines of a small cluster.",
     "inspect": "Show a model's layers, bytes, architecture and smallest budget.",
     "bench": "Benchmarks, and models with random weights for them.",

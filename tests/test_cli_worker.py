@@ -60,11 +60,10 @@ def test_the_answer_is_that_of_one_machine(bundled_model):
     with worker(*arguments) as (first, one), worker(*arguments) as (_, two):
         addresses = f"{one['listening']},local,{two['listening']}"
         assert one["pid"] == first.pid
-        found = json.loads(run(*prompt, "--workers", addresses, "-m", "100", "--json")[1])
+        found = json.loads(run(*prompt, "--workers", addresses, "--split", "3,2,3", "-m", "100", "--json")[1])
         assert found["text"] + "\n" == text
         local, *others = found["devices"]
-        layers = [*others[0]["layers"], *local["layers"], *others[1]["layers"]]
-        assert [first for first, _ in layers] + [8] == [0] + [last for _, last in layers]
+        assert (local["layers"], others[0]["layers"], others[1]["layers"]) == ([[3, 5]], [[0, 3]], [[5, 8]])
         assert [d["address"] for d in found["devices"]] == ["local", one["listening"], two["listening"]]
         assert all(0 < device["peak_memory_bytes"] < 110e6 for device in found["devices"])
         code, again, said = run(*prompt, "--workers", one["listening"], "--spare", two["listening"])
@@ -74,7 +73,10 @@ def test_the_answer_is_that_of_one_machine(bundled_model):
         assert first.wait(3) == 143
         code, again, said = run(*prompt, "--workers", one["listening"])
         assert (code, again) == (1, "")
-        assert f"h2o: the worker {one['listening']} is gone: nothing listens there" in said
+        assert said.splitlines() == [
+            f"h2o: the worker {one['listening']} is gone: nothing listens there",
+            "  next: start it, and run again",
+        ]
 
 
 def test_ctrl_c_ends_a_worker(bundled_model):
@@ -123,6 +125,9 @@ def test_a_stranger_is_refused_and_said_once(bundled_model, tmp_path):
         (["run", "-p", "a", "--workers", "192.168.1.7:9999"], "needs certificates"),
         (["run", "-p", "a", "--workers", "x"], "'x' is no address"),
         (["run", "-p", "a", "--tls", "x"], "--tls is for --workers"),
+        (["run", "-p", "a", "--split", "1"], "--split is for --workers"),
+        (["run", "-p", "a", "--workers", "a:1", "--devices", "x"], "the devices were named twice"),
+        (["run", "-p", "a", "--priority", "x"], "an order of devices is for --devices"),
         (["run", "-p", "a", "--workers", "127.0.0.1:1", "--draft", "auto"], "--workers does not work with"),
         (["keys", "somewhere", "--host", "a b"], "'a b' is no name of a machine"),
     ],

@@ -5,18 +5,19 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 
-from cluster import WorkerProcess, shared_engine, workers
+from cluster import MB, WorkerProcess, shared_engine, workers
 from engines import assert_same, engine, greedy
 
 from runtime.distributed import wire
-from runtime.distributed.cluster import Link, shares
-from runtime.distributed.messages import PROTOCOL, Hello
+from runtime.distributed.cluster import Link
+from runtime.distributed.messages import PROTOCOL, Hello, Setup
 from runtime.distributed.worker import build, cpu_class
 from runtime.engine import borders
 from runtime.errors import Cancelled, EngineError, WorkerError
@@ -181,14 +182,6 @@ def test_where_something_comes_in_and_goes_out():
     assert borders.borders_of([0, 3], 6, head=True) == ({b"l_out-2": 3, b"l_out-5": 6}, {b"l_out-0": 1, b"l_out-3": 4})
 
 
-@pytest.mark.parametrize(
-    ("weights", "n_layers", "counts"),
-    [([1, 1], 4, [2, 2]), ([3, 1], 4, [3, 1]), ([10**9, 1, 1], 8, [6, 1, 1]), ([1, 1, 1], 8, [3, 3, 2]), ([5], 7, [7])],
-)
-def test_shares_are_in_proportion_and_nobody_is_left_out(weights, n_layers, counts):
-    assert shares(weights, n_layers) == counts
-
-
 # --- workers that go -------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +243,27 @@ def test_a_worker_ends_at_once_and_says_nothing_wrong(paths):
     assert worker.log == "layers 0-3: 4.8 MB in memory\n"
 
 
+def bytes_read(process):
+    """By a process until now, from files of any kind."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+def test_weights_stay_for_the_next_root_also_with_another_context(paths):
+    worker = WorkerProcess([paths["llama"]])
+    address, read = worker.address, []
+    for n_ctx, prompt in ((512, PROMPT), (512, PROMPT * 4), (256, PROMPT)):
+        before = bytes_read(worker.process)
+        with shared_engine(paths["llama"], [0] * 4, [address], n_ubatch=len(prompt), n_ctx=n_ctx) as opened:
+            opened.forward(prompt)
+            opened.forward([1])
+        read.append(bytes_read(worker.process) - before)
+    assert worker.close() == 0
+    assert worker.log.count("layers 0-3") == 2
+    assert read[0] > 4 * MB
+    assert max(read[1:]) < MB
+
+
 def test_a_worker_that_hangs_is_noticed(paths, monkeypatch):
     pings = [(name, 1000 if name.endswith("_ms") else value) for name, value in wire._PINGS]
     monkeypatch.setattr(wire, "_PINGS", pings)
@@ -278,6 +292,24 @@ def test_what_would_not_be_the_same_answer_is_refused(paths, addresses):
     ):
         with pytest.raises(WorkerError, match=reason):
             Link(addresses[0], None, mine)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "n_ctx", "kv_type", "reason"),
+    [
+        ([(0, 5)], 64, "f16", "layers 0 to 4 are not possible"),
+        ([(2, 1)], 64, "f16", "layers 2 to 0"),
+        ([(0, 2), (2, 4)], 64, "f16", "layers 2 to 3"),
+        ([(0, 2)], 2**24, "f16", "is too long"),
+        ([(0, 2)], 64, "q9", "no KV type"),
+    ],
+)
+def test_a_setup_that_cannot_be_is_refused(paths, addresses, ranges, n_ctx, kv_type, reason):
+    link = Link(addresses[0], None, hello(ModelFile.open(paths["llama"]).hash))
+    link.set_up(Setup(ranges, n_ctx, 16, 1, kv_type))
+    with pytest.raises(WorkerError, match=reason):
+        link.wait_ready(lambda: None)
+    link.close()
 
 
 def test_one_root_at_a_time(paths, addresses):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.distributed.cluster import Cluster, Stage, greet, shares
+from h2o_cli.session.placing import LOCAL, Place, device_of, given, here, hidden_bytes, place
+from planner.placement import Device
+from runtime.distributed.cluster import Cluster, Link, Stage, greet
 from runtime.distributed.messages import PROTOCOL, Hello
 from runtime.distributed.wire import keys_for, parse_address
 from runtime.distributed.worker import build, cpu_class
@@ -21,9 +24,7 @@ from runtime.memory import peak_bytes
 from runtime.plans.residency import layer_bytes
 from runtime.settings import Settings
 from runtime.sizes import format_size
-from runtime.weights.head_start import guessed_room
 
-LOCAL = "local"
 SPLIT_POSITIONS = 512  # from here on llama.cpp cuts the attention of a token by threads
 
 
@@ -34,6 +35,21 @@ class Devices:
     workers: str
     spare: str | None = None
     tls: Path | None = None
+    split: str | None = None
+
+    def counts(self, n_layers: int) -> list[int]:
+        """Layers of each address, where --split says it; else none. Raises UsageError."""
+        if self.split is None:
+            return []
+        try:
+            counts = [int(count) for count in self.split.split(",")]
+        except ValueError:
+            counts = []
+        if len(counts) != len(self.addresses) or min(counts, default=0) < 1 or sum(counts) != n_layers:
+            raise UsageError(
+                f"--split {self.split} is not possible", f"give {n_layers} layers to {len(self.addresses)} devices"
+            )
+        return counts
 
     @property
     def addresses(self) -> list[str]:
@@ -54,30 +70,42 @@ class Team:
     """Workers that have been greeted; `part` is what this machine computes itself."""
 
     part: ModelFile
-    n_layers: int
+    place: Place
     cluster: Cluster
 
     @classmethod
-    def join(cls, file: ModelFile, devices: Devices, budget_bytes: int, note: Callable[[str], None]) -> Team:
-        """Greet the workers and share out the layers. Raises UsageError, WorkerError."""
-        addresses, spares = devices.addresses, devices.spares
-        twice = next((a for i, a in enumerate(addresses + spares) if a in (addresses + spares)[:i]), None)
-        if twice or LOCAL in spares:
-            raise UsageError(f"{twice or LOCAL} cannot be named here", "name each worker once")
-        if len(addresses) > file.n_layers:
-            raise UsageError(f"{len(addresses)} devices for {file.n_layers} layers", "name fewer")
-        mine = Hello(PROTOCOL, build(), file.hash, cpu_class())
-        links = greet([a for a in addresses + spares if a != LOCAL], lambda a: keys_for(a, devices.tls), mine)
-        for link in links:
-            if link.hello.cpu != mine.cpu:
-                note(f"{link.address} has another kind of processor: the answer may differ in its last bits")
-        by_address = {link.address: link for link in links}
-        here = max(1, guessed_room(file, budget_bytes) - layer_bytes(file.head))
-        memory = [by_address[a].hello.weights_bytes if a != LOCAL else here for a in addresses]
-        layers = _ranges(addresses, shares(memory, file.n_layers))
-        stages = [Stage(layers[a].start, layers[a].stop, by_address[a]) for a in addresses if a != LOCAL]
-        part = file.owned(layers.get(LOCAL, range(0)), head=True, embedding=True)
-        return cls(part, file.n_layers, Cluster(stages, file.n_layers, [by_address[a] for a in spares]))
+    def join(
+        cls, file: ModelFile, devices: Devices, budget_bytes: int, n_threads: int, note: Callable[[str], None]
+    ) -> Team | None:
+        """Greet the workers and share out the layers; None where this machine is faster alone.
+
+        Raises UsageError, WorkerError, BudgetError.
+        """
+        addresses = devices.addresses
+        by_address = _greet(file, devices, note)
+        links = list(by_address.values())
+        try:
+            counts = devices.counts(file.n_layers)
+            if counts:
+                found = given(addresses, counts)
+            else:
+                found = place(file, _measured(file, addresses, by_address, budget_bytes, n_threads))
+        except BaseException:
+            _close(links)
+            raise
+        for address, with_s, without_s in found.left_out:
+            note(f"{address} is left out: a token would take {_ms(with_s)} with it, {_ms(without_s)} without it")
+        stages = [Stage(first, last, by_address[a]) for first, last, a in found.stages if a != LOCAL]
+        used = {stage.link.address for stage in stages}
+        if not stages:
+            note("this machine is faster alone")
+            _close(links)
+            return None
+        part = file.owned(found.layers_of(LOCAL), head=True, embedding=True)
+        spares = [link for link in links if link.address not in used]
+        cluster = Cluster(stages, file.n_layers, spares, _journal_folder())
+        cluster.window_bytes = found.window_bytes
+        return cls(part, found, cluster)
 
     def check(self, hollow: HollowModel, settings: Settings) -> None:
         """Raise EngineError where the model cannot be cut like this."""
@@ -113,27 +141,33 @@ class Team:
                 lines.append(
                     f"{link.address}: layers {_text(link.ranges)}, {memory} ({format_size(ready.budget_bytes)})"
                 )
+        if self.place.token_s:
+            lines.append(f"a token is predicted to take {_ms(self.place.token_s)} without the head")
         return lines
 
-    def figures(self) -> list[dict[str, Any]]:
-        """The devices of `--json`; layers as [first, last), bytes read since the worker began."""
+    def figures(self, bytes_read_per_token: float | None) -> list[dict[str, Any]]:
+        """The devices of `--json`; layers as [first, last). bytes_read_per_token: on this machine."""
         own = _merged([(layer.index, layer.index + 1) for layer in self.part.layers])
-        found = [{"address": LOCAL, "layers": own, "peak_memory_bytes": peak_bytes(), "replacements": 0}]
+        found = [_figures(LOCAL, own, peak_bytes(), bytes_read_per_token, 0)]
         for link in self.cluster.links:
-            found.append(
-                {
-                    "address": link.address,
-                    "layers": link.ranges,
-                    "peak_memory_bytes": link.peak_bytes,
-                    "bytes_read": link.bytes_read,
-                    "replacements": link.replacements,
-                }
-            )
+            found.append(_figures(link.address, link.ranges, link.peak_bytes, link.bytes_per_pass, link.replacements))
         return found
 
     def close(self) -> None:
         """Leave the workers."""
         self.cluster.close()
+
+
+def _figures(
+    address: str, layers: Sequence[tuple[int, int]], peak: int, read: float | None, replacements: int
+) -> dict[str, Any]:
+    return {
+        "address": address,
+        "layers": layers,
+        "peak_memory_bytes": peak,
+        "bytes_read_per_token": read,
+        "replacements": replacements,
+    }
 
 
 def parse_addresses(text: str) -> list[str]:
@@ -143,14 +177,6 @@ def parse_addresses(text: str) -> list[str]:
         if address != LOCAL:
             parse_address(address)
     return addresses
-
-
-def _ranges(addresses: Sequence[str], counts: Sequence[int]) -> dict[str, range]:
-    ranges, start = {}, 0
-    for address, count in zip(addresses, counts, strict=True):
-        ranges[address] = range(start, start + count)
-        start += count
-    return ranges
 
 
 def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -171,3 +197,80 @@ def _text(ranges: Sequence[tuple[int, int]]) -> str:
 def _memory(resident: int, streamed: int) -> str:
     rest = f", {format_size(streamed)} streamed" if streamed else ""
     return f"{format_size(resident)} in memory{rest}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < float("inf") else "for ever"
+
+
+def _greet(file: ModelFile, devices: Devices, note: Callable[[str], None]) -> dict[str, Link]:
+    """Conversations with all devices but this one, by address. Raises UsageError, WorkerError."""
+    named = devices.addresses + devices.spares
+    twice = next((address for i, address in enumerate(named) if address in named[:i]), None)
+    if twice or LOCAL in devices.spares:
+        raise UsageError(f"{twice or LOCAL} cannot be named here", "name each worker once")
+    mine = Hello(PROTOCOL, build(), file.hash, cpu_class())
+    links = greet([a for a in named if a != LOCAL], lambda a: keys_for(a, devices.tls), mine)
+    for link in links:
+        if link.hello.cpu != mine.cpu:
+            note(f"{link.address} has another kind of processor: the answer may differ in its last bits")
+    return {link.address: link for link in links}
+
+
+def _close(links: Iterable[Link]) -> None:
+    for link in links:
+        link.close()
+
+
+def _measured(
+    file: ModelFile, addresses: Sequence[str], links: Mapping[str, Link], budget_bytes: int, n_threads: int
+) -> list[Device]:
+    """The devices as they are now."""
+    n_bytes = hidden_bytes(file)
+    return [here(file, budget_bytes, n_threads) if a == LOCAL else device_of(links[a], n_bytes) for a in addresses]
+
+
+def survey(
+    file: ModelFile, devices: Devices, budget_bytes: int, n_threads: int, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """What `h2o devices --json` prints. Raises UsageError, WorkerError, BudgetError."""
+    links = _greet(file, devices, note)
+    try:
+        measured = _measured(file, devices.addresses, links, budget_bytes, n_threads)
+    finally:
+        _close(links.values())
+    found = place(file, measured)
+    left_out = {address: {"with_ms": _finite(a), "without_ms": _finite(b)} for address, a, b in found.left_out}
+    n_bytes = sum(layer_bytes(layer) for layer in file.layers)
+    return {
+        "model": str(file.path),
+        "predicted_ms_per_token": 1000 * found.token_s,
+        "devices": [
+            {
+                "address": device.address,
+                "weights_bytes": device.memory_bytes,
+                "disk_bytes_per_s": device.disk_bytes_per_s,
+                "compute_ms": 1000 * device.compute_s_per_byte * n_bytes,
+                "link_ms": None if device.address == LOCAL else 1000 * device.link_s,
+                "link_bytes_per_s": None if device.address == LOCAL else device.link_bytes_per_s,
+                "layers": [(first, last) for first, last, owner in found.stages if owner == device.address],
+                "left_out": left_out.get(device.address),
+            }
+            for device in measured
+        ],
+    }
+
+
+def _finite(seconds: float) -> float | None:
+    return 1000 * seconds if seconds < float("inf") else None
+
+
+def _journal_folder() -> Path | None:
+    """Where hidden states are kept: on a disk, which the system's folder for such files may not be."""
+    import platformdirs
+
+    folder = Path(platformdirs.user_cache_dir("h2o-llm"))
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    return None

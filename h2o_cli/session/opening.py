@@ -79,9 +79,7 @@ class RunOptions:
     repack: str = "auto"
     kv: KvChoice | None = None
     max_context: int = 0
-    workers: str | None = None
-    spare: str | None = None
-    tls: Path | None = None
+    devices: team.Flags = field(default_factory=team.Flags)
 
     @classmethod
     def of(cls, given: Mapping[str, Any], **made: Any) -> RunOptions:
@@ -107,7 +105,7 @@ class RunOptions:
             raise UsageError(f"-n {self.n_predict} is not possible", "give 0 or more, or -1 for no limit")
         if self.kv:
             self._check_filter()
-        team.check_flags(self.workers, self.spare, self.tls, bool(self.kv or self.draft))
+        self.devices.check(bool(self.kv or self.draft))
 
     def _check_filter(self) -> None:
         if self.kv_type == "f32":
@@ -142,7 +140,7 @@ class OpenModel:
         self.is_named = options.is_named
         with interrupts.held():
             self.file = ModelFile.open(options.model)
-        self.team = team.join(self.file, options.workers, options.spare, options.tls, options.budget_bytes, note)
+        self.team = team.join(self.file, options.devices, options.budget_bytes, options.threads, note)
         if self.team:
             self.file = self.team.part
         with interrupts.held():
@@ -443,7 +441,7 @@ def _settings(file: ModelFile, options: RunOptions, n_ctx: int, n_prompt: int, p
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,
         prefetch_input=options.prefetch_input,
-        repack=options.repack == "auto" and options.workers is None,
+        repack=options.repack == "auto" and not options.devices.are_given,
         margin_bytes=TURNS_MARGIN_BYTES if options.kind == CONVERSATION else MARGIN_BYTES,
     )
     if profile is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h2o_cli.interrupts import interrupts
-from h2o_cli.session.defaults import default_budget
+from h2o_cli.session.defaults import default_budget, default_threads
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
 from runtime.llama.hollow import HollowModel
@@ -18,28 +19,62 @@ if TYPE_CHECKING:
     from h2o_cli.session.members import Team
 
 
-def check_flags(workers: str | None, spare: str | None, tls: Path | None, others: bool) -> None:
-    """Raise UsageError for flags that say nothing together. others: those of a filter or of a draft model are given."""
-    if workers is None and (spare is not None or tls is not None):
-        raise UsageError(f"{'--tls' if spare is None else '--spare'} is for --workers", "name some")
-    if workers is not None and others:
-        raise UsageError("--workers does not work with --kv-filter or --draft", "leave those out")
+@dataclass(frozen=True)
+class Flags:
+    """What the flags say of workers. None: not given. priority: names, separated by commas."""
+
+    workers: str | None = None
+    devices: Path | None = None
+    spare: str | None = None
+    split: str | None = None
+    tls: Path | None = None
+    priority: str | None = None
+    by_memory: bool = False
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there are workers."""
+        return self.workers is not None or self.devices is not None
+
+    def check(self, others: bool = False) -> None:
+        """Raise UsageError for what goes not together. others: flags of a filter or of a draft model are given."""
+        if self.workers is not None and self.devices is not None:
+            raise UsageError("the devices were named twice", "give one of --workers and --devices")
+        if self.devices is None and (self.priority is not None or self.by_memory):
+            raise UsageError("an order of devices is for --devices", "--workers names them in their order")
+        flags = (("--spare", self.spare), ("--split", self.split), ("--tls", self.tls))
+        alone = next((flag for flag, value in flags if value is not None), None)
+        if not self.are_given and alone:
+            raise UsageError(f"{alone} is for --workers", "name some")
+        if self.are_given and others:
+            raise UsageError("--workers does not work with --kv-filter or --draft", "leave those out")
+
+    def addresses(self) -> str:
+        """The devices in the order of their priority, as --workers names them. Raises UsageError, H2OError."""
+        if self.devices is None:
+            return self.workers or ""
+        from h2o_cli.session.device_file import in_order, read_devices
+
+        priority = [name.strip() for name in (self.priority or "").split(",") if name.strip()]
+        return ",".join(e.place for e in in_order(read_devices(self.devices), priority, by_memory=self.by_memory))
 
 
 def join(
-    file: ModelFile,
-    workers: str | None,
-    spare: str | None,
-    tls: Path | None,
-    budget_bytes: int,
-    note: Callable[[str], None],
+    file: ModelFile, flags: Flags, budget_bytes: int, n_threads: int | None, note: Callable[[str], None]
 ) -> Team | None:
-    """The workers, greeted, and None without any. Raises UsageError, WorkerError."""
-    if workers is None:
+    """The workers, greeted, and None without any. budget_bytes 0, n_threads None: as by default.
+
+    Raises UsageError, WorkerError, BudgetError.
+    """
+    if not flags.are_given:
         return None
     from h2o_cli.session.members import Devices, Team
 
-    return Team.join(file, Devices(workers, spare, tls), budget_bytes or default_budget(), note)
+    addresses = flags.addresses()
+    if flags.devices is not None:
+        note(f"order of the devices: {addresses}")
+    devices = Devices(addresses, flags.spare, flags.tls, flags.split)
+    return Team.join(file, devices, budget_bytes or default_budget(), n_threads or default_threads(), note)
 
 
 def set_up(team: Team, engine: Engine, hollow: HollowModel, cleanup: ExitStack, note: Callable[[str], None]) -> None:

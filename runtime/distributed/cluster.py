@@ -26,7 +26,7 @@ from runtime.distributed.messages import (
     Step,
     Truncated,
 )
-from runtime.distributed.protocol import CLOSED, FLOAT_BYTES, WAITING, Refusal, RootSide, Stale
+from runtime.distributed.protocol import CLOSED, FLOAT_BYTES, PLANNING, READY, WAITING, Refusal, RootSide, Stale
 from runtime.distributed.wire import Wire
 from runtime.errors import WorkerError
 from runtime.passes import Pass
@@ -43,7 +43,8 @@ class Link:
         """Connect and greet."""
         self.address = address
         self.ranges: list[tuple[int, int]] = []
-        self.bytes_read = self.peak_bytes = 0
+        self.bytes_read = self.peak_bytes = self._first_number = 0
+        self._first_bytes: int | None = None  # read until the first pass that reads what every pass does
         self.ready: Ready | None = None
         self.number = 0
         self.is_lost = False
@@ -82,8 +83,8 @@ class Link:
 
     def send(self, step: Step, hidden_bytes: int) -> None:
         """Have a step computed; `result` waits for it."""
-        if self._side.state == CLOSED:
-            raise WorkerError(f"the worker {self.address} has left", AGAIN)
+        if self._side.state != READY:
+            raise WorkerError(f"the worker {self.address} is {self._side.state}", AGAIN)
         self._wire.send(self._side.step(step, hidden_bytes))
 
     def result(self, check: Callable[[], object]) -> bytes:
@@ -91,12 +92,26 @@ class Link:
         while True:
             answer = self.receive(check, SILENCE_S)
             if isinstance(answer, Result):
-                self.bytes_read, self.peak_bytes = answer.bytes_read, max(answer.peak_bytes, self.peak_bytes)
+                self.peak_bytes = max(answer.peak_bytes, self.peak_bytes)
+                if answer.number > self._first_number + 1 and self._first_bytes is None:
+                    self._first_number, self._first_bytes = answer.number, answer.bytes_read
+                self.bytes_read = answer.bytes_read
                 return answer.hidden
+
+    @property
+    def bytes_per_pass(self) -> float:
+        """Read for a pass, those of the prompt's beginning left out."""
+        passes = self.number - self._first_number
+        return (self.bytes_read - self._first_bytes) / passes if passes and self._first_bytes is not None else 0.0
 
     def be_at(self, n_past: int, check: Callable[[], object]) -> bool:
         """Have the worker forget what is behind n_past positions, or under way. False: it has fewer."""
         side = self._side
+        if side.state == CLOSED:
+            self.is_lost = True
+            raise WorkerError(f"the worker {self.address} has left", AGAIN)
+        if side.state == PLANNING:  # an interrupt came before it was ready
+            self.wait_ready(check)
         if side.n_past > n_past or side.state == WAITING:
             if not side.is_shortening:
                 self._wire.send(side.truncate(n_past))
@@ -156,6 +171,7 @@ class Cluster:
         self.check: Callable[[], object] = lambda: None
         self.note: Callable[[str], None] = lambda _: None
         self._spares = list(spares)
+        self.window_bytes: dict[str, int] = {}  # by address, for streamed weights; others choose their own
         self._shape = (0, 0, 0, "")
         self._journal = Journal(folder)
         self._given: Stage | None = None  # it computes already
@@ -175,7 +191,8 @@ class Cluster:
             mine = [stage for stage in self.stages if stage.link is link]
             for part, stage in enumerate(mine):
                 stage.part = part
-            link.set_up(Setup([(stage.first, stage.last) for stage in mine], *self._shape))
+            window = self.window_bytes.get(link.address, 0) if link.replacements == 0 else 0
+            link.set_up(Setup([(stage.first, stage.last) for stage in mine], *self._shape, window))
         found = [link.wait_ready(self.check) for link in links]
         for link, ready in zip(links, found, strict=True):
             if ready.width != self.width:
@@ -335,16 +352,3 @@ def greet(addresses: Sequence[str], keys: Callable[[str], Keys | None], mine: He
             link.close()
         raise
     return links
-
-
-def shares(weights: Sequence[int], n_layers: int) -> list[int]:
-    """How many layers each gets: in proportion to its weight, at least one, by the largest remainder."""
-    total = sum(weights) or 1
-    exact = [max(1.0, weight * n_layers / total) for weight in weights]
-    counts = [int(x) for x in exact]
-    order = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
-    for i in range(n_layers - sum(counts)):
-        counts[order[i % len(order)]] += 1
-    while sum(counts) > n_layers:
-        counts[max(range(len(counts)), key=lambda i: counts[i])] -= 1
-    return counts

@@ -20,6 +20,7 @@ from runtime.distributed.messages import MOST_MESSAGE_BYTES
 from runtime.errors import UsageError, WorkerError
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # a child of ours renders a template and ends: no call is in it
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what went wrong is said here, in one line
 
 try:
     import grpc

@@ -9,9 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from runtime.distributed.messages import (
@@ -19,25 +17,18 @@ from runtime.distributed.messages import (
     Hello,
     Message,
     Probe,
-    Ready,
     Setup,
     Step,
     Truncate,
 )
 from runtime.distributed.offer import Offer
-from runtime.distributed.protocol import CLOSED, COMPUTING, Again, Refusal, Shape, WorkerSide
-from runtime.engine.borders import Borders, check_cut
-from runtime.engine.engine import Engine
+from runtime.distributed.own_layers import OwnLayers
+from runtime.distributed.protocol import CLOSED, COMPUTING, Again, Refusal, WorkerSide
 from runtime.errors import Cancelled, EngineError, H2OError, WorkerError
 from runtime.llama import abi
-from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.memory import peak_bytes
 from runtime.passes import Pass
-from runtime.plans.plan import Layout, Plan
-from runtime.plans.residency import smallest_window
-from runtime.settings import KV_TYPES, Settings
-from runtime.sizes import format_size
 
 GIVEN_UP = 0  # the number of a Cancelled that no signal brought
 _PROGRESS_S = 1.0
@@ -86,7 +77,7 @@ class Worker:
         self._held: Job | None = None  # a job that was met inside a pass
         self._talk: Talk | None = None  # the conversation that has the engine
         self._seat = threading.Lock()
-        self._part: _Part | None = None
+        self._part: OwnLayers | None = None
         self._step: Step | None = None
         self._peak_bytes = 0
         self._stopped = 0
@@ -157,7 +148,7 @@ class Worker:
     def _cancel(self) -> None:
         """End the pass that runs, if one does; the job that says why is about to be in the queue."""
         if self._part:
-            self._part.engine.cancel(GIVEN_UP)
+            self._part.cancel(GIVEN_UP)
 
     def _tell_progress(self) -> None:
         while True:
@@ -175,7 +166,7 @@ class Worker:
         """End work() soon (from a signal handler)."""
         self._stopped = signal_number
         if self._part:
-            self._part.engine.cancel(signal_number)
+            self._part.cancel(signal_number)
         self._jobs.put(Job(None, None))
 
     def work(self) -> int:
@@ -216,11 +207,10 @@ class Worker:
                     talk.send(None)
 
     def _set_up(self, talk: Talk, setup: Setup) -> None:
-        if not self._part or (self._part.setup, self._part.model) != (setup, talk.model):
-            self._close_part()
-            self._part = self._open(talk.model, setup)
-            self._log(self._part.summary)
         part = self._part
+        if part is None or part.model != talk.model or not part.fits(setup):
+            part = self._open(talk.model, setup)
+            self._log(part.summary)
         part.engine.forget_cancel()
         part.engine.truncate(0)
         self._peak_bytes = peak_bytes()
@@ -228,11 +218,22 @@ class Worker:
             if talk.side.state != CLOSED:
                 talk.send(talk.side.ready(part.ready, part.shape))
 
-    def _open(self, model: int, setup: Setup) -> _Part:
+    def _open(self, model: int, setup: Setup) -> OwnLayers:
+        """The layers of a setup; where they are there already, their weights stay in memory."""
+        part = self._part
+        if part and part.model == model and part.setup.ranges == setup.ranges:
+            try:
+                part.open(setup)
+                return part
+            except H2OError:
+                self._close_part()
+                raise
+        self._close_part()
         file = self._find(model)
         if file is None:
             raise WorkerError("no model is chosen", "say hello first")
-        return _Part(file, setup, self._offer, _WorkerHops(self))
+        self._part = OwnLayers(file, setup, self._offer, _WorkerHops(self))
+        return self._part
 
     def _close_part(self) -> None:
         part, self._part = self._part, None
@@ -312,78 +313,3 @@ class _WorkerHops:
     def leave(self, _layer: int, hidden: memoryview) -> None:
         """To the root."""
         self._worker.give(hidden)
-
-
-class _Part:
-    """The layers of one setup, in an engine of their own."""
-
-    def __init__(
-        self,
-        file: ModelFile,
-        setup: Setup,
-        offer: Offer,
-        hops: _WorkerHops,
-    ) -> None:
-        self.setup, self.model = setup, file.hash
-        self._check(setup, file)
-        layers = [i for first, last in setup.ranges for i in range(first, last)]
-        self.file = file.owned(layers, head=False, embedding=0 in layers)
-        settings = Settings(
-            n_ctx=setup.n_ctx,
-            n_ubatch=setup.n_ubatch,
-            n_threads=offer.n_threads,
-            kv_type=setup.kv_type,
-            n_logits=setup.n_logits,
-            repack=False,
-            fit_window=not setup.window_bytes,
-        )
-        budget_bytes = offer.budget_bytes
-        window = setup.window_bytes or min(_WINDOW_PIECES * smallest_window(self.file), budget_bytes // 4)
-        plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes, model_hash=self.file.hash)
-        with ExitStack() as opened:
-            hollow = HollowModel(file)
-            opened.callback(hollow.free)
-            check_cut(self.file, hollow, settings)
-            self.engine = Engine(self.file, hollow, plan, settings)
-            opened.callback(self.engine.close)
-            self.engine.guests.add(Borders(self.file, hollow.weights, self.engine.guests, hops))
-            width = int(abi.llama.llama_model_n_embd(hollow.pointer))
-            self._opened = opened.pop_all()
-        engine = self.engine
-        self.shape = Shape(
-            tuple(setup.ranges), file.n_layers, setup.n_ctx, engine.pass_tokens, setup.n_logits, engine.n_vocab, width
-        )
-        self.ready = Ready(engine.pass_tokens, width, budget_bytes, engine.ledger.resident_bytes, engine.streamed_bytes)
-        self._before = 0.0
-
-    @staticmethod
-    def _check(setup: Setup, file: ModelFile) -> None:
-        end = 0
-        for first, last in setup.ranges:
-            if not end <= first < last <= file.n_layers:
-                raise WorkerError(f"layers {first} to {last - 1} are not possible: the model has {file.n_layers}")
-            end = last + 1
-        if setup.kv_type not in KV_TYPES:
-            raise WorkerError(f"there is no KV type {setup.kv_type!r}")
-
-    @property
-    def summary(self) -> str:
-        """One line for the log."""
-        ranges = ", ".join(f"{first}-{last - 1}" for first, last in self.setup.ranges)
-        ledger, streamed = self.engine.ledger, self.engine.streamed_bytes
-        rest = f", {format_size(streamed)} streamed" if streamed else ""
-        return f"layers {ranges}: {format_size(ledger.resident_bytes)} in memory{rest}"
-
-    @property
-    def share(self) -> float:
-        """How far the pass is."""
-        return self.engine.computed_tokens - self._before
-
-    def compute(self, step: Step) -> None:
-        """A pass that begins with this step; results are sent from inside it."""
-        self._before = self.engine.computed_tokens
-        self.engine.forward(array("i", step.tokens), step.n_logits)
-
-    def close(self) -> None:
-        """Free everything."""
-        self._opened.close()

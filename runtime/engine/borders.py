@@ -72,8 +72,9 @@ class Borders:
         self._away = False  # whether the nodes at hand belong to foreign layers
         self._tainted: set[int] = set()  # nodes of this pass whose values are not here
         self._first = 0  # node of the pass at hand
-        self._is_known = False  # whether its graph was walked through before
-        self._borders: dict[int, _Border] = {}  # of the graph that was walked through last
+        self._known = 0  # first node of the graph that was walked through last
+        self._is_known = False  # whether the graph at hand is that one
+        self._borders: dict[int, _Border] = {}  # of that graph
         self._watched: list[int] = []
         self._n_met = 0
 
@@ -96,7 +97,8 @@ class Borders:
     def _meet_graph(self, first: int) -> None:
         """The first node of a pass: is its graph the one that was walked through?"""
         self._first = first
-        self._is_known = bool(ctypes.c_int32.from_address(first + abi.FLAGS_OFFSET).value & _SEEN)
+        seen = ctypes.c_int32.from_address(first + abi.FLAGS_OFFSET).value & _SEEN
+        self._is_known = bool(seen) and first == self._known
         if self._is_known:
             self._guests.watched_nodes_only(self)
             return
@@ -183,6 +185,7 @@ class Borders:
 
     def _know_graph(self) -> None:
         """All of the graph was walked through: from now on its borders are enough."""
+        self._known = self._first
         ctypes.c_int32.from_address(self._first + abi.FLAGS_OFFSET).value |= _SEEN
         for address in self._watched:
             self._guests.filter.forget(address)

@@ -464,6 +464,11 @@ class Engine:
         """llama.cpp's context, for its samplers."""
         return self._context.pointer
 
+    def give_up_weights(self) -> Weights:
+        """Free the context; the weights stay as they are, for another engine on the same model."""
+        self._opened.close()
+        return self._source
+
     def close(self) -> None:
         """Free the context and all weights. The hollow model stays its owner's."""
         if self._source.close():

@@ -1,0 +1,88 @@
+"""Which layers go to which device: what was measured of them, put to the planner."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from planner.placement import Choice, Device, SplitModel, choose_devices
+from runtime.distributed.cluster import Link
+from runtime.distributed.offer import measure
+from runtime.llama.model_file import ModelFile
+from runtime.plans.residency import layer_bytes, smallest_window
+
+LOCAL = "local"
+_LARGE_BYTES = 2**20
+_TIMES = 5
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the layers go. stages: (first, last, address) in order; window_bytes: of each device, 0: its own choice.
+
+    token_s: what a token is predicted to take, without the head; 0 where nobody has worked it out.
+    """
+
+    stages: tuple[tuple[int, int, str], ...]
+    window_bytes: dict[str, int]
+    left_out: tuple[tuple[str, float, float], ...]
+    token_s: float
+
+    def layers_of(self, address: str) -> list[int]:
+        """The layers of one device."""
+        return [layer for first, last, owner in self.stages if owner == address for layer in range(first, last)]
+
+
+def split_model(file: ModelFile) -> SplitModel:
+    """The layers as the planner sees them; the head stays where the token is chosen."""
+    return SplitModel(
+        group_bytes=tuple(layer_bytes(layer) for layer in file.layers),
+        hidden_bytes=hidden_bytes(file),
+        piece_bytes=max(1, smallest_window(file.owned(range(file.n_layers), head=False, embedding=False))),
+    )
+
+
+def hidden_bytes(file: ModelFile) -> int:
+    """Bytes of a token's hidden state."""
+    return 4 * file.hyper_parameter("embedding_length")
+
+
+def device_of(link: Link, n_bytes: int) -> Device:
+    """A worker: what it offers, and its link, measured now with messages of n_bytes. Raises WorkerError.
+
+    Every range of layers is a message there and one back.
+    """
+    hello = link.hello
+    short_s = statistics.median(link.round_trip_s(n_bytes) for _ in range(_TIMES))
+    long_s = min(link.round_trip_s(_LARGE_BYTES) for _ in range(2))
+    rate = (_LARGE_BYTES - n_bytes) / max(long_s - short_s, 1e-6)
+    return Device(
+        link.address, hello.weights_bytes, hello.disk_bytes_per_s, hello.compute_s_per_byte, short_s, max(rate, 1.0)
+    )
+
+
+def here(file: ModelFile, budget_bytes: int, n_threads: int) -> Device:
+    """This machine, measured now; the head's room is taken off. Raises H2OError."""
+    offer = measure(file, budget_bytes, n_threads)
+    room = max(0, offer.weights_bytes - layer_bytes(file.head))
+    return Device(LOCAL, room, offer.disk_bytes_per_s, offer.compute_s_per_byte)
+
+
+def place(file: ModelFile, devices: list[Device]) -> Place:
+    """The fastest placement on these devices, which are in the order of their priority. Raises BudgetError."""
+    choice: Choice = choose_devices(split_model(file), devices)
+    placement = choice.placement
+    return Place(
+        tuple((r.begin, r.end, placement.devices[r.device].address) for r in placement.ranges),
+        {d.address: share.window_bytes for d, share in zip(placement.devices, placement.shares, strict=True)},
+        tuple((left.device.address, left.with_s, left.without_s) for left in choice.left_out),
+        placement.token_s,
+    )
+
+
+def given(addresses: Sequence[str], counts: Sequence[int]) -> Place:
+    """So many layers for each, one range after the other."""
+    ends = list(accumulate(counts))
+    return Place(tuple(zip((0, *ends[:-1]), ends, addresses, strict=True)), {}, (), 0.0)

@@ -1,0 +1,69 @@
+"""Which workers take part, and with which layers."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("grpc", reason="the extra `workers` is not installed")
+
+from cluster import MB, workers
+
+from h2o_cli.main import run_command as h2o
+from h2o_cli.session.members import Devices, survey
+from h2o_cli.session.placing import given, place
+from planner.placement import Device
+from runtime.distributed.offer import measure
+from runtime.errors import UsageError
+from runtime.llama.model_file import ModelFile
+from runtime.plans.residency import layer_bytes
+
+
+@pytest.fixture
+def file(tiny_model):
+    return ModelFile.open(tiny_model("qwen2"))
+
+
+def test_devices_that_hold_half_each_get_half_each(file):
+    half = sum(layer_bytes(layer) for layer in file.layers) // 2
+    found = place(file, [Device("a:1", half, 1e6, 1e-9, 1e-5), Device("b:1", half, 1e6, 1e-9, 1e-5)])
+    assert found.stages == ((0, 2, "a:1"), (2, 4, "b:1"))
+    assert (found.layers_of("b:1"), found.left_out) == ([2, 3], ())
+
+
+def test_a_device_behind_a_slow_link_is_left_out_with_both_numbers(file):
+    found = place(file, [Device("a:1", 100 * MB, 1e9, 1e-9, 1e-5), Device("b:1", 100 * MB, 1e9, 1e-9, 0.5)])
+    ((address, with_s, without_s),) = found.left_out
+    assert (address, found.layers_of("b:1")) == ("b:1", [])
+    assert without_s == found.token_s < 0.5 < with_s
+
+
+def test_layers_by_hand():
+    assert given(["a", "b", "c"], [3, 1, 4]).stages == ((0, 3, "a"), (3, 4, "b"), (4, 8, "c"))
+    assert Devices("a:1,b:1", split="3,1").counts(4) == [3, 1]
+    for split in ("4", "2,3", "4,0", "x,1", ""):
+        with pytest.raises(UsageError, match="not possible"):
+            Devices("a:1,b:1", split=split).counts(4)
+
+
+def test_what_a_worker_offers_is_measured(file):
+    offer = measure(file, 200 * MB, 1)
+    assert (offer.budget_bytes, offer.n_threads) == (200 * MB, 1)
+    assert 50 * MB < offer.weights_bytes < 200 * MB
+    assert offer.disk_bytes_per_s > 1e6
+    assert 1e-13 < offer.compute_s_per_byte < 1e-6
+
+
+def test_devices_are_shown(file, capsys):
+    with workers(2, [file.path]) as found:
+        addresses = [worker.address for worker in found]
+        assert h2o(["devices", str(file.path), "--workers", ",".join(addresses)]) == 0
+        out = capsys.readouterr().out
+        assert all(address in out for address in addresses)
+        assert "without the head" in out
+        facts = survey(file, Devices(f"local,{addresses[0]}"), 300 * MB, 1, print)
+        local, other = facts["devices"]
+        assert (local["address"], local["link_ms"], other["address"]) == ("local", None, addresses[0])
+        assert 0 < other["link_ms"] < 100
+        assert sorted(local["layers"] + other["layers"])[0][0] == 0
+    assert h2o(["devices", str(file.path)]) == 2
+    assert "no devices were named" in capsys.readouterr().err
