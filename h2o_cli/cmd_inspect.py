@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from h2o_cli.floor_run import smallest_budget
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import emit, note, print_json, table
 from h2o_cli.session.defaults import CONVERSATION_CONTEXT, PROMPT_CONTEXT
 from h2o_cli.session.models import DEFAULT_MODEL, find_profile, resolve_model
-from h2o_cli.session.smallest import CONVERSATION, PROMPT, smallest_budget
+from h2o_cli.session.smallest import CONVERSATION, PROMPT
 from runtime.errors import EngineError, H2OError, ModelError, ProfileError, UsageError
 from runtime.llama.model_file import Layer, ModelFile, TensorInfo
 from runtime.plans.residency import layer_bytes

@@ -14,6 +14,7 @@ from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
 from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
 from h2o_cli.session.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_budget
+from h2o_cli.session.kv_filter import KvChoice, KvFlags, choose_filter, read_kv_config
 from h2o_cli.session.models import DEFAULT_MODEL, ROOT, find_profile, need_profile, resolve_model
 from runtime.errors import BudgetError, DiskError, EngineError, ModelError, PlanError, ProfileError, UsageError
 from runtime.plans.file import default_plan_path, read_plan
@@ -51,8 +52,8 @@ class PlanOptions:
     ctx: int | None
     by_hand: tuple[int, int] | None
     kv_type: str = "f16"
-    kv: flag.KvChoice | None = None
-    kv_flags: flag.KvFlags = field(default_factory=flag.KvFlags)
+    kv: KvChoice | None = None
+    kv_flags: KvFlags = field(default_factory=KvFlags)
     compat: bool = False
     n_predict: int = N_PREDICT
 
@@ -134,7 +135,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     The plan goes into the plan file; `h2o run` takes it over, also while it is running.
     """
-    flags = flag.KvFlags.of(locals())
+    flags = KvFlags.of(locals())
     _check_flags(locals())
     options = PlanOptions(
         budget_bytes=parse_size(memory) if memory else 0,
@@ -143,7 +144,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         ctx=ctx,
         by_hand=_parse_set(by_hand) if by_hand else None,
         kv_type=kv_type,
-        kv=flag.choose_filter(flags, flag.read_kv_config(kv_config)),
+        kv=choose_filter(flags, read_kv_config(kv_config)),
         kv_flags=flags,
         n_predict=predict,
         compat=compat,
@@ -254,7 +255,8 @@ def _floor(options: PlanOptions, profile: ModelProfile) -> int:
     path = ROOT / profile.model.path
     if not profile.model.hash or not path.is_file():
         return 0
-    from h2o_cli.session.smallest import PROMPT, smallest_budget
+    from h2o_cli.floor_run import smallest_budget
+    from h2o_cli.session.smallest import PROMPT
     from runtime.llama.model_file import ModelFile
     from runtime.settings import Settings
 

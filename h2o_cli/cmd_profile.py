@@ -11,7 +11,7 @@ import typer
 
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, emit, note, table
-from h2o_cli.session import run_memory
+from h2o_cli.run_memory import measure_run_memory
 from h2o_cli.session.defaults import MOST_THREADS, default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, profiles_folder, remember_model, resolve_model
 from h2o_cli.session.smallest import PROMPT, agreed
@@ -95,7 +95,7 @@ def profile(
             repeats,
             n_threads=threads or default_threads(),
             budget_bytes=budget_bytes,
-            run_memory=run_memory.measure_run_memory(),
+            run_memory=measure_run_memory(),
         )
         found = _measured(measurement)
         resident_release_s = measurement.resident_release_s

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +15,19 @@ import typer
 from h2o_cli import device_flags as devices
 from h2o_cli import kv_flags as kv
 from h2o_cli.closing import closing_line, figures
+from h2o_cli.console import CONSOLE, first_with_progress
 from h2o_cli.interrupts import interrupts
-from h2o_cli.output import Progress, emit, note, print_json, styled, tell
+from h2o_cli.output import emit, note, print_json, styled, tell
+from h2o_cli.run_options import RunOptions
 from h2o_cli.session.defaults import N_PREDICT, default_budget
+from h2o_cli.session.kv_filter import KvFlags, choose_filter, cut_middle, read_kv_config
+from h2o_cli.session.model import OpenModel, context_for
 from h2o_cli.session.models import DEFAULT_MODEL, read_text, resolve_model
-from h2o_cli.session.opening import OpenModel, RunOptions, Session, context_for, open_session
+from h2o_cli.session.opening import Session, open_session
+from h2o_cli.session.options import SessionOptions
 from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT
 from h2o_cli.session.team import Flags
-from runtime.answer.generate import LENGTH, Request, Step, check_prompt, generate
+from runtime.answer.generate import LENGTH, Request, check_prompt
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling
 from runtime.errors import DiskError, EngineError, PromptError, UsageError, WorkerError
@@ -30,7 +35,6 @@ from runtime.sizes import parse_size
 
 PROMPT_LEAST_BYTES, PROMPT_MOST_BYTES = 2**18, 2**24
 PROMPT_SHARE = 32  # of the budget, at most: a token has about 4 bytes of text, and a thousand of keys and values
-SHORT_PROMPT = 64  # tokens: up to here a prompt takes one pass, and no progress is shown
 
 EPILOG = """Examples:
 
@@ -169,20 +173,18 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     given = locals()
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
     text = _prompt_text(prompt, file, dash, _most_prompt_bytes(memory))
-    config = kv.read_kv_config(kv_config)
-    named = model or (config.model if config else None)
-    options = RunOptions.of(
+    config = read_kv_config(kv_config)
+    named, chat = model or (config.model if config else None), chat or bool(config and config.chat)
+    session = SessionOptions.of(
         given,
         model=resolve_model(named),
         is_named=named is not None,
-        kind=CONVERSATION if text is None else CHAT if chat or (config and config.chat) else PROMPT,
+        kind=CONVERSATION if text is None else CHAT if chat else PROMPT,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
-        stop=tuple(stop or ()),
-        chat=chat or bool(config and config.chat),
-        kv=kv.choose_filter(kv.KvFlags.of(given), config),
-        max_context=config.max_context if config else 0,
+        kv=choose_filter(KvFlags.of(given), config),
         devices=Flags(workers, device_file, spare, split, tls, priority, prioritize_by_memory),
     )
+    options = RunOptions(session, n_predict, tuple(stop or ()), chat, json, config.max_context if config else 0)
     _check(options)
     raise typer.Exit(_reply(options, text))
 
@@ -198,7 +200,7 @@ def _reply(options: RunOptions, text: str | None) -> int:
 
 def _check(options: RunOptions) -> None:
     """Raise UsageError for values that can be judged without the model."""
-    _ = options.budget_bytes, options.fixed_layout
+    _ = options.session.budget_bytes, options.session.fixed_layout
 
 
 def _most_prompt_bytes(memory: str | None) -> int:
@@ -235,14 +237,15 @@ def _utf8(data: bytes) -> str:
 
 def answer(options: RunOptions, text: str) -> int:
     """Answer one prompt; returns the exit code."""
-    model = OpenModel(options, note)
+    wanted = options.session
+    model = OpenModel(wanted, CONSOLE)
     try:
         prompt, stop = _encode(model, options, text)
         n_predict = N_PREDICT if options.n_predict is None else options.n_predict
-        wanted = len(prompt) + n_predict if n_predict >= 0 else model.context_length
-        n_ctx = context_for(model, options.ctx, wanted, note)
+        n_tokens = len(prompt) + n_predict if n_predict >= 0 else model.context_length
+        n_ctx = context_for(model, wanted.ctx, n_tokens)
         check_prompt(len(prompt), n_ctx)
-        session = open_session(model, options.for_answers_of(n_predict), n_ctx, len(prompt), note)
+        session = open_session(model, wanted.for_answers_of(n_predict), n_ctx, len(prompt))
         try:
             request = Request(tuple(prompt), n_predict, stop)
             return _answer(session, options, request)
@@ -257,7 +260,7 @@ def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[Sequence[
 
     Where a configuration file allows fewer tokens, the middle is left out.
     """
-    most, stop = options.ctx or min(model.context_length, model.n_positions), options.stop
+    most, stop = options.session.ctx or min(model.context_length, model.n_positions), options.stop
     if options.chat:
         from runtime.llama.chat import Chat, Message
 
@@ -272,14 +275,14 @@ def _encode(model: OpenModel, options: RunOptions, text: str) -> tuple[Sequence[
         note(
             f"the middle of the prompt was left out: {len(tokens)} tokens, max_context_len allows {options.max_context}"
         )
-    return kv.cut_middle(tokens, options.max_context), stop
+    return cut_middle(tokens, options.max_context), stop
 
 
 def _answer(session: Session, options: RunOptions, request: Request) -> int:
     meter, meter_start_s = Meter(session.engine, session.machine), process_age_s()
     parts, tokens, finish = [], [], ""
     with interrupts.ending(session.engine.cancel):
-        steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
+        steps = session.answer(request)
         try:
             for step in first_with_progress(session, steps, request.prompt):
                 meter.see(step)
@@ -302,22 +305,6 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
         tell(styled(closing_line(session, statistics, cut=cut), "dim"))
     signal_number = interrupts.take()
     return 128 + signal_number if signal_number else 0
-
-
-def first_with_progress(session: Session, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:
-    """The steps; while the first one is on its way, progress is shown: tokens x layers computed of a long prompt."""
-    engine = session.engine
-    n_new = len(prompt) - session.sequence.known(prompt)
-    start = engine.computed_tokens
-
-    def share() -> float:
-        return (engine.computed_tokens - start) / n_new
-
-    with Progress(f"reading the prompt ({n_new} tokens)", share, enabled=n_new > SHORT_PROMPT):
-        first = next(steps, None)
-    if first is not None:
-        yield first
-        yield from steps
 
 
 def process_age_s() -> float:

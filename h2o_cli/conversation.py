@@ -13,15 +13,16 @@ from types import ModuleType
 from typing import Any
 
 from h2o_cli.closing import closing_line
-from h2o_cli.cmd_run import first_with_progress
+from h2o_cli.console import CONSOLE, first_with_progress
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import emit, is_terminal, note, print_error, styled, tell
+from h2o_cli.run_options import RunOptions
 from h2o_cli.session.defaults import CONVERSATION_CONTEXT
-from h2o_cli.session.opening import OpenModel, RunOptions, Session, context_for, open_session
+from h2o_cli.session.model import OpenModel, context_for
+from h2o_cli.session.opening import Session, open_session
 from h2o_cli.transcript import Transcript, load, save
-from runtime.answer.generate import CANCELLED, LENGTH, Request, generate
+from runtime.answer.generate import CANCELLED, LENGTH, Request
 from runtime.answer.meter import Meter, Statistics
-from runtime.answer.sampler import Sampler
 from runtime.errors import Cancelled, H2OError, PromptError, UsageError
 from runtime.llama.chat import Chat, Message
 
@@ -48,14 +49,15 @@ def converse(options: RunOptions) -> int:
     if options.json:
         raise UsageError("--json needs a prompt", "give one with -p, -f or on standard input")
     readline = _line_editing()
-    model = OpenModel(options, note)
+    wanted = options.session
+    model = OpenModel(wanted, CONSOLE)
     try:
         chat = Chat(model.tokenizer, note) if options.chat or model.tokenizer.chat_template else None
         if chat:
             chat.compile()
-        n_ctx = context_for(model, options.ctx, options.max_context or CONVERSATION_CONTEXT, note)
+        n_ctx = context_for(model, wanted.ctx, options.max_context or CONVERSATION_CONTEXT)
         longest = LONGEST_TAIL if options.n_predict in (None, -1) else options.n_predict
-        session = open_session(model, options.for_answers_of(longest or 0), n_ctx, n_ctx, note)
+        session = open_session(model, wanted.for_answers_of(longest or 0), n_ctx, n_ctx)
         try:
             note(f"{model.file.name}, context {n_ctx} tokens; /help lists the commands")
             return Conversation(session, options, chat, readline).run()
@@ -83,6 +85,7 @@ class Conversation:
     ) -> None:
         self._session = session
         self._options = options
+        self._sampling = options.session.sampling
         self._chat = chat
         self._readline = readline
         self._system = ""
@@ -204,8 +207,7 @@ class Conversation:
         meter = Meter(session.engine, session.machine)
         parts, tokens, finish = [], [], ""
         with interrupts.ending(session.engine.cancel, patient=True):
-            steps = generate(session.sequence, session.model.tokenizer, session.sampler, request, session.follower)
-            for step in first_with_progress(session, steps, request.prompt):
+            for step in first_with_progress(session, session.answer(request), request.prompt):
                 meter.see(step)
                 parts.append(step.text)
                 tokens += [step.token] if step.token is not None else []
@@ -275,8 +277,7 @@ class Conversation:
         """Change one setting, or show all. Raises UsageError."""
         name, _, value = rest.partition(" ")
         key = name.lstrip("-").replace("-", "_")
-        sampling = self._options.sampling
-        known = asdict(sampling)
+        known = asdict(self._sampling)
         if key and key != "n" and key not in known:
             raise UsageError(f"there is no setting {name}", f"/set {', '.join((*known, 'n')).replace('_', '-')}")
         if key:
@@ -285,21 +286,17 @@ class Conversation:
             except ValueError:
                 raise UsageError(f"{value!r} is not a number", f"give one, such as /set {name} 1") from None
             self._change(key, number)
-        shown = {**asdict(self._options.sampling), "n": self._n_predict, "seed": self._session.sampler.seed}
+        shown = {**asdict(self._sampling), "n": self._n_predict, "seed": self._session.sampler.seed}
         note(", ".join(f"{key.replace('_', '-')} {value}" for key, value in shown.items()))
 
     def _change(self, key: str, number: Any) -> None:
         if key == "n":
-            if self._options.kv:
+            if self._options.session.kv:
                 raise UsageError("with --kv-filter -n cannot change", "start again with another -n")
             self._options = replace(self._options, n_predict=int(number))
             return
-        sampling = replace(self._options.sampling, **{key: number})
-        self._options = replace(self._options, sampling=sampling)
-        session = self._session
-        session.sampler.close()
-        session.sampler = Sampler(sampling, session.engine.n_vocab, session.model.tokenizer.suppressed)
-        session.cleanup.callback(session.sampler.close)
+        self._sampling = replace(self._sampling, **{key: number})
+        self._session.sample_with(self._sampling)
 
     @property
     def _n_predict(self) -> int:

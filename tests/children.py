@@ -53,12 +53,12 @@ class Opener:
 def _run_all():
     sys.path[:0] = [str(ROOT)]
     from h2o_cli import cmd_inspect, cmd_plan, cmd_profile, cmd_run, main  # noqa: F401
-    from h2o_cli.session import opening
+    from h2o_cli.session import model
 
     cases = json.load(sys.stdin)
     answers, running = [None] * len(cases), {}
     with tempfile.TemporaryDirectory() as folder:
-        for module in (opening, cmd_plan):  # not the plan file of the user who runs the tests
+        for module in (model, cmd_plan):  # not the plan file of the user who runs the tests
             module.default_plan_path = lambda: Path(folder) / "plan.bin"
         for number, arguments in enumerate(cases):
             while len(running) >= AT_ONCE:

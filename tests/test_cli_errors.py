@@ -27,7 +27,7 @@ H2O = [sys.executable, "-m", "h2o_cli.main"]
 def own_plan_file(tmp_path, monkeypatch):
     """No test meets the plan file of the user who runs it."""
     path = tmp_path / "default-plan.bin"
-    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: path)
+    monkeypatch.setattr("h2o_cli.session.model.default_plan_path", lambda: path)
     return path
 
 

@@ -40,7 +40,7 @@ FIXED = 100 * MB
 def plan_file(tmp_path, monkeypatch):
     """The default plan file of these tests."""
     path = tmp_path / "default-plan.bin"
-    for module in ("session.opening", "cmd_plan"):
+    for module in ("session.model", "cmd_plan"):
         monkeypatch.setattr(f"h2o_cli.{module}.default_plan_path", lambda: path)
     return path
 

@@ -53,7 +53,7 @@ PROMPT = "the old man and the sea"
 def plan_file(tmp_path, monkeypatch):
     """The default plan file of these tests."""
     path = tmp_path / "default-plan.bin"
-    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: path)
+    monkeypatch.setattr("h2o_cli.session.model.default_plan_path", lambda: path)
     return path
 
 

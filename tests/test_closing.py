@@ -7,7 +7,7 @@ from types import SimpleNamespace as Some
 
 import pytest
 
-from h2o_cli import closing, cmd_run, output
+from h2o_cli import closing, console, output
 from h2o_cli import main as cli
 from runtime.answer.meter import Statistics
 from runtime.plans.plan import Layout, Plan
@@ -15,7 +15,7 @@ from runtime.plans.plan import Layout, Plan
 
 @pytest.fixture(autouse=True)
 def plan_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: tmp_path / "plan.bin")
+    monkeypatch.setattr("h2o_cli.session.model.default_plan_path", lambda: tmp_path / "plan.bin")
 
 
 def session(*, streamed=1, profile=None, layout=Layout.BALANCED, kv=None):
@@ -103,7 +103,7 @@ def shares(monkeypatch):
         return plain(self, piece)
 
     monkeypatch.setattr(LayerStore, "need", need)
-    monkeypatch.setattr(cmd_run, "Progress", Watched)
+    monkeypatch.setattr(console, "Progress", Watched)
     return seen
 
 
@@ -112,13 +112,13 @@ def test_progress_counts_computed_tokens_and_layers(tiny_model, shares, capsys):
     from runtime.engine.engine import Engine
 
     passes = []
-    forward = Engine._pass
-    Engine._pass = lambda self, tokens, n: (passes.append(len(tokens)), forward(self, tokens, n))[1]
+    compute = Engine._compute
+    Engine._compute = lambda self, pass_: (passes.append(pass_.n_tokens), compute(self, pass_))[1]
     try:
         prompt = "word " * 120
         assert cli.run_command(["run", str(tiny_model("llama")), "-p", prompt, "-n", "1", "--ubatch", "128"]) == 0
     finally:
-        Engine._pass = forward
+        Engine._compute = compute
     (what, enabled), *found = shares
     n = sum(passes)
     assert enabled and what == f"reading the prompt ({n} tokens)" and len(passes) > 1

@@ -13,7 +13,7 @@ from test_speculate import STORIES, Always, Known, Rig
 
 from h2o_cli import main as cli
 from h2o_cli.closing import closing_line
-from h2o_cli.session import opening
+from h2o_cli.session.drafting import speculation_of
 from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter
 from runtime.answer.meter import Statistics
 from runtime.answer.speculate import MOST_DRAFTED, Speculation
@@ -268,8 +268,7 @@ def test_ctrl_c_while_the_draft_model_comes_is_not_lost(pair, monkeypatch):
 def test_a_draft_model_that_takes_no_place_is_cancelled_with_its_host(bundled_model, bundled_variant):
     with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_logits=9) as opened:
         draft = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256))
-        model = SimpleNamespace(hollow=opened._model, file=opened.file)
-        speculation = opening._speculation(model, opened, draft)
+        speculation = speculation_of(opened, opened._model, draft)
         draft.start()
         opened.cancel()
         with pytest.raises(Cancelled):

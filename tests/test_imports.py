@@ -15,6 +15,7 @@ BOTTOM_UP = ("runtime", "profiler", "planner", "h2o_cli")
 GROUND = ("errors", "limited", "memory", "passes", "settings", "sizes", "threads")
 # Rooms of runtime/, from the bottom up.
 ROOMS = (GROUND, "llama", "plans", "weights", "kv", "engine", "distributed", "answer")
+COMMANDS = ("main", "start", "floor_run", "run_memory", "cmd_")  # of h2o_cli/: beginnings of the names on top
 FILES = sorted(path for package in BOTTOM_UP for path in (ROOT / package).rglob("*.py"))
 
 # Heavy package -> modules that import it when they are imported themselves, and those that do so inside a function.
@@ -57,6 +58,8 @@ def imports_of(path, *, when_imported=False, for_types=True):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module
+            if node.module in BOTTOM_UP:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
         if not (when_imported and is_put_off(node)) and (for_types or not is_for_types(node)):
             nodes += ast.iter_child_nodes(node)
 
@@ -69,6 +72,10 @@ def is_for_types(node):
 def is_put_off(node):
     """Whether what is inside a node does not run when its module is imported."""
     return is_for_types(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
 
 
 def test_every_module_of_the_runtime_is_in_the_table():
@@ -98,8 +105,21 @@ def room_of(path):
     return inside.parts[0] if len(inside.parts) > 1 else GROUND
 
 
-def relative(path):
-    return path.relative_to(ROOT).as_posix()
+@pytest.mark.parametrize("path", [path for path in FILES if path.is_relative_to(ROOT / "h2o_cli")], ids=relative)
+def test_rooms_of_the_commands_go_down_only(path):
+    """A session is opened by commands, benchmarks and servers alike, so it knows no flags, terminal or signals."""
+    own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for name in imports_of(path):
+        assert level_of(name) <= level_of(own), f"{relative(path)} imports {name}"
+        assert level_of(own) or name.split(".")[0] != "typer", f"{relative(path)} imports {name}"
+
+
+def level_of(module):
+    """0: h2o_cli.session and what is below h2o_cli; 1: its texts and benchmarks; 2: its commands."""
+    room, *inside = module.split(".")[1:] or [""]
+    if not module.startswith("h2o_cli.") or room == "session":
+        return 0
+    return 2 if not inside and room.startswith(COMMANDS) else 1
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -12,13 +12,13 @@ import pytest
 from cgroups import memory_limit
 
 from h2o_cli import main as cli
-from h2o_cli.kv_flags import cut_middle
+from h2o_cli.session.kv_filter import cut_middle
 
 
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
     """run(*arguments): exit code, standard output, standard error of `h2o run` in this process."""
-    monkeypatch.setattr("h2o_cli.session.opening.default_plan_path", lambda: tmp_path / "default-plan.bin")
+    monkeypatch.setattr("h2o_cli.session.model.default_plan_path", lambda: tmp_path / "default-plan.bin")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
     def call(*arguments):

@@ -5,9 +5,9 @@ import json
 import msgspec
 import pytest
 
-from h2o_cli.kv_flags import KvFlags, choose_filter
 from h2o_cli.session import kv_layers
 from h2o_cli.session.kv_config import read_config
+from h2o_cli.session.kv_filter import KvFlags, choose_filter
 from profiler.kv_eval.layers_file import SCHEMA, Candidate, LayerChoice, layers_path, load_choice, save_choice
 from runtime.errors import ProfileError
 from runtime.kv.options import DEFAULT_SELECT

@@ -5,7 +5,7 @@ import time
 import pytest
 from engines import engine
 
-from h2o_cli.session.run_memory import measure_run_memory
+from h2o_cli.run_memory import measure_run_memory
 from profiler import compute, disk, measure
 from profiler.awake import Waker
 from profiler.compute import layer_trace, measure_compute

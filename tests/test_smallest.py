@@ -14,8 +14,11 @@ from dataclasses import replace
 import pytest
 from cgroups import memory_limit
 
-from h2o_cli.session import opening, smallest
-from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT, agreed, ask, written
+from h2o_cli.floor_run import ask
+from h2o_cli.session import smallest
+from h2o_cli.session.model import settings_for
+from h2o_cli.session.options import SessionOptions
+from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT, agreed, written
 from runtime.errors import ModelError
 from runtime.llama.model_file import ModelFile
 from runtime.settings import MARGIN_BYTES, TURNS_MARGIN_BYTES, Settings
@@ -27,8 +30,8 @@ SETTINGS = Settings(n_ctx=512, n_ubatch=128)
 
 def test_a_conversation_keeps_more_free_for_its_turns(bundled_model):
     def margin(kind):
-        options = opening.RunOptions(bundled_model, kind=kind)
-        return opening._settings(ModelFile.open(bundled_model), options, 512, 128, None).margin_bytes
+        options = SessionOptions(bundled_model, kind=kind)
+        return settings_for(ModelFile.open(bundled_model), options, 512, 128, None).margin_bytes
 
     assert margin(PROMPT) == margin(CHAT) == MARGIN_BYTES
     assert margin(CONVERSATION) == TURNS_MARGIN_BYTES > MARGIN_BYTES

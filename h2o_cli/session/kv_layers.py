@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.output import warn
 from h2o_cli.session.models import BUNDLED_MODEL, profiles_folder
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def find_choice(model_hash: int) -> LayerChoice | None:
     return None
 
 
-def warn_of_guess(kv: Filter, path: Path, n_ctx: int) -> None:
+def warn_of_guess(kv: Filter, path: Path, n_ctx: int, warn: Callable[[str, str], None]) -> None:
     """Say that the filter layers are a guess, where they are one and a context of n_ctx tokens can be filtered."""
     if kv.options.is_guess_in(n_ctx):
         layers = ",".join(map(str, kv.roles.filters))

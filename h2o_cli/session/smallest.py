@@ -2,36 +2,21 @@
 
 It is what an engine without weights takes, and its smallest window, in whole MB. What a process takes differs by some
 hundred KB from run to run. So the number is written down in the user's cache folder, and stays for as long as later
-measurements agree with it.
-
-`python -m h2o_cli.session.smallest KIND FLAGS...` is a run with these flags that only says the number: commands that
-have loaded other code than a run ask such a process.
+measurements agree with it. Commands that have loaded other code than a run ask a process that has not
+(h2o_cli/floor_run.py).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 from h2o_cli.session.models import replace_file
 from runtime.engine.engine import Engine
 from runtime.engine.pass_memory import rows_for
-from runtime.errors import (
-    BudgetError,
-    DiskError,
-    EngineError,
-    H2OError,
-    ModelError,
-    ProfileError,
-    PromptError,
-    UsageError,
-)
 from runtime.llama.abi import PINNED_VERSION
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
@@ -46,8 +31,6 @@ PROMPT, CHAT, CONVERSATION = "prompt", "chat", "conversation"  # kinds of runs: 
 NEAR_BYTES = 20 * MB  # an engine with so much more than it needs is above the smallest budget for certain
 _AGREES_BYTES = 4 * MB  # a written number may be so much above what is measured
 _MOST_WRITTEN = 200
-_TIMEOUT_S = 300.0
-_ERRORS = {kind.__name__: kind for kind in (ModelError, PromptError, UsageError, DiskError, ProfileError)}
 
 
 def least_settings(settings: Settings, ubatch: int | None) -> Settings:
@@ -112,73 +95,3 @@ def _write(key: str, floor: int) -> None:
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(kept, indent=0).encode())
-
-
-# --- asking a process that is like a run ----------------------------------------------------------------------------
-
-
-def smallest_budget(file: ModelFile, kind: str, settings: Settings, flags: Sequence[str] = ()) -> int:
-    """The smallest budget of such a run in bytes, measured where it was not written down.
-
-    flags: those of `h2o run` that make these settings, but for --ctx. Raises what the run would, EngineError where no
-    process can be started.
-    """
-    known = written(file.hash, least_settings(settings, None), kind)
-    return known or ask(kind, [str(file.path), "--ctx", str(settings.n_ctx), *flags])
-
-
-def ask(kind: str, flags: Sequence[str]) -> int:
-    """The smallest budget of a run of this kind with these flags of `h2o run` (model included), in bytes.
-
-    Raises what the run would, EngineError where no process can be started.
-    """
-    try:
-        found = json.loads(output_of("h2o_cli.session.smallest", kind, *flags))
-    except ValueError:
-        raise EngineError("the smallest budget could not be measured", "try again with more free memory") from None
-    if "floor_bytes" in found:
-        return int(found["floor_bytes"])
-    raise _ERRORS.get(found["error"], EngineError)(found["message"], found["next_step"])
-
-
-def output_of(module: str, *arguments: str) -> bytes:
-    """What `python -m module arguments` writes to standard output; nothing where it cannot be started, or fails."""
-    import subprocess
-
-    command = [sys.executable, "-m", module, *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    try:
-        return subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return b""
-
-
-class _Terminal(StringIO):
-    """A standard input at which somebody seems to sit: a run without a prompt becomes a conversation."""
-
-    def isatty(self) -> bool:
-        """Always."""
-        return True
-
-
-def main() -> None:
-    """Begin a run in a budget of nothing; the error says the number."""
-    from h2o_cli.main import app
-
-    kind, *flags = sys.argv[1:]
-    more = {PROMPT: ["-p", "x"], CHAT: ["-p", "x", "--chat"], CONVERSATION: []}[kind]
-    sys.stdin = _Terminal()
-    answer: dict[str, str | int] = {"error": "", "message": "a run in 1 MB was not refused", "next_step": "report this"}
-    try:
-        app(["run", *flags, *more, "-m", "1"], prog_name="h2o", standalone_mode=False)
-    except H2OError as error:
-        answer = {"error": type(error).__name__, "message": error.message, "next_step": error.next_step}
-        if isinstance(error, BudgetError) and error.floor_bytes:
-            answer = {"floor_bytes": error.floor_bytes}
-    sys.stdout.write(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from h2o_cli.interrupts import interrupts
+from h2o_cli.session.caller import Caller
 from h2o_cli.session.defaults import default_budget, default_threads
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
@@ -77,11 +77,11 @@ def join(
     return Team.join(file, devices, budget_bytes or default_budget(), n_threads or default_threads(), note)
 
 
-def set_up(team: Team, engine: Engine, hollow: HollowModel, cleanup: ExitStack, note: Callable[[str], None]) -> None:
+def set_up(team: Team, engine: Engine, hollow: HollowModel, cleanup: ExitStack, caller: Caller) -> None:
     """Give the workers their layers; where that fails `cleanup` is closed. Raises H2OError."""
     try:
-        with interrupts.ending(engine.cancel):
-            team.set_up(engine, hollow, note)
+        with caller.ending(engine.cancel):
+            team.set_up(engine, hollow, caller.note)
     except BaseException:
         cleanup.close()
         raise

@@ -13,9 +13,9 @@ from h2o_cli.bench.kv.speed import FILE_TYPE, SHAPE, SpeedRun
 from h2o_cli.bench.models.named import BenchModel, models_folder
 from h2o_cli.bench.results import check_names
 from h2o_cli.interrupts import interrupts
-from h2o_cli.kv_flags import store_folder
 from h2o_cli.output import Progress, note
 from h2o_cli.session.defaults import default_budget, default_threads
+from h2o_cli.session.kv_filter import store_folder
 from h2o_cli.session.kv_layers import find_choice
 from profiler.kv_eval.model import EvalModel
 from profiler.kv_eval.needles import TASKS as KNOWN_TASKS

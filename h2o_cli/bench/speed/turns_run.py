@@ -11,8 +11,11 @@ from pathlib import Path
 
 from h2o_cli.bench.speed.rounds import serve
 from h2o_cli.output import note
-from h2o_cli.session.opening import OpenModel, RunOptions, Session, open_session
-from runtime.answer.generate import Request, Step, generate
+from h2o_cli.session.caller import Caller
+from h2o_cli.session.model import OpenModel
+from h2o_cli.session.opening import Session, open_session
+from h2o_cli.session.options import SessionOptions
+from runtime.answer.generate import Request, Step
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling
 
@@ -30,10 +33,7 @@ class SessionAnswer:
         session = self._session
         session.sequence.shorten(0)
         self._meter = Meter(session.engine, session.machine)
-        request = Request(tuple(self.prompt))
-        self._steps: Iterator[Step] = generate(
-            session.sequence, session.model.tokenizer, session.sampler, request, session.follower
-        )
+        self._steps: Iterator[Step] = session.answer(Request(tuple(self.prompt)))
 
     def next_token(self) -> int | None:
         """The next token, for the first one the prompt is computed; None: the model ended its answer."""
@@ -47,7 +47,7 @@ class SessionAnswer:
 def main() -> None:
     """Open the model, and do rounds."""
     arguments = _arguments()
-    options = RunOptions(
+    options = SessionOptions(
         model=arguments.model,
         memory=f"{arguments.budget}B",
         plan_file=arguments.plan_file,
@@ -55,10 +55,10 @@ def main() -> None:
         sampling=Sampling(temp=0),
         speculate="off",
     )
-    model = OpenModel(options, note)
+    model = OpenModel(options, Caller(note))
     try:
         prompt = model.tokenizer.encode(arguments.prompt)
-        session = open_session(model, options, arguments.ctx, len(prompt), note)
+        session = open_session(model, options, arguments.ctx, len(prompt))
         try:
             serve(SessionAnswer(session, prompt))
         finally:

@@ -1,12 +1,13 @@
 """What the code of a run takes in memory: `h2o profile` has loaded more, and asks a process that has loaded just that.
 
-`python -m h2o_cli.session.run_memory` is this process: it loads what `h2o run` loads, then what a filter of
+`python -m h2o_cli.run_memory` is this process: it loads what `h2o run` loads, then what a filter of
 keys and values needs, and prints the bytes of both.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,18 +18,32 @@ if TYPE_CHECKING:
 
 RUN = ("runtime.llama.tokenizer", "platformdirs")
 FILTER = ("runtime.kv.filter",)
+_TIMEOUT_S = 300.0
 
 
 def measure_run_memory() -> RunMemory | None:
     """The bytes; None where no process can be started."""
-    from h2o_cli.session.smallest import output_of  # here: the process that is measured loads it later
     from profiler.measure import RunMemory
 
     try:
-        process_bytes, filter_bytes = map(int, output_of("h2o_cli.session.run_memory").split())
+        process_bytes, filter_bytes = map(int, output_of("h2o_cli.run_memory").split())
     except ValueError:
         return None
     return RunMemory(process_bytes, filter_bytes)
+
+
+def output_of(module: str, *arguments: str) -> bytes:
+    """What `python -m module arguments` writes to standard output; nothing where it cannot be started, or fails."""
+    import subprocess
+
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        return subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
 
 
 def main() -> None:
