@@ -36,7 +36,7 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "limit_ms_per_token": statistics.limit_ms_per_token,
         "yield": statistics.yield_,
         "plan": {"k": plan.k, "w": plan.w, "layout": plan.layout.label, "generation": plan.generation},
-        "plan_changes": session.engine.plan_changes,
+        "plan_changes": session.engine.layout.plan_changes,
         "model": str(session.model.file.path),
         "threads": session.engine.settings.n_threads,
         "versions": versions(),

@@ -319,7 +319,7 @@ def _ledger(file: ModelFile, hollow: HollowModel, plan: Plan, settings: Settings
     """An engine's ledger while it computes a prompt, and the bytes of it that only a prompt needs."""
     engine = Engine(file, hollow, plan, settings)
     engine.close()
-    return engine.ledger, engine.prompt_bytes
+    return engine.ledger, engine.layout.prompt_bytes
 
 
 def _largest_layer(file: ModelFile) -> int:

@@ -65,7 +65,7 @@ def cache_in_memory(opened):
 def test_positions_take_no_more_than_is_counted(tiny_model, arch, kv_type):
     for n in (10, 70, 300):
         with engine(tiny_model(arch), n_ubatch=64, n_ctx=512, kv_type=kv_type) as opened:
-            cache = opened._cache
+            cache = opened.layout._cache
             assert cache.n_bytes == opened._context.buffers.kv_bytes
             opened.forward(TOKENS[: n - 2])
             opened.forward(TOKENS[:1])
@@ -77,7 +77,7 @@ def test_positions_take_no_more_than_is_counted(tiny_model, arch, kv_type):
 
 def half_budget(opened):
     """A budget in which half of the weights can stay when the context is full."""
-    return opened.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
+    return opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
 
 
 def budget_plan(n_bytes):
@@ -102,21 +102,21 @@ def test_weights_leave_as_the_context_fills_and_the_numbers_stay(tiny_model, lay
             opened.forward(TOKENS[start : start + 60])
             assert np.array_equal(opened.logits(), expected[i])
             assert opened.ledger.total_bytes <= budget
-            assert opened.ledger.kv_bytes >= opened._cache.bytes_for(opened.n_past)
+            assert opened.ledger.kv_bytes >= opened.layout._cache.bytes_for(opened.n_past)
             resident.append(opened.ledger.resident_bytes)
             stays.append(opened._store.wanted <= before)
         assert resident == sorted(resident, reverse=True)
         assert all(stays), "a piece came while others left"
-        gone = opened._cache.n_bytes - opened._cache.bytes_for(64)
+        gone = opened.layout._cache.n_bytes - opened.layout._cache.bytes_for(64)
         assert abs(resident[0] - resident[-1] - gone) <= 3 * smallest_window(opened.file)
-        assert opened.plan_changes == 1
+        assert opened.layout.plan_changes == 1
 
 
 def test_room_for_a_long_context_costs_nothing_before_it_is_used(tiny_model):
     path, budget, resident = tiny_model(SHAPE), 0, []
     for n_ctx in (2048, 256):
         with engine(path, n_ubatch=64, n_ctx=n_ctx) as opened:
-            budget = budget or opened.fixed_bytes + smallest_window(opened.file)  # the floor of the long one
+            budget = budget or opened.layout.fixed_bytes + smallest_window(opened.file)  # the floor of the long one
             opened.apply(budget_plan(budget))
             opened.forward(TOKENS[:30])
             opened.forward(TOKENS[:1])
@@ -146,10 +146,10 @@ def test_a_wrong_draft_moves_nothing(tiny_model):
         opened.apply(budget_plan(half_budget(opened)))
         opened.forward(TOKENS[: STEP - 4])
         opened.forward(TOKENS[:8], 8)
-        room = opened._room
+        room = opened.layout._room
         opened.truncate(STEP - 3)
         opened.forward(TOKENS[:8], 8)
-        assert opened._room == room
+        assert opened.layout._room == room
 
 
 def test_what_was_touched_while_everything_fitted_is_given_back_under_a_smaller_budget(tiny_model):
@@ -160,7 +160,7 @@ def test_what_was_touched_while_everything_fitted_is_given_back_under_a_smaller_
         opened.apply(budget_plan(budget))
         opened.forward(TOKENS[:1])
         assert opened.ledger.total_bytes <= budget
-        assert cache_in_memory(opened) <= opened.ledger.kv_bytes < opened._cache.n_bytes // 4
+        assert cache_in_memory(opened) <= opened.ledger.kv_bytes < opened.layout._cache.n_bytes // 4
 
 
 def test_what_was_touched_under_a_plan_without_a_budget_is_given_back(tiny_model):
@@ -169,7 +169,7 @@ def test_what_was_touched_under_a_plan_without_a_budget_is_given_back(tiny_model
         opened.truncate(40)  # as much room as there was at the beginning
         opened.apply(budget_plan(half_budget(opened)))
         opened.forward(TOKENS[:1])
-        assert cache_in_memory(opened) <= opened.ledger.kv_bytes < opened._cache.n_bytes // 4
+        assert cache_in_memory(opened) <= opened.ledger.kv_bytes < opened.layout._cache.n_bytes // 4
 
 
 def test_a_plan_that_comes_in_the_middle_counts_what_is_there(tiny_model):
@@ -179,7 +179,7 @@ def test_a_plan_that_comes_in_the_middle_counts_what_is_there(tiny_model):
         for more in (4, 0, 8):
             budget = half_budget(opened) + more * MB
             opened.apply(budget_plan(budget))
-            assert opened.ledger.kv_bytes >= opened._cache.bytes_for(500)
+            assert opened.ledger.kv_bytes >= opened.layout._cache.bytes_for(500)
             opened.forward(TOKENS[:1])
             assert opened.ledger.total_bytes <= budget
 

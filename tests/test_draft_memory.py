@@ -176,9 +176,9 @@ def pair(bundled_model, bundled_variant):
     model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256, n_ubatch=64))
     try:
         with engine(bundled_model, n_ctx=256, n_ubatch=64, n_logits=9) as opened:
-            budget = opened.fixed_bytes + model.n_bytes + 4 * MB
+            budget = opened.layout.fixed_bytes + model.n_bytes + 4 * MB
             opened.apply(Plan(0, 1, window_bytes=MB, budget_bytes=budget))
-            assert opened.displaced_bytes(model.n_bytes) > 0
+            assert opened.layout.displaced_bytes(model.n_bytes) > 0
             lodging = Lodging(opened, model)
             yield Rig(opened), model, lodging
             lodging.leave()
@@ -229,18 +229,18 @@ class NoPrice:
 
 def test_it_does_not_come_where_the_budget_became_too_small(pair):
     rig, model, lodging = pair
-    rig.engine.apply(Plan(0, 1, window_bytes=MB, budget_bytes=rig.engine.fixed_bytes + 2 * MB))
+    rig.engine.apply(Plan(0, 1, window_bytes=MB, budget_bytes=rig.engine.layout.fixed_bytes + 2 * MB))
     assert not lodging.take()
     assert not lodging.is_taken
     with pytest.raises(BudgetError):
-        rig.engine.make_room(model.n_bytes)
+        rig.engine.layout.make_room(model.n_bytes)
     rig.answer(STORIES[0], 4)
 
 
 def test_without_pressure_it_has_no_lodging(bundled_model, bundled_variant):
     with engine(bundled_model, Plan(0, 1, budget_bytes=1000 * MB), n_logits=9) as opened:
         model = DraftModel(ModelFile.open(bundled_variant("q4_0")), Settings(n_ctx=256))
-        assert opened.displaced_bytes(model.n_bytes) == 0
+        assert opened.layout.displaced_bytes(model.n_bytes) == 0
         model.close()
 
 

@@ -89,7 +89,7 @@ def test_the_floor_of_a_part_counts_what_is_owned(tiny_model, layers, head, embe
         assert opened.ledger == replace(whole, embedding_bytes=table, **own)
         assert whole.embedding_bytes > 0
         assert opened.streamed_bytes == streamable_bytes(opened.file)
-        floor = budget_for(opened.fixed_bytes + smallest_window(opened.file))
+        floor = budget_for(opened.layout.fixed_bytes + smallest_window(opened.file))
         opened.apply(Plan(0, 1, budget_bytes=floor))
         with pytest.raises(BudgetError):
             opened.apply(Plan(0, 1, budget_bytes=floor - PAGE))
@@ -112,6 +112,7 @@ def test_scratch_begins_at_a_cache_line_and_is_large_enough(tiny_model, file_typ
         "runtime.engine.engine.WeightsGuest",
         "runtime.engine.engine.Context",
         "runtime.engine.engine.PassMemory",
+        "runtime.engine.engine.Layout",
         "runtime.engine.engine.resident_bytes_outside",
         "runtime.kv.filter.Filter",
         "runtime.engine.engine.smallest_window",
@@ -249,7 +250,7 @@ def test_tiles_of_a_rearranged_matrix_are_read_anew_when_some_are_streamed(tiny_
         if not any(weight.address in opened.weights._repacker._plain for weight in tiled):
             pytest.skip("llama.cpp rearranges nothing on this processor")
         opened.truncate(0)
-        monkeypatch.setattr("runtime.engine.engine.resident_pieces", lambda *_, **__: everything - {tiles[1].number})
+        monkeypatch.setattr("runtime.engine.layout.resident_pieces", lambda *_, **__: everything - {tiles[1].number})
         opened.apply(Plan(0, 1))
         logits, tokens = greedy(opened, [5, 6, 7], 4)
         assert opened._store.is_resident(tiles[0])
@@ -285,10 +286,10 @@ def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
     with engine(bundled_model, Plan(1, 1)) as opened:
         for rate, pieces in [(0, 2), (900 * largest, 2), (1000 * largest, 4)]:
             opened._store._readers.bytes_read, opened._store._readers.busy_s = 2 * rate, 2.0
-            assert opened._with_fitting_window(guess).window_bytes == pieces * largest
+            assert opened.layout.with_fitting_window(guess).window_bytes == pieces * largest
         wide = replace(guess, window_bytes=20 * largest)
-        assert opened._with_fitting_window(wide) == wide
+        assert opened.layout.with_fitting_window(wide) == wide
         opened._store._readers.bytes_read, opened._store._readers.busy_s = 0, 0.0
-        assert opened._with_fitting_window(guess).window_bytes == 2 * largest  # nothing has come yet
+        assert opened.layout.with_fitting_window(guess).window_bytes == 2 * largest  # nothing has come yet
         opened._store._wanted = frozenset()
-        assert opened._with_fitting_window(guess).window_bytes == 4 * largest  # nothing was asked for
+        assert opened.layout.with_fitting_window(guess).window_bytes == 4 * largest  # nothing was asked for

@@ -237,7 +237,7 @@ def test_new_plans_are_followed_and_change_no_token(rig, greedy_tokens, tmp_path
             write_plan(path, plans[len(tokens)])
             follow._watcher._next_look_s = 0
     assert tokens == greedy_tokens
-    assert rig.engine.plan_changes == 2
+    assert rig.engine.layout.plan_changes == 2
     assert (rig.engine.plan.w, rig.engine.plan.generation) == (2, 2)
     assert rig.engine.notes == []
 
@@ -253,13 +253,13 @@ def test_plan_outside_the_budget_is_refused_once(rig, tmp_path):
     write_plan(path, Plan(1, 1, budget_bytes=10**6))
     follow._watcher._next_look_s = 0
     follow()
-    assert rig.engine.plan_changes == 0
+    assert rig.engine.layout.plan_changes == 0
     assert len(rig.engine.notes) == 3
     assert all("was not taken" in text for text in rig.engine.notes)
 
 
 def test_a_plan_never_lifts_the_cap(rig, tmp_path):
-    path, floor = tmp_path / "plan.bin", rig.engine.fixed_bytes + streamable_bytes(rig.engine.file) // 2
+    path, floor = tmp_path / "plan.bin", rig.engine.layout.fixed_bytes + streamable_bytes(rig.engine.file) // 2
     watcher = PlanWatcher(path, rig.engine.file.hash)
     follow = PlanFollower(rig.engine, watcher, floor, rig.engine.notes.append, cap_bytes=floor)
     budgets = []

@@ -70,7 +70,7 @@ def test_memory_follows_a_plan_of_another_process(model, tmp_path):
 
         tokens = greedy(opened, prompt, 30, before_token)[1]
         watcher.close()
-        assert opened.plan_changes == 3
+        assert opened.layout.plan_changes == 3
     assert tokens == reference
     expected = high - low
     assert seen[11] - seen[14] == pytest.approx(expected, rel=0.15)

@@ -138,7 +138,7 @@ def test_plans_change_between_any_two_tokens(tiny_model):
             opened.apply(Plan(int(rng.integers(5)), int(rng.integers(1, 4)), layout, int(rng.integers(2)) * 10**6))
 
         assert_same(greedy(opened, prompt, 40, change), reference)
-        assert opened.plan_changes == 39
+        assert opened.layout.plan_changes == 39
 
 
 def test_prefetched_input_embedding_is_read_once(tiny_model):

@@ -62,7 +62,7 @@ def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch, n
     shape = "layers=4,dim=256,ffn=512,heads=4,kv_heads=4,vocab=8192,ctx=512"  # logits of 33 tokens are the most of it
     model = f"{arch}:{shape}" if n_logits == 33 else arch
     with engine(tiny_model(model), n_ubatch=512 if n_logits == 4 else 40, n_logits=n_logits, n_ctx=512) as opened:
-        buffers, memory = opened._context.buffers, opened._pass_memory
+        buffers, memory = opened._context.buffers, opened.layout.needs.passes
         scratch = [region for region in buffers.regions if region not in buffers._cleared]
         prompt = PROMPT[: sizes(opened, 300)[0]]
         opened.forward(prompt)
@@ -77,7 +77,7 @@ def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch, n
 
 def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
     with engine(bundled_model, n_ubatch=256, n_ctx=256) as opened:  # a context that the prompt fills
-        fixed = opened.fixed_bytes
+        fixed = opened.layout.fixed_bytes
         budget = fixed + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=budget))
         opened.forward(PROMPT[:250])
@@ -91,7 +91,7 @@ def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):
         opened.forward(PROMPT[:200])
         assert opened.ledger.total_bytes <= budget
         assert opened.ledger.resident_bytes < after.resident_bytes
-        assert opened.plan_changes == 1
+        assert opened.layout.plan_changes == 1
 
 
 def without_cache(ledger):
@@ -107,7 +107,7 @@ def output_pages(opened, n_bytes):
 
 def test_weights_take_the_place_of_the_logits_of_drafts_that_are_not_made(bundled_model):
     with engine(bundled_model, n_ubatch=64, n_ctx=512, n_logits=16) as opened:
-        budget = opened.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
+        budget = opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=budget))
         rows = 15 * 4 * opened.n_vocab
 
@@ -123,7 +123,7 @@ def test_weights_take_the_place_of_the_logits_of_drafts_that_are_not_made(bundle
         assert drafted.resident_bytes < without.resident_bytes
         assert drafted.total_bytes <= budget
         fixed = max(without_cache(prompt), without_cache(drafted))  # never both at once
-        assert opened.fixed_bytes - opened._cache.n_bytes == fixed
+        assert opened.layout.fixed_bytes - opened.layout._cache.n_bytes == fixed
         output = output_pages(opened, rows)
         assert bytes_in_memory(output) > rows * 3 // 4
         back = token()
@@ -139,12 +139,12 @@ def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
         opened.forward(PROMPT[:256])
         used = touched_bytes(scratch)
         opened.forward([5])
-        assert touched_bytes(scratch) >= used > opened._pass_memory.compute(Use(long=False))
+        assert touched_bytes(scratch) >= used > opened.layout.needs.passes.compute(Use(long=False))
         assert opened.ledger.total_bytes <= 1000 * MB
-        smaller = opened.fixed_bytes + streamable_bytes(opened.file) // 2
+        smaller = opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=smaller))
         opened.forward([5])
-        assert touched_bytes(scratch) <= opened._pass_memory.compute(Use(long=False))
+        assert touched_bytes(scratch) <= opened.layout.needs.passes.compute(Use(long=False))
         assert opened.ledger.total_bytes <= smaller
 
 
@@ -155,7 +155,7 @@ def test_logits_of_drafts_made_while_everything_fitted_are_gone_under_a_smaller_
         opened.forward([5] * 16, 16)
         opened.forward([5])
         assert bytes_in_memory(output_pages(opened, rows)) > rows * 3 // 4
-        smaller = opened.fixed_bytes + streamable_bytes(opened.file) // 2
+        smaller = opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=smaller))
         opened.forward(PROMPT[:100])
         assert bytes_in_memory(output_pages(opened, rows)) < rows // 4

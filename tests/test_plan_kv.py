@@ -68,13 +68,13 @@ def test_the_plan_counts_what_the_engine_counts(opened, bundled_model, tiny_mode
     planned = measure_footprint(profile, n_ctx, 128, KvUse(kv_type, options))
     engine = Engine(file, hollow, Plan(0, 1, budget_bytes=10**9), Settings(n_ctx=n_ctx, kv_type=kv_type, kv=options))
     try:
-        too_little = engine.fixed_bytes + streamable_bytes(file) - 1  # for a prompt's memory to stay
+        too_little = engine.layout.fixed_bytes + streamable_bytes(file) - 1  # for a prompt's memory to stay
         engine.apply(Plan(0, 1, Layout.BALANCED, budget_bytes=too_little))
         engine.forward([1] * 20)
         prompt = engine.ledger
         engine.forward([1])
         token = engine.ledger
-        full, early = engine._largest_ledger.kv_bytes, engine.kv_bytes(EARLY_POSITIONS)
+        full, early = engine.layout._largest_ledger.kv_bytes, engine.layout.needs.kv_bytes(EARLY_POSITIONS)
     finally:
         engine.close()
     assert planned.filter_bytes == token.filter_bytes

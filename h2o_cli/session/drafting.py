@@ -76,7 +76,7 @@ def speculation_of(engine: Engine, hollow: HollowModel, draft: DraftModel | None
         return None
     if draft:
         cost, n_vocab = draft.file.n_bytes / engine.file.n_bytes, min(engine.n_vocab, draft.engine.n_vocab)
-        place = Lodging(engine, draft) if engine.displaced_bytes(draft.n_bytes) else draft
+        place = Lodging(engine, draft) if engine.layout.displaced_bytes(draft.n_bytes) else draft
         engine.lodger = draft.engine if place is draft else None
         return Speculation(ModelDrafter(place, cost, n_vocab), most)
     return Speculation(LookupDrafter(engine.settings.n_ctx), most)

@@ -160,7 +160,7 @@ def _open_inside(model: OpenModel, options: SessionOptions, chosen: Chosen, sett
     budget, least = chosen.plan.budget_bytes, least_settings(settings, options.ubatch)
     try:
         engine = _open_engine(model, chosen, settings)
-        near = engine.fixed_bytes + smallest_window(model.file) + NEAR_BYTES
+        near = engine.layout.fixed_bytes + smallest_window(model.file) + NEAR_BYTES
         if not budget or budget >= (written(model.file.hash, least, options.kind) or near):
             return engine
         engine.close()

@@ -44,7 +44,7 @@ def measure(file: ModelFile, hollow: HollowModel, settings: Settings, kind: str)
     trim_heap()
     engine = Engine(file, hollow, Plan(0, 1, window_bytes=smallest_window(file)), settings)
     engine.close()
-    need = budget_for(engine.fixed_bytes + smallest_window(file))
+    need = budget_for(engine.layout.fixed_bytes + smallest_window(file))
     return agreed(file.hash, settings, kind, need)
 
 

@@ -184,8 +184,8 @@ class Lodging:
         self._taken_bytes = model.n_bytes
         model.close()
         trim_heap()
-        self._taken_bytes += max(0, host.measure_process())
-        host.make_room(self._away_bytes)
+        self._taken_bytes += max(0, host.layout.measure_process())
+        host.layout.make_room(self._away_bytes)
 
     @property
     def is_taken(self) -> bool:
@@ -195,7 +195,7 @@ class Lodging:
     @property
     def pass_bytes(self) -> int:
         """What a pass of the host reads while the draft model is there."""
-        displaced = 0 if self.model else self._host.displaced_bytes(self._taken_bytes)
+        displaced = 0 if self.model else self._host.layout.displaced_bytes(self._taken_bytes)
         return self._host.streamed_bytes + displaced
 
     def take(self) -> bool:
@@ -204,10 +204,10 @@ class Lodging:
         Raises Cancelled.
         """
         try:
-            self._host.make_room(self._taken_bytes)
+            self._host.layout.make_room(self._taken_bytes)
             self.model = self._reopen()
         except H2OError as error:
-            self._host.make_room(self._away_bytes)
+            self._host.layout.make_room(self._away_bytes)
             if isinstance(error, Cancelled):
                 raise
             return False
@@ -224,7 +224,7 @@ class Lodging:
             self.model.close()
             self.model = None
             trim_heap()
-            self._host.make_room(self._away_bytes)
+            self._host.layout.make_room(self._away_bytes)
 
 
 class ModelDrafter:

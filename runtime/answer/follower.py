@@ -79,7 +79,7 @@ def check_budget(engine: Engine, plan: Plan, budget_bytes: int) -> None:
         return
     file, total = engine.file, streamable_bytes(engine.file)
     pinned = min(total, plan.pinned_bytes or k_layers_worth(file, plan.k, plan.layout))
-    need = engine.fixed_bytes + pinned + min(window_bytes(file, plan), total - pinned)
+    need = engine.layout.fixed_bytes + pinned + min(window_bytes(file, plan), total - pinned)
     if need > budget_bytes:
         raise BudgetError(
             f"k={plan.k}, w={plan.w} needs {format_size(need)}, the budget is {format_size(budget_bytes)}",

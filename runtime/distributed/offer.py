@@ -68,7 +68,7 @@ def measure(file: ModelFile, budget_bytes: int, n_threads: int) -> Offer:
         counters = engine.counters
         rate = counters.bytes_read / counters.busy_s if counters.busy_s else 0.0
         seconds = min(_token_s(engine) for _ in range(_PASSES))
-        room = usable_bytes(budget_bytes) - engine.fixed_bytes
+        room = usable_bytes(budget_bytes) - engine.layout.fixed_bytes
         return Offer(budget_bytes, n_threads, max(0, room), rate, seconds / sum(layer_bytes(la) for la in part.layers))
 
 

@@ -7,15 +7,21 @@ pass without drafts one row of the second. What was touched and is not needed is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from runtime.kv.cache_memory import CacheMemory
 from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.model_file import ModelFile, TensorInfo
-from runtime.plans.ledger import embedding_rows_bytes
+from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes, more_margin
 from runtime.settings import SHORT_PASS, Settings
 from runtime.sizes import MB, PAGE, page_up
+from runtime.weights.rows import RowTable
+
+if TYPE_CHECKING:
+    from runtime.kv.filter import Filter
 
 _KEPT_ROWS = 64  # embedding rows of past tokens that stay in memory
 _SPREAD = 1.25  # a short pass touches pages here and there: at most this times its share of the buffer (measured)
@@ -33,6 +39,9 @@ class Use(NamedTuple):
     def with_(self, other: Use) -> Use:
         """For both."""
         return Use(self.long or other.long, max(self.rows, other.rows))
+
+
+PROMPT, TOKEN = Use(long=True), Use(long=False)
 
 
 def rows_for(n_logits: int, most: int) -> int:
@@ -80,3 +89,44 @@ class PassMemory:
             return page_up(table.n_bytes) + PAGE
         n_rows = (self.context.n_tokens if long else SHORT_PASS) + _KEPT_ROWS
         return min(embedding_rows_bytes(table.row_bytes, n_rows), page_up(table.n_bytes) + PAGE)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an engine needs besides weights.
+
+    process_bytes: measured with library, header, vocabulary and context loaded. cached_bytes: file pages of reads.
+    """
+
+    passes: PassMemory
+    cache: CacheMemory
+    kv: Filter | None
+    tables: Sequence[RowTable]
+    process_bytes: int
+    cached_bytes: int
+
+    def ledger(self, use: Use) -> Ledger:
+        """The ledger of a full context, without weights."""
+        passes, settings = self.passes, self.passes.settings
+        return Ledger(
+            process_bytes=self.process_bytes,
+            kv_bytes=self.kv_bytes(self.cache.n_cells),
+            compute_bytes=passes.compute(use),
+            embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self.tables),
+            sampler_bytes=passes.context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
+            draft_bytes=settings.draft_bytes,
+            filter_bytes=self.kv.memory_bytes if self.kv else 0,
+            cache_bytes=self.cached_bytes,
+            margin_bytes=settings.margin_bytes + more_margin(settings.n_ctx, settings.n_threads),
+        )
+
+    def kv_bytes(self, n_positions: int) -> int:
+        """What n_positions take of the cache."""
+        spared = self.kv.spared_bytes if self.kv else 0
+        return min(self.cache.n_bytes - spared, self.cache.bytes_for(n_positions))
+
+    @property
+    def most_bytes(self) -> int:
+        """For a prompt or for drafts, whichever takes more."""
+        drafts = Use(long=False, rows=self.passes.settings.n_logits)
+        return max(self.ledger(use).fixed_bytes for use in (PROMPT, drafts))

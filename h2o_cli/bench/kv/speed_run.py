@@ -106,7 +106,7 @@ class Run:
                 figures = engine.kv.figures()
                 kv_bytes, read_bytes = int(figures["bytes_in_memory"]), int(figures["bytes_read_per_token"])
             else:
-                kv_bytes, read_bytes = engine.kv_bytes(engine.n_past), 0
+                kv_bytes, read_bytes = engine.layout.needs.kv_bytes(engine.n_past), 0
             return Speed(
                 statistics.median(times), min(times), prefill_s, kv_bytes, _anonymous_bytes(), read_bytes=read_bytes
             )

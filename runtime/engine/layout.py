@@ -1,0 +1,200 @@
+"""Where the budget goes: which weights are in memory for good, and what passes may take besides them.
+
+A plan becomes a set of resident pieces and a window inside the budget. Before passes, weights make room for what those
+need, and come back afterwards. All of it happens between two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from runtime.engine.pass_memory import PROMPT, TOKEN, Needs, Use, rows_for
+from runtime.engine.weights_guest import WeightsGuest
+from runtime.errors import Cancelled, H2OError
+from runtime.kv.cache_memory import STEP
+from runtime.memory import resident_bytes_outside
+from runtime.passes import Pass
+from runtime.plans.ledger import Ledger, usable_bytes
+from runtime.plans.plan import Plan
+from runtime.plans.residency import (
+    layers_in,
+    overlapping_window,
+    resident_pieces,
+    smallest_window,
+    streamable_bytes,
+    window_bytes,
+)
+from runtime.settings import SHORT_PASS
+from runtime.sizes import page_down
+from runtime.weights.store import LayerStore
+
+_SSD_BYTES_PER_S = 2e9
+
+
+class Layout:
+    """The memory of one engine, shared out by the plan in force: `plan`, `ledger` and `streamed_bytes` say how."""
+
+    def __init__(self, needs: Needs, store: LayerStore, guest: WeightsGuest, cancelled: Callable[[], None]) -> None:
+        """apply() comes next. cancelled: called when Cancelled ends a wait for reads."""
+        self.plan: Plan
+        self.ledger: Ledger
+        self.streamed_bytes = 0
+        self.plan_changes = -1  # the first plan is none
+        self.needs, self._store, self._guest, self._cancelled = needs, store, guest, cancelled
+        self._file, self._settings, self._cache = needs.passes.file, needs.passes.settings, needs.cache
+        few, most = (rows_for(n, self._settings.n_logits) for n in (2, self._settings.n_logits))
+        self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
+        uses = (PROMPT, TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
+        self._ledgers = {use: needs.ledger(use) for use in uses}
+        self._asked_plan: Plan
+        self._use = self._touched = PROMPT  # what memory is laid out for, and what was touched in it
+        self._room = self._cache.steps(self._settings.n_ubatch)  # positions laid out for; others take no memory
+        self._placed: tuple[frozenset[int], int, bool] | None = None  # resident pieces, window, repacked or not
+        self._fits = False  # weights and what any pass needs, both at once
+
+    # --- plans --------------------------------------------------------------------------------------------------
+
+    def with_fitting_window(self, plan: Plan) -> Plan:
+        """The plan with a window for the disk as fast as it was until now, or an SSD where it was asked for nothing."""
+        begun = self._store.wanted or self._store.busy_s
+        rate = self._store.bytes_read / (self._store.busy_s or 1) if begun else _SSD_BYTES_PER_S
+        streamed = streamable_bytes(self._file) + self._ledgers[TOKEN].fixed_bytes - usable_bytes(plan.budget_bytes)
+        fitting = overlapping_window(smallest_window(self._file), streamed, rate)
+        return replace(plan, window_bytes=max(plan.window_bytes, min(fitting, plan.budget_bytes // 4)))
+
+    def apply(self, plan: Plan, n_past: int) -> None:
+        """Adopt a plan between two passes. Raises BudgetError when its budget is below the floor.
+
+        A plan made for a budget is filled to the last byte of it; a plan without one keeps exactly its k layers.
+        n_past: positions in the cache.
+        """
+        if plan.budget_bytes:
+            self._largest_ledger.weights_bytes(plan.budget_bytes, smallest_window(self._file))
+        self._lay_out(plan, self._use, min(self._room, self._cache.steps(n_past or self._settings.n_ubatch)))
+        self._asked_plan = plan
+        self.plan_changes += 1
+
+    def _lay_out(self, plan: Plan, use: Use, room: int, *, again: bool = False) -> None:
+        """Share out what the budget leaves for weights in passes of this kind, with room for so many positions.
+
+        again: the plan is in force already, so where there is less for weights some leave and none comes. After an
+        error nothing has changed.
+        """
+        if room < self._room:
+            self._cache.drop_behind(room)
+        fixed, total = self._ledgers[use], streamable_bytes(self._file)
+        window, limit = window_bytes(self._file, plan), total
+        usable = usable_bytes(plan.budget_bytes)
+        fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
+        if plan.budget_bytes:
+            margin = fixed.margin_bytes + plan.budget_bytes - usable
+            fixed = replace(fixed, kv_bytes=self.needs.kv_bytes(room), margin_bytes=margin)
+            left = plan.budget_bytes - fixed.fixed_bytes
+            if left >= total:
+                window, limit = 0, total
+            else:
+                window = min(window, left)
+                limit = left - window
+            plan = replace(plan, pinned_bytes=max(limit, 1))
+        there = self._store.wanted
+        leave = again and limit < self.ledger.resident_bytes
+        resident = resident_pieces(self._file, plan, limit, there, among=there if leave else None)
+        streamed = sum(p.span_bytes for p in self._file.pieces if p.number not in resident)
+        window = min(page_down(window), streamed)
+        pinned = total - streamed
+        placed = resident, window, self._settings.repack and streamed == 0 and fits
+        if not again or placed != self._placed:
+            self._place(*placed)
+        self._use, self._room, self._fits = use, room, fits
+        self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
+        self.plan = replace(plan, k=layers_in(self._file, pinned) if plan.budget_bytes else plan.k)
+        self.streamed_bytes = streamed
+        for table in self.needs.tables:
+            table.resize(self.needs.passes.embedding(table.tensor, long=use.long))
+
+    def _place(self, resident: frozenset[int], window: int, repack: bool) -> None:
+        """Have these pieces in memory, rearranged or not, and the others come through the window."""
+        try:
+            self._store.apply(resident, window, spoilt=self._guest.spoilt_by(resident))
+        except Cancelled:
+            self._cancelled()
+            raise
+        self._placed = resident, window, repack
+        self._guest.forget(resident)
+        largest = smallest_window(self._file, resident)
+        self._guest.watch_all(repack=repack, boundary_bytes=max(0, min(window // 4, (window - 2 * largest) // 2)))
+
+    # --- around passes ------------------------------------------------------------------------------------------
+
+    def prepare(self, passes: Sequence[Pass]) -> None:
+        """Lay the memory out for these passes: weights make room for a prompt, for the logits of drafted tokens and for
+        keys and values, and come back when those are gone.
+
+        Where there is room for everything, what was touched stays for the next time.
+        """
+        rows = rows_for(max(pass_.n_outputs for pass_ in passes), self._settings.n_logits)
+        use = Use(long=max(pass_.n_tokens for pass_ in passes) > max(SHORT_PASS, rows), rows=rows)
+        if use.long:
+            use = PROMPT if rows == 1 else self._everything
+        room = self._cache.steps(max(pass_.only.end for pass_ in passes))
+        if self._fits and self.streamed_bytes == 0:
+            self._touched, self._room = use.with_(self._touched), max(room, self._room)
+            return
+        if use.with_(self._touched) != use:
+            self.needs.passes.context.drop_scratch()
+        self._touched = use
+        if self._room - STEP <= room <= self._room:  # no step back for each draft that was wrong
+            room = self._room
+        if not self._asked_plan.budget_bytes:
+            self._room = max(room, self._room)
+        elif (use, room) != (self._use, self._room):
+            self._lay_out(self._asked_plan, use, room, again=True)
+
+    # --- a draft model ------------------------------------------------------------------------------------------
+
+    def make_room(self, draft_bytes: int) -> None:
+        """Between two passes: a draft model takes so many bytes from now on, weights have the rest.
+
+        Raises BudgetError, and leaves everything as it is, where the budget is too small for that.
+        """
+        before = self._ledgers
+        self._ledgers = {use: replace(ledger, draft_bytes=draft_bytes) for use, ledger in before.items()}
+        try:
+            if self._asked_plan.budget_bytes:
+                self._largest_ledger.weights_bytes(self._asked_plan.budget_bytes, smallest_window(self._file))
+            self._lay_out(self._asked_plan, self._use, self._room, again=True)
+        except H2OError:
+            self._ledgers = before
+            raise
+
+    def measure_process(self) -> int:
+        """Before the first pass: measure again what the process takes besides weights; how much that is less."""
+        now = resident_bytes_outside(self._store.ranges)
+        self._ledgers = {use: replace(ledger, process_bytes=now) for use, ledger in self._ledgers.items()}
+        return self.ledger.process_bytes - now
+
+    def displaced_bytes(self, draft_bytes: int) -> int:
+        """Bytes of weights that have to be streamed where a draft model takes so many bytes."""
+        budget, ledger = self._asked_plan.budget_bytes, self._ledgers[TOKEN]
+        if not budget:
+            return 0
+        later = ledger.kv_bytes - self.needs.kv_bytes(self._room)
+        need = ledger.fixed_bytes - ledger.draft_bytes - later + streamable_bytes(self._file)
+        return max(0, draft_bytes - max(0, usable_bytes(budget) - need))
+
+    # --- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What this process needs besides streamable weights, at its most: for a prompt or for drafts."""
+        return self._largest_ledger.fixed_bytes
+
+    @property
+    def _largest_ledger(self) -> Ledger:
+        return max(self._ledgers[PROMPT], self._ledgers[self._drafts], key=lambda ledger: ledger.fixed_bytes)
+
+    @property
+    def prompt_bytes(self) -> int:
+        """The part of the compute buffers that only a prompt needs; weights take its place afterwards."""
+        return self._ledgers[PROMPT].compute_bytes - self._ledgers[TOKEN].compute_bytes
