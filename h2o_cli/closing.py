@@ -56,13 +56,13 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
 
 def speculation(session: Session, statistics: Statistics) -> str:
     """Who drafted the tokens of an answer; "off" when nothing was drafted."""
-    used = session.sequence.speculation if statistics.drafted else None
+    used = session.speculation if statistics.drafted else None
     return used.drafter.name if used else OFF
 
 
 def draft_saved_s(session: Session) -> float | None:
     """Seconds that a draft model has saved (negative: lost), beside one token per pass; None without one."""
-    used = session.sequence.speculation
+    used = session.speculation
     return used.saved_s if used and used.drafter.name == DRAFT else None
 
 

@@ -21,7 +21,7 @@ def plan_file(tmp_path, monkeypatch):
 def session(*, streamed=1, profile=None, layout=Layout.BALANCED, kv=None):
     engine = Some(plan=Plan(10, 2, layout), streamed_bytes=streamed, kv=kv)
     model = Some(profile=profile, is_named=True, team=None)
-    return Some(engine=engine, model=model, budget_bytes=14_000_000_000, sequence=Some(speculation=None))
+    return Some(engine=engine, model=model, budget_bytes=14_000_000_000, speculation=None)
 
 
 SLOW = Statistics(

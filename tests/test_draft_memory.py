@@ -338,8 +338,8 @@ def test_auto_on_a_model_of_four_bits_goes_on_without_drafts(capsys, bundled_var
 
 def said(opened, saved_s, statistics):
     speculation = SimpleNamespace(saved_s=saved_s, drafter=SimpleNamespace(name="draft"))
-    sequence, model = SimpleNamespace(speculation=speculation), SimpleNamespace(profile=None, is_named=True)
-    session = SimpleNamespace(engine=opened, budget_bytes=10**8, sequence=sequence, model=model)
+    model = SimpleNamespace(profile=None, is_named=True)
+    session = SimpleNamespace(engine=opened, budget_bytes=10**8, speculation=speculation, model=model)
     return closing_line(session, statistics)
 
 

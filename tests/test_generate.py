@@ -13,13 +13,13 @@ from runtime.answer.generate import (
     STOP,
     Request,
     Step,
-    TokenSequence,
     generate,
 )
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampler, Sampling
 from runtime.answer.stop import StopFilter
 from runtime.engine.engine import Counters
+from runtime.engine.sequence import TokenSequence
 from runtime.errors import EngineError, PromptError
 from runtime.llama.tokenizer import Tokenizer
 from runtime.plans.file import write_plan, write_source_plan

@@ -12,8 +12,9 @@ from recurrent_models import ARCHS, recurrent_model
 from test_faults import end, ends_soon, is_disk_error, start, text_of  # noqa: F401 - start is a fixture
 
 from h2o_cli import main as cli
-from runtime.answer.generate import CANCELLED, Request, TokenSequence, generate
+from runtime.answer.generate import CANCELLED, Request, generate
 from runtime.answer.sampler import Sampler, Sampling
+from runtime.engine.sequence import TokenSequence
 from runtime.errors import Cancelled, DiskError, EngineError
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer

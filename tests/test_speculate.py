@@ -14,11 +14,12 @@ from engines import engine
 from h2o_cli import main as cli
 from runtime.answer.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.answer.gauge import Gauge, Mean, PassTime
-from runtime.answer.generate import CANCELLED, EOS, LENGTH, STOP, Request, TokenSequence, generate
+from runtime.answer.generate import CANCELLED, EOS, LENGTH, STOP, Request, generate
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampler, Sampling
 from runtime.answer.speculate import MOST_DRAFTED, Speculation
 from runtime.engine.engine import Counters
+from runtime.engine.sequence import TokenSequence
 from runtime.errors import BudgetError, H2OError, ModelError
 from runtime.llama import quantize
 from runtime.llama.hollow import HollowModel
@@ -63,12 +64,12 @@ class Rig:
     def answer(self, prompt, n_predict=24, speculation=None, *, sampling=GREEDY, stop=(), sequence=None):
         """(tokens, text, finish) of an answer to a text or to tokens."""
         sequence = sequence or TokenSequence(self.engine, self.engine.notes.append)
-        sequence.speculation = speculation
         self.engine.truncate(len(sequence.tokens))
         sampler, meter = Sampler(sampling, self.engine.n_vocab), Meter(self.engine)
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         out, text, step = [], "", None
-        for step in generate(sequence, self.tokenizer, sampler, Request(tuple(tokens), n_predict, tuple(stop))):
+        request = Request(tuple(tokens), n_predict, tuple(stop))
+        for step in generate(sequence, self.tokenizer, sampler, request, speculation=speculation):
             meter.see(step)
             out += [step.token] if step.token is not None else []
             text += step.text
@@ -337,13 +338,12 @@ def test_stop_texts_and_ends_inside_a_draft(rig, monkeypatch):
 def test_cancelled_answer_can_go_on(rig):
     plain, _, _ = rig.answer(STORIES[2], 24)
     prompt = rig.tokenizer.encode(STORIES[2])
-    sequence = TokenSequence(
-        rig.engine, print, Speculation(Known(prompt + plain, 0.3, rig.engine.n_vocab), 8, Always())
-    )
+    sequence = TokenSequence(rig.engine)
+    speculation = Speculation(Known(prompt + plain, 0.3, rig.engine.n_vocab), 8, Always())
     rig.engine.truncate(0)
     sampler = Sampler(GREEDY, rig.engine.n_vocab)
     seen = []
-    for step in generate(sequence, rig.tokenizer, sampler, Request(tuple(prompt), 24)):
+    for step in generate(sequence, rig.tokenizer, sampler, Request(tuple(prompt), 24), speculation=speculation):
         seen.append(step)
         if len(seen) == 5:
             rig.engine.cancel()
@@ -365,7 +365,7 @@ def test_state_that_cannot_be_shortened_is_computed_again(rig, monkeypatch):
             raise H2OError("no")
         truncate(n_past)
 
-    monkeypatch.setattr("runtime.answer.generate.EngineError", H2OError)
+    monkeypatch.setattr("runtime.engine.sequence.EngineError", H2OError)
     monkeypatch.setattr(rig.engine, "truncate", whole_only)
     assert rig.answer(STORIES[1], 10, Speculation(Known(known, 0.5, rig.engine.n_vocab), 4, Always())) == plain
 

@@ -15,11 +15,13 @@ from h2o_cli.session.model import OpenModel, positions_of, settings_for
 from h2o_cli.session.options import SessionOptions
 from h2o_cli.session.smallest import NEAR_BYTES, least_settings, measure, written
 from runtime.answer.follower import PlanFollower, check_budget
-from runtime.answer.generate import Request, Step, TokenSequence, generate
+from runtime.answer.generate import Request, Step, generate
 from runtime.answer.plan_stats import StatsWriter
 from runtime.answer.sampler import Sampler, Sampling
+from runtime.answer.speculate import Speculation
 from runtime.engine.engine import Engine
 from runtime.engine.pass_memory import rows_for
+from runtime.engine.sequence import TokenSequence
 from runtime.errors import BudgetError
 from runtime.plans.ledger import POSITION_BYTES, below_floor
 from runtime.plans.plan import Layout
@@ -39,6 +41,7 @@ class Session:
     model: OpenModel
     engine: Engine
     sequence: TokenSequence
+    speculation: Speculation | None
     sampler: Sampler
     follower: PlanFollower
     machine: Machine
@@ -53,7 +56,8 @@ class Session:
 
     def answer(self, request: Request) -> Iterator[Step]:
         """The steps of an answer (runtime/answer/generate.py); new plans are taken over on the way."""
-        return generate(self.sequence, self.model.tokenizer, self.sampler, request, self.follower)
+        parts = self.sequence, self.model.tokenizer, self.sampler
+        return generate(*parts, request, self.follower, self.speculation)
 
     def sample_with(self, sampling: Sampling) -> None:
         """Choose the tokens of the answers that follow in another way. Raises UsageError."""
@@ -107,7 +111,8 @@ def open_session(model: OpenModel, options: SessionOptions, n_ctx: int, n_prompt
     return Session(
         model=model,
         engine=engine,
-        sequence=TokenSequence(engine, note, speculation),
+        sequence=TokenSequence(engine, note),
+        speculation=speculation,
         sampler=sampler,
         follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats, cap_bytes=options.budget_bytes),
         machine=model.profile.machine if model.profile else Machine(),

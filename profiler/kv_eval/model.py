@@ -138,7 +138,6 @@ def begin(engine: Engine, start: Start) -> None:
     if start.state is not None and not _needs_prompts(engine.settings.kv):
         if not abi.llama.llama_state_seq_set_data(engine.context, start.state, len(start.state), 0):
             raise EngineError("llama.cpp did not take back the state of a prompt", "give a smaller --length")
-        engine.n_past = len(known)
     elif known:
         engine.forward(known)
     engine.forward(start.prompt[-OWN_TOKENS:])

@@ -1,14 +1,14 @@
-"""Generation: a generator of tokens and text over Engine.forward."""
+"""Generation: a generator of tokens and text over the passes of one sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler
 from runtime.answer.speculate import Speculation
 from runtime.answer.stop import StopFilter
-from runtime.engine.engine import Engine
+from runtime.engine.sequence import TokenSequence
 from runtime.errors import Cancelled, EngineError, PromptError
 from runtime.llama.tokenizer import Tokenizer
 
@@ -46,68 +46,6 @@ class Step:
     accepted: bool = False
 
 
-class TokenSequence:
-    """The tokens whose keys and values are in an engine's cache, and how more of them are guessed ahead."""
-
-    def __init__(
-        self, engine: Engine, note: Callable[[str], None] = print, speculation: Speculation | None = None
-    ) -> None:
-        self.engine = engine
-        self.speculation = speculation
-        self.tokens: list[int] = []
-        self._note = note
-
-    def feed(self, tokens: Sequence[int]) -> None:
-        """Make `tokens` the whole sequence: what it has in common with the old one is kept, the rest is computed."""
-        if not tokens:
-            raise PromptError("the prompt is empty", "give some text with -p")
-        kept = self.known(tokens)
-        if kept < len(self.tokens):
-            kept = self._shorten(kept)
-        self._compute(tokens[kept:])
-
-    def known(self, tokens: Sequence[int]) -> int:
-        """How many of the first of these tokens need not be computed again; the last one always is."""
-        return min(_common_prefix(self.tokens, tokens), len(tokens) - 1)
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Compute more tokens in one pass; the logits of all of them are there afterwards."""
-        self._compute(tokens, len(tokens))
-
-    def shorten(self, n_tokens: int) -> None:
-        """Keep the first n_tokens only."""
-        wanted = self.tokens[:n_tokens]
-        if n_tokens < len(self.tokens) and self._shorten(n_tokens) < n_tokens:
-            self._compute(wanted)
-
-    @property
-    def room(self) -> int:
-        """How many tokens the context still takes."""
-        return self.engine.settings.n_ctx - len(self.tokens)
-
-    def _shorten(self, n_tokens: int) -> int:
-        try:
-            self.engine.truncate(n_tokens)
-        except EngineError:
-            self._note("this model's state cannot be shortened: the conversation is read again from its beginning")
-            self.engine.truncate(0)
-            n_tokens = 0
-        del self.tokens[n_tokens:]
-        return n_tokens
-
-    def _compute(self, tokens: Sequence[int], n_logits: int = 1) -> None:
-        self.tokens += tokens
-        try:
-            self.engine.forward(tokens, n_logits)
-        finally:
-            del self.tokens[self.engine.n_past :]  # all of them where a failed pass has taken the others along
-
-
-def _common_prefix(old: Sequence[int], new: Sequence[int]) -> int:
-    n = min(len(old), len(new))
-    return next((i for i in range(n) if old[i] != new[i]), n)
-
-
 def check_prompt(n_prompt: int, n_ctx: int) -> None:
     """Raise PromptError unless the prompt and one more token fit the context."""
     if n_prompt == 0:
@@ -125,13 +63,14 @@ def generate(
     sampler: Sampler,
     request: Request,
     between_tokens: Callable[[], None] = lambda: None,
+    speculation: Speculation | None = None,
 ) -> Iterator[Step]:
     """Yield a step per token; the last one says why it is the last.
 
     `between_tokens` is called before every pass: the place to adopt a new plan. A cancelled pass ends the answer with
     a step of its own; the text so far stays, and the sequence can go on.
     """
-    answer = _Answer(sequence, tokenizer, sampler, request)
+    answer = _Answer(sequence, tokenizer, sampler, request, speculation)
     try:
         between_tokens()
         answer.compute_prompt()
@@ -156,14 +95,21 @@ class _Answer:
     computed after it is forgotten. So the choices are those of one token per pass, with the same random numbers.
     """
 
-    def __init__(self, sequence: TokenSequence, tokenizer: Tokenizer, sampler: Sampler, request: Request) -> None:
+    def __init__(
+        self,
+        sequence: TokenSequence,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        request: Request,
+        speculation: Speculation | None,
+    ) -> None:
         self._n_ctx = sequence.engine.settings.n_ctx
         check_prompt(len(request.prompt), self._n_ctx)
         sampler.accept(request.prompt[-PENALTY_TOKENS:])
         self.text = StopFilter(tokenizer, request.stop)
         self.finished = False
         self._sequence, self._tokenizer, self._sampler = sequence, tokenizer, sampler
-        self._speculation = sequence.speculation
+        self._speculation = speculation
         self._tokens = list(request.prompt)
         self._n_prompt = len(request.prompt)
         self._n_left = request.n_predict if request.n_predict >= 0 else self._n_ctx

@@ -16,7 +16,7 @@ from runtime.engine.guests import Guests
 from runtime.engine.layout import Layout
 from runtime.engine.pass_memory import Needs, PassMemory
 from runtime.engine.weights_guest import WeightsGuest
-from runtime.errors import Cancelled, DiskError, EngineError, PromptError
+from runtime.errors import Cancelled, EngineError, PromptError
 from runtime.kv.cache_memory import CacheMemory
 from runtime.llama import abi
 from runtime.llama.context import Context
@@ -53,7 +53,7 @@ class Counters:
 
 
 class Engine:
-    """A model ready to compute, inside a budget. `n_past` positions are in the KV cache."""
+    """A model ready to compute passes, inside a budget."""
 
     def __init__(
         self,
@@ -65,7 +65,6 @@ class Engine:
     ) -> None:
         """Take over weights that are being read already (see head_start), or begin to read now."""
         self.file, self.settings = file, settings
-        self.n_past = 0
         self.lodger: Engine | None = None  # a draft model's, which is cancelled with this one
         self.counters = Counters()
         self.guests = Guests()
@@ -164,29 +163,25 @@ class Engine:
 
     # --- computing ----------------------------------------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int], n_logits: int = 1) -> None:
-        """Append tokens to the sequence; logits of the last n_logits of them are there afterwards.
-
-        Raises PromptError when the context is full, DiskError when a read failed, Cancelled after cancel(). After an
-        error the sequence is as it was before the pass that failed, or empty (n_past 0) where the model's state cannot
-        be shortened.
-        """
-        if self.n_past + len(tokens) > self.settings.n_ctx:
-            raise PromptError(
-                f"{self.n_past + len(tokens)} tokens do not fit a context of {self.settings.n_ctx}", "raise --ctx"
-            )
-        part = Part(0, self.n_past, tuple(tokens), n_logits)
-        self.compute(self.cut(part, decode=len(tokens) == 1 and self.n_past > 0))
-
     def cut(self, part: Part, *, decode: bool) -> list[Pass]:
-        """The passes that a part takes alone. decode: it continues an answer."""
+        """The passes that a part takes alone. decode: it continues an answer. Raises PromptError in a full context."""
+        if part.end > self.settings.n_ctx:
+            raise PromptError(f"{part.end} tokens do not fit a context of {self.settings.n_ctx}", "raise --ctx")
         most = min(self.pass_tokens, self.most_tokens or self.pass_tokens)
         return cut(part, min(self.settings.n_ubatch, self.settings.n_ctx), most, decode=decode)
+
+    def forward(self, tokens: Sequence[int], n_logits: int = 1) -> None:
+        """Compute tokens after those that are in the cache: for who keeps no TokenSequence. One alone goes on with an
+        answer. Raises what compute() raises.
+        """
+        part = Part(0, self.n_past, tuple(tokens), n_logits)
+        self.compute(self.cut(part, decode=len(tokens) == 1 and part.first > 0))
 
     def compute(self, passes: Sequence[Pass]) -> None:
         """Compute passes one after the other; the logits that the last one wants are there afterwards.
 
-        Raises what forward() raises.
+        Raises DiskError when a read failed, Cancelled after cancel(). After an error the pass that failed is forgotten;
+        where the model's state cannot be shortened, all of its sequence is.
         """
         self.layout.prepare(passes)
         self._store.expect_passes(passes)
@@ -209,37 +204,32 @@ class Engine:
         finally:
             self._n_computing = 0
             self.guests.end(complete=status == 0)
-        self._raise_stop()
-        if self._store.bytes_read != self.counters.bytes_read:
-            self._check_files()
-        if status != 0:
-            self._take_back()
-            reason = (abi.take_log() or ["no reason given"])[-1]
-            raise EngineError(f"llama.cpp could not compute this pass (status {status}, {reason})", "raise --ctx")
-        self.n_past = pass_.only.end
+        try:
+            self._check(status)
+        except BaseException:
+            self._take_back(pass_)
+            raise
         self._count(pass_.n_tokens, time.perf_counter() - start)
 
-    def _raise_stop(self) -> None:
+    def _check(self, status: int) -> None:
+        """Raise what made the last pass fail: a stop, a model that was changed on disk, llama.cpp's status."""
         stop = self.guests.stop
         if stop is not None:
             self.forget_cancel()
-            self._take_back()
             raise stop
+        if self._store.bytes_read != self.counters.bytes_read:
+            self._store.files.check_unchanged()
+        if status != 0:
+            reason = (abi.take_log() or ["no reason given"])[-1]
+            raise EngineError(f"llama.cpp could not compute this pass (status {status}, {reason})", "raise --ctx")
 
-    def _take_back(self) -> None:
-        """Forget the pass that failed; where the model cannot, as recurrent ones, everything."""
+    def _take_back(self, pass_: Pass) -> None:
+        """Forget a pass that failed; where the model cannot, as recurrent ones, everything."""
+        first = pass_.only.first
         try:
-            self.truncate(self.n_past)
+            self.truncate(first)
         except EngineError:
             self.truncate(0)
-
-    def _check_files(self) -> None:
-        """Raise DiskError, and forget the pass, when the model on disk was changed."""
-        try:
-            self._store.files.check_unchanged()
-        except DiskError:
-            self._take_back()
-            raise
 
     def _count(self, n_tokens: int, seconds: float) -> None:
         counters = self.counters
@@ -263,10 +253,14 @@ class Engine:
         if self.lodger:
             self.lodger.forget_cancel()
 
+    @property
+    def n_past(self) -> int:
+        """Positions in the cache."""
+        return self._context.n_past
+
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
         self._context.truncate(n_past)
-        self.n_past = n_past
         if self.kv:
             self.kv.truncate(n_past)
 

@@ -81,6 +81,11 @@ class Context:
             self._most_outputs = max(n_outputs, self._most_outputs)
         return status
 
+    @property
+    def n_past(self) -> int:
+        """Positions that are in the cache, without a gap."""
+        return int(abi.llama.llama_memory_seq_pos_max(self._memory, 0)) + 1
+
     def truncate(self, n_past: int) -> None:
         """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
         if not abi.llama.llama_memory_seq_rm(self._memory, 0, n_past, -1):
