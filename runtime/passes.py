@@ -6,13 +6,12 @@ context) are given this one value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.errors import EngineError
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Tokens of one sequence, at positions from `first` on. The logits of the last n_outputs of them are wanted."""
 
     sequence: int
@@ -26,8 +25,7 @@ class Part:
         return self.first + len(self.tokens)
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """One run through all layers. decode: it continues an answer; else it reads a prompt, or some of it."""
 
     parts: tuple[Part, ...]

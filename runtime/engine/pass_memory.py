@@ -91,8 +91,7 @@ class PassMemory:
         return min(embedding_rows_bytes(table.row_bytes, n_rows), page_up(table.n_bytes) + PAGE)
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """What an engine needs besides weights.
 
     process_bytes: measured with library, header, vocabulary and context loaded. cached_bytes: file pages of reads.
