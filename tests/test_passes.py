@@ -9,6 +9,7 @@ from engines import engine
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.engine.sequence import TokenSequence
 from runtime.errors import EngineError
 from runtime.passes import Part, Pass, cut
 from runtime.plans.plan import Plan
@@ -69,3 +70,18 @@ def test_a_pass_over_two_sequences_is_refused_before_anything_happens(tiny_model
         assert (opened.logits() == logits).all()
         opened.compute([Pass(both.parts[:1], decode=True)])
         assert opened.n_past == 4
+
+
+def test_a_sequence_says_which_passes_continue_an_answer(tiny_model):
+    """Whatever their length: one token can be all that is new of a prompt."""
+    with engine(tiny_model("llama"), Plan(1, 1), n_logits=2) as opened:
+        sequence = TokenSequence(opened)
+        for step, n_decodes in [
+            (lambda: sequence.feed([5, 6, 7]), 0),
+            (lambda: sequence.extend([8]), 1),
+            (lambda: sequence.extend([9, 10]), 2),
+            (lambda: sequence.feed([5, 6, 7, 8, 9, 10, 11]), 2),
+        ]:
+            step()
+            assert opened.counters.decodes == n_decodes
+        assert sequence.n_past == opened.n_past == len(sequence.tokens) == 7

@@ -13,7 +13,6 @@ import pytest
 from planner import running_process
 from planner.running_process import Overtaken, RunningProcess
 from runtime.answer.plan_stats import StatsWriter
-from runtime.answer.speculate import MOST_DRAFTED
 from runtime.errors import PlanError
 from runtime.plans import stats as stats_file
 from runtime.plans.file import read_plan, write_plan
@@ -31,7 +30,7 @@ from runtime.plans.stats import stats_path
 from runtime.plans.watcher import PlanWatcher
 path, pass_s, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 engine = SimpleNamespace(
-    counters=SimpleNamespace(passes=0, tokens=0, seconds=0.0, bytes_read=0, wait_s=0.0),
+    counters=SimpleNamespace(passes=0, decodes=0, seconds=0.0, bytes_read=0, wait_s=0.0),
     ledger=SimpleNamespace(fixed_bytes=100, window_bytes=20, resident_bytes=30),
     n_past=0,
 )
@@ -50,7 +49,7 @@ for i in range(n):
     first = False
     time.sleep(pass_s)
     engine.counters.passes += 1
-    engine.counters.tokens += 1
+    engine.counters.decodes += 1
     engine.n_past += 1
     engine.counters.seconds += seconds
     engine.counters.wait_s += seconds / 2
@@ -66,7 +65,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def engine():
-    counters = SimpleNamespace(passes=0, tokens=0, seconds=0.0, bytes_read=0, wait_s=0.0)
+    counters = SimpleNamespace(passes=0, decodes=0, seconds=0.0, bytes_read=0, wait_s=0.0)
     ledger = SimpleNamespace(fixed_bytes=100, window_bytes=20, resident_bytes=30)
     return SimpleNamespace(counters=counters, ledger=ledger, n_past=0)
 
@@ -100,9 +99,9 @@ def process(path):
         one.stdout.close()
 
 
-def make_pass(engine, seconds=0.5, positions=1, tokens=1):
+def make_pass(engine, seconds=0.5, tokens=1, decode=True):
     engine.counters.passes += 1
-    engine.counters.tokens += positions
+    engine.counters.decodes += decode
     engine.counters.seconds += seconds
     engine.counters.wait_s += seconds / 2
     engine.counters.bytes_read += 1000
@@ -139,11 +138,11 @@ def test_sums_begin_anew_with_a_plan(path, writer, engine):
 
 def test_prompts_do_not_count_and_drafts_do(path, writer, engine):
     writer.publish(engine, 1000, 1)
-    make_pass(engine, seconds=9.0, positions=100, tokens=100)
+    make_pass(engine, seconds=9.0, tokens=5, decode=False)
     writer.publish(engine, 1000, 1)
-    make_pass(engine, positions=5, tokens=3)
+    make_pass(engine, tokens=3)
     writer.publish(engine, 1000, 1)
-    make_pass(engine, positions=1 + MOST_DRAFTED, tokens=20)
+    make_pass(engine, tokens=20)
     writer.publish(engine, 1000, 1)
     seen = StatsReader(stats_path(path)).read()
     assert (seen.passes, seen.tokens, seen.pass_s) == (2, 23, 1.0)

@@ -6,11 +6,8 @@ import os
 import time
 from collections.abc import Callable
 
-from runtime.answer.speculate import MOST_DRAFTED
 from runtime.engine.engine import Engine
 from runtime.plans.stats import PlanStats, StatsFile
-
-MOST_POSITIONS = 1 + MOST_DRAFTED  # a pass of more positions is part of a prompt
 
 
 class StatsWriter:
@@ -21,7 +18,14 @@ class StatsWriter:
         self._model_hash = model_hash
         self._pid = os.getpid()
         self._generation = -1
-        self._seen = (0, 0, 0.0, 0, 0.0, 0)  # passes, positions, seconds, bytes read, wait, positions in the cache
+        self._seen = (
+            0,
+            0,
+            0.0,
+            0,
+            0.0,
+            0,
+        )  # passes, those of answers, seconds, bytes read, wait, positions in the cache
         self._passes = self._tokens = self._bytes_read = 0
         self._pass_s = self._wait_s = 0.0
 
@@ -59,7 +63,7 @@ class StatsWriter:
         last = self._seen
         seen = (
             counters.passes,
-            counters.tokens,
+            counters.decodes,
             counters.seconds,
             counters.bytes_read,
             counters.wait_s,
@@ -70,7 +74,7 @@ class StatsWriter:
             self._generation = generation
             self._passes = self._tokens = self._bytes_read = 0
             self._pass_s = self._wait_s = 0.0
-        elif seen[0] == last[0] + 1 and seen[1] - last[1] <= MOST_POSITIONS and seen[5] > last[5]:
+        elif seen[0] == last[0] + 1 and seen[1] == last[1] + 1 and seen[5] > last[5]:
             self._passes += 1
             self._tokens += seen[5] - last[5]
             self._pass_s += seen[2] - last[2]

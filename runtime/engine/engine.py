@@ -42,7 +42,10 @@ _ROOM_PIECES = 2  # of the largest size: less room than that for weights, and sh
 
 @dataclass
 class Counters:
-    """What the engine did since it was opened. Times in seconds; busy_s: in which anything was being read."""
+    """What the engine did since it was opened. Times in seconds; busy_s: in which anything was being read.
+
+    decodes: passes that continued an answer.
+    """
 
     passes: int = 0
     tokens: int = 0
@@ -50,6 +53,7 @@ class Counters:
     bytes_read: int = 0
     wait_s: float = 0.0
     busy_s: float = 0.0
+    decodes: int = 0
 
 
 class Engine:
@@ -209,7 +213,7 @@ class Engine:
         except BaseException:
             self._take_back(pass_)
             raise
-        self._count(pass_.n_tokens, time.perf_counter() - start)
+        self._count(pass_, time.perf_counter() - start)
 
     def _check(self, status: int) -> None:
         """Raise what made the last pass fail: a stop, a model that was changed on disk, llama.cpp's status."""
@@ -231,10 +235,11 @@ class Engine:
         except EngineError:
             self.truncate(0)
 
-    def _count(self, n_tokens: int, seconds: float) -> None:
+    def _count(self, pass_: Pass, seconds: float) -> None:
         counters = self.counters
         counters.passes += 1
-        counters.tokens += n_tokens
+        counters.decodes += pass_.decode
+        counters.tokens += pass_.n_tokens
         counters.seconds += seconds
         counters.bytes_read, counters.wait_s = self._store.bytes_read, self._store.wait_s
         counters.busy_s = self._store.busy_s
