@@ -30,6 +30,11 @@ class ArmStatistics:
     sd_ms: float
 
 
+EPISODES = 120  # with the confirming plays about a tenth of a second for 30 layers
+C = 0.05  # small, because the noise of a play is mostly small against the range between arms
+CONFIRM_ARMS = 4  # arms behind these four and the choice would have to be luckier than all of them
+CONFIRM_PLAYS = 24  # makes the noise of a mean a fifth of that of a play
+
 Times = Sequence[tuple[Plan, float]]  # arms with their mean ms per token
 
 
@@ -51,8 +56,7 @@ class Ucb1:
     """UCB1 with the reward range seen so far as its scale: score = mean + c * range * sqrt(2 ln t / n).
 
     pull(arm) returns a reward (minus ms per token). choice(times) says which arm to take when these are the means. seed
-    decides the order of the first plays. A small c fits rewards whose noise is small against the range between arms, as
-    it is here.
+    decides the order of the first plays.
     """
 
     def __init__(
@@ -61,11 +65,11 @@ class Ucb1:
         pull: Callable[[Plan], float],
         *,
         choice: Callable[[Times], Plan] = fastest,
-        episodes: int = 500,
-        c: float = 0.05,
+        episodes: int = EPISODES,
+        c: float = C,
         seed: int = 0,
-        confirm_arms: int = 16,
-        confirm_plays: int = 24,
+        confirm_arms: int = CONFIRM_ARMS,
+        confirm_plays: int = CONFIRM_PLAYS,
     ) -> None:
         self.arms = tuple(arms)
         self.pull = pull

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 BESIDE = 0.85  # of the profile's disk speed: what is left of it beside a computation
 NEAR = 1.05  # an arm that streams less may be simulated to take this many times the fastest one's time
 MOST_PLAYED_ARMS = 32  # by the bandit; with more, most plays would be first plays
-EPISODES = 120  # for so few arms more find nothing better, and each costs a millisecond or two
-CONFIRM_ARMS = 4  # the leaders and the choice; the arms behind them are further off than the noise
 PROMPT_TOKENS = 128  # of the prompt whose first token is predicted: one pass at the least memory
 SAME_TIME = 0.01  # relative; the predictions are not better than that
 WORTH_SAYING = 0.99  # what helps is named when it brings the time below this part of the predicted one
@@ -131,12 +129,12 @@ def pick(profile: ModelProfile, arms: Sequence[Plan], disk: float = BESIDE) -> B
 
 def play(profile: ModelProfile, arms: list[Plan], seed: int) -> BanditResult:
     """The bandit's leanest() of the arms that stream the fewest bytes, on tokens simulated with the profile's noise."""
-    from planner.bandit import Ucb1, noisy_pull  # numpy: not on the path of a run
+    from planner.bandit import EPISODES, Ucb1, noisy_pull  # numpy: not on the path of a run
 
     played = sorted(arms, key=lambda arm: -arm.pinned_bytes)[:MOST_PLAYED_ARMS]
-    episodes = EPISODES if len(played) > 1 else 1
     pull = noisy_pull(with_disk_speed(profile, BESIDE), random.Random(seed))
-    return Ucb1(played, pull, choice=leanest, episodes=episodes, seed=seed, confirm_arms=CONFIRM_ARMS).run()
+    episodes = EPISODES if len(played) > 1 else 1
+    return Ucb1(played, pull, choice=leanest, episodes=episodes, seed=seed).run()
 
 
 def decide(profile: ModelProfile, bandit: BanditResult, exact: Best) -> tuple[Best, str]:

@@ -1,4 +1,4 @@
-"""Where the budget goes: what the process needs whatever the plan, and what is left for weights."""
+"""Where the budget goes: what the process needs under any plan, and what is left for weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Footprint:
     """Bytes the process needs besides weights that can be streamed.
 
     compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it. kv_bytes is for a full context,
-    without keys and values that a disk store spares; later_bytes is the part of it that an answer does not need at its
-    beginning: weights are there until it does. filter_bytes: what filtering takes beside the cache.
+    without what a disk store spares. later_bytes is the part of kv_bytes that an answer does not need at its beginning.
+    Weights are there until it does. filter_bytes: what filtering takes beside the cache.
     known_floor_bytes: the smallest budget where a run has said it (0: not).
     """
 
@@ -46,7 +46,7 @@ class Footprint:
 
     @property
     def floor_bytes(self) -> int:
-        """The smallest budget that works: as known, else what a prompt needs, and the smallest window."""
+        """The smallest budget that works: as a run said it, else what a prompt and the smallest window need."""
         if self.known_floor_bytes:
             return self.known_floor_bytes
         return budget_for(self.fixed_bytes + self.prompt_bytes + self.smallest_window_bytes)
@@ -63,9 +63,9 @@ class Footprint:
         return left + self.later_bytes
 
     def ledger(self, budget_bytes: int, pinned_bytes: int, window_bytes: int, *, full: bool = False) -> dict[str, int]:
-        """Part -> bytes; the parts add up to the budget. filter_bytes is there where there is a filter.
+        """Part -> bytes. The parts add up to the budget. filter_bytes is one of them where there is a filter.
 
-        Keys and values are those of the beginning of an answer; full: of a full context.
+        Keys and values are those of the beginning of an answer. full: those of a full context.
         """
         usable, later_bytes = usable_bytes(budget_bytes), 0 if full else self.later_bytes
         return {
@@ -92,8 +92,7 @@ def measure_footprint(
     """The footprint of a context of ctx_tokens, in passes of at most ubatch_tokens.
 
     kv: how keys and values are kept (None: all of them, f16). floor_bytes: the smallest budget, where it is known.
-    Compute buffers grow with ubatch_tokens in proportion
-    from the measured point, and with the context by the profile's figures per token.
+    Compute buffers grow in proportion to ubatch_tokens, and with the context by the profile's figures per token.
     """
     memory = profile.memory
     needs = kv_needs(profile, kv or KvUse(), ctx_tokens)

@@ -1,4 +1,4 @@
-"""Keys and values in a plan's footprint: their type, a filter, a context, from the facts in a profile."""
+"""The bytes of keys and values under a plan, by their type, filter and context, from the facts in a profile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.plans.ledger import touched_bytes
 
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
 EARLY_POSITIONS = 256  # a prompt and the beginning of its answer: what a plan is made for
-_F16_BYTES = 2
+_F16_BYTES = 2  # per element: rows in a profile are f16
 _BLOCKS = {"f16": (1, 2), "f32": (1, 4), "q8_0": (32, 34)}  # elements and bytes of a block
 
 
@@ -34,9 +34,9 @@ class KvUse:
 
 @dataclass(frozen=True)
 class KvNeeds:
-    """Bytes: llama.cpp's cache without what a disk store spares, a filter's own memory, and its code.
+    """Bytes of llama.cpp's cache without what a disk store spares, of a filter's own memory, and of its code.
 
-    later_bytes: the part of kv_bytes that positions from EARLY_POSITIONS on take: weights leave for them.
+    later_bytes: the part of kv_bytes for positions from EARLY_POSITIONS on. Weights make room for them.
     """
 
     kv_bytes: int
@@ -62,8 +62,8 @@ def padded(ctx_tokens: int) -> int:
 def kv_needs(profile: ModelProfile, use: KvUse, ctx_tokens: int) -> KvNeeds:
     """What keys and values of ctx_tokens positions take.
 
-    Raises ProfileError where a filter is wanted and the profile has no layer it could act on, and UsageError where
-    the filter's layers are not possible in this model.
+    Raises ProfileError where the profile has no layer that a wanted filter could act on. Raises UsageError where the
+    filter's layers are not possible in this model.
     """
     if profile.kv is None:
         if use.filter:
@@ -85,7 +85,7 @@ def kv_needs(profile: ModelProfile, use: KvUse, ctx_tokens: int) -> KvNeeds:
 
 
 def _parts(kv: KvProfile, kv_type: str, n_cells: int) -> Mapping[int, Sequence[_Rows]]:
-    """Keys and values of every layer: as many rows in layers with a sliding window, too."""
+    """Keys and values of every layer. Layers with a sliding window have as many rows as the others."""
     return {
         layer.layer: tuple(
             _Rows(_row_bytes(n, kv_type), n_cells, kv_type == "f16") for n in (layer.key_bytes, layer.value_bytes)

@@ -1,8 +1,8 @@
 """How long one token takes under an arm: the source system's formulas, and this program's pipeline.
 
 The pipeline has a disk lane and a compute lane, both serial, and a ring of window_bytes between them. Layers and head
-are cut into segments, in order of use. The disk lane reads a segment as soon as the ring has room for it, on into the
-next token; the compute lane takes it when it has arrived, and its bytes are free again when that compute ends.
+are cut into segments, in order of use. The disk lane reads a segment as soon as the ring has room for it, also those of
+the next token. The compute lane takes a segment when it has arrived. Its bytes are free again when that compute ends.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from runtime.plans.plan import Plan
 
 HANDOVER_S = 0.0005  # from the end of a computation to the first byte read into the room it leaves
 SEGMENTS = 4  # a layer's bytes arrive and are freed in this many parts, or more when the window is small
-MAX_SEGMENTS = 256
-MAX_TOKENS = 64
-SAME = 1e-9  # relative difference below which two tokens took the same time
+MAX_SEGMENTS = 256  # bounds the time for a window that is a tiny part of a layer
+MAX_TOKENS = 64  # simulated where no steady state comes: then the mean of the second half counts
+SAME = 1e-9  # relative difference below which two tokens took the same time: rounding errors are smaller
 Segment = tuple[float, int, float]  # (time on the disk lane, bytes in the ring, time on the compute lane)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the lanes need per token, in seconds; per-unit lists hold the layers, then the head."""
+    """What the lanes need per token, in seconds. The lists hold the layers, then the head."""
 
     disk_bytes_per_s: float
     compute_s: list[float]
@@ -35,7 +35,7 @@ class Rates:
 
 
 def decode_rates(profile: ModelProfile, value: Callable[[Spread], float] = lambda spread: spread.mean) -> Rates:
-    """The rates of a decode pass: the measured means, or whatever value() makes of each spread."""
+    """The rates of a decode pass: the measured means, or what value() makes of each spread."""
     units: list[LayerProfile | HeadProfile] = [*profile.layers, profile.head]
     return Rates(
         disk_bytes_per_s=value(profile.disk.bytes_per_s),
@@ -85,8 +85,9 @@ def token_s(profile: ModelProfile, arm: Plan, rates: Rates | None = None) -> flo
 def first_token_s(profile: ModelProfile, arm: Plan, prompt_tokens: int, ubatch_tokens: int) -> float:
     """Seconds to the first token after a prompt, read in passes of at most ubatch_tokens.
 
-    Each resident byte is read when it is first used, streamed ones in every pass. A layer's compute is its measured
-    prefill time in proportion to the pass's tokens, at least its decode time. The head runs once, for the last token.
+    A resident byte is read when it is first used, a streamed one in every pass. A layer's compute is its measured
+    prefill time in proportion to the pass's tokens, and at least its decode time. The head runs once, for the last
+    token.
     """
     rates = decode_rates(profile)
     pinned = pinned_per_unit(profile, arm)
@@ -117,7 +118,7 @@ def first_token_s(profile: ModelProfile, arm: Plan, prompt_tokens: int, ubatch_t
 
 
 class Lanes:
-    """The two lanes and the ring; what they reached carries over from pass to pass."""
+    """The two lanes and the ring. A pass goes on where the one before it ended."""
 
     def __init__(self, window_bytes: int) -> None:
         """Start cold: an empty ring of window_bytes."""
@@ -154,7 +155,7 @@ class Lanes:
 
 
 def _token_segments(profile: ModelProfile, arm: Plan, rates: Rates) -> list[Segment]:
-    """The segments of one decode pass; the rest of the pass (sampling) is compute after them."""
+    """The segments of one decode pass. The rest of the pass (sampling) is a compute after them."""
     pinned = pinned_per_unit(profile, arm)
     segments: list[Segment] = []
     for i, size in enumerate([*(layer.bytes for layer in profile.layers), profile.head.bytes]):
@@ -169,8 +170,8 @@ def _cut(
 ) -> list[Segment]:
     """A layer or the head as segments, each at most half the window (never more than MAX_SEGMENTS).
 
-    Releasing is on the disk lane: a segment pays for its own bytes, which over a token is the same as paying for
-    the bytes it replaces.
+    Releasing is on the disk lane. A segment pays for its own bytes; over a token that is the same as if it paid for the
+    bytes that it replaces.
     """
     if read_bytes == 0:
         return [(0.0, 0, compute_s)]
@@ -183,8 +184,9 @@ def _cut(
 def source_token_ms(source: SourceProfile, k: int, w: int) -> float:
     """The source system's simulated ms per token of plan (k, w), with its formulas.
 
-    Layers k.. are loaded one after the other, each into a free one of w places; layer k+j's load waits until layer
-    k+j-w is computed and released; resident layers compute first. With every layer resident: their compute.
+    Resident layers compute first. Layers k.. are loaded one after the other, each into a free one of w places. The load
+    of layer k+j waits until layer k+j-w is computed and released. If every layer is resident, only their compute
+    counts.
     """
     loaded: float = 0.0
     computed: list[float] = []

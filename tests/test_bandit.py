@@ -18,6 +18,7 @@ OWN = {
     "compute-bound": SourceProfile(850, (200,) * 16, (600,) * 16, (70,) * 16),
     "unequal": SourceProfile(840, tuple(range(22, 118, 4)), tuple(range(32, 152, 5)), tuple(range(8, 32))),
 }
+THOROUGH = {"episodes": 500, "confirm_arms": 16}  # for hundreds of arms
 SOURCES = {**OWN, **SOURCE_PROFILES}
 
 
@@ -65,7 +66,7 @@ def test_near_the_optimum_with_noise(name, seed):
         memory = share * sum(source.layer_sizes)
         arms = source_arms(source, memory)
         if arms:
-            result = Ucb1(arms, source_pull(source, random.Random(seed), 0.03), seed=seed).run()
+            result = Ucb1(arms, source_pull(source, random.Random(seed), 0.03), seed=seed, **THOROUGH).run()
             best_ms = best_source_arm(source, memory).token_ms
             assert source_token_ms(source, result.best.k, result.best.w) <= 1.02 * best_ms
 
@@ -73,7 +74,7 @@ def test_near_the_optimum_with_noise(name, seed):
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_near_the_optimum_with_noise_and_many_layers(share):
     memory = share * sum(LARGE.layer_sizes)
-    result = Ucb1(source_arms(LARGE, memory), source_pull(LARGE, random.Random(5), 0.03), seed=5).run()
+    result = Ucb1(source_arms(LARGE, memory), source_pull(LARGE, random.Random(5), 0.03), seed=5, **THOROUGH).run()
     best_ms = best_source_arm(LARGE, memory).token_ms
     assert source_token_ms(LARGE, result.best.k, result.best.w) <= 1.02 * best_ms
 

@@ -1,7 +1,7 @@
 """The source system's planner: UCB1 over its (k, w) with its simulator as the reward, in its order and units.
 
-The reward has no noise. So the first play of an arm says all about it, and later plays of it change nothing: with as
-many episodes as arms the plan is the optimum of its simulator, with fewer the arms behind them are never looked at.
+The reward has no noise. So the first play of an arm says all about it, and later plays change nothing. With as many
+episodes as arms the plan is the optimum of its simulator. With fewer, the last arms are never looked at.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from planner.simulator import source_token_ms
 from planner.source.profile import SourceProfile
 from runtime.plans.plan import Plan
 
-EPISODES, C = 500, 1.0  # the source system's
+EPISODES = 500  # the source system's
+C = 1.0  # the source system's
 
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """The plan, its simulated ms per token, its plays, how many of the arms were played, and the optimum of all."""
+    """The plan, its simulated ms per token and plays, how many of the arms were played, and the optimum of them all."""
 
     arm: Plan
     token_ms: float
@@ -34,10 +35,10 @@ class SourcePlan:
 def source_plan(
     source: SourceProfile, memory_mib: float, *, episodes: int = EPISODES, c: float = C, seed: int | None = None
 ) -> SourcePlan:
-    """The best arm that was played; among equals the one with larger k + w, then larger k.
+    """The best arm that was played. Among equals it is the one with larger k + w, then larger k.
 
-    An episode plays the arm with the highest mean + c * sqrt(ln(episode) / plays); arms that were not played yet come
-    first, in order (seed: in an order drawn with it). Raises BudgetError when not one layer fits memory_mib.
+    An episode plays the arm with the highest mean + c * sqrt(ln(episode) / plays). Arms that were not played yet come
+    first, in order (seed: in an order drawn with it). Raises BudgetError where not one layer fits memory_mib.
     """
     optimum = best_source_arm(source, memory_mib)
     arms = source_arms(source, memory_mib)

@@ -40,7 +40,7 @@ PATTERNS = {
     "compute": re.compile(rf"compute index:blk\.(\d+),? compute time:{NUMBER} ms"),
     "release": re.compile(rf"release index:blk\.(\d+), release time:{NUMBER} ms"),
 }
-MS_SLACK = 1e-6
+MS_SLACK = 1e-6  # whole milliseconds that became seconds and came back are cut to the same number
 
 
 class SourceProfile(msgspec.Struct, frozen=True):
