@@ -40,24 +40,21 @@ MISFIT = 0.15  # log of measured / predicted that no prediction error explains: 
 HOPELESS = 1.3  # arms whose limit is this many times the best prediction are left out: errors are smaller
 SMALLER_WINDOWS = (2, 4)  # parts of one layer's window that are tried as well; below a quarter few pieces fit
 
-C = 0.5  # weight of exploring: the predictions know much, so little is needed
+C = 0.5  # weight of exploring; with 1 some searches among noisy pulls end at an arm that is 3 % off
 # Relative standard deviations that the simulator's errors are taken to have: see errors_covariance.
-COMMON_ERROR = 0.02  # of all arms alike
 SPEED_ERROR = 0.08  # of the profile's disk and computing speeds
-LAYOUT_ERROR = 0.02  # of the arms of one layout
+LAYOUT_ERROR = 0.02  # of the arms of one layout: a real machine may like one better than the simulator does
 WINDOW_ERROR = 0.02  # of arms with similar windows
 OWN_ERROR = 0.005  # of one arm; without it no arm would need a pull of its own
 SLOWER = 1.1  # the step over which sensitivities are taken: about the size of the speeds' errors
 WINDOW_LENGTH = 0.7  # in logarithms of window bytes: windows are similar up to twice the size
 FIRST_NOISE = 0.04  # relative noise of a pull until it is known: of a machine that does other work, too
-FIRST_NOISE_WEIGHT = 3  # pulls that this guess is worth; one or two pulls alone tell little of noise
-LEAST_NOISE = 0.003  # a few pulls that are equal by chance are no proof of a machine without noise
+FIRST_NOISE_WEIGHT = 3  # pulls that this guess is worth; a few pulls that are equal by chance tell little of noise
 TOLERANCE = 0.01  # a rival that may be better by less than this is not worth more pulls
 SURE = 2.0  # standard deviations: 97.7 % sure of a rival
 SURPRISE = 4.0  # standard deviations after which a pull is repeated before it is believed: 1 in 16000 by chance
 DRIFT_ALLOWED = 0.5  # Page's test: half of the shift to be found, in standard deviations
 DRIFT_ALARM = 10.0  # Page's test: with this a false alarm comes once in some 70000 pulls
-FIT_AGAIN = 3  # the profile is adapted again after so many times the pulls it was adapted to
 WORTH_CHANGING = 0.005  # relative gain for which the planner's own choice is given up: half of TOLERANCE
 
 
@@ -185,9 +182,9 @@ def predictions(profile: ModelProfile, arms: Sequence[Plan], always: Collection[
 def errors_covariance(rows: Sequence[Row]) -> Floats:
     """How the relative errors of these predictions go together: [arm, arm].
 
-    An error has several parts. One is common to all arms. One comes from a disk and a computing speed that are not
-    quite right: it moves every arm by its sensitivity. One is that of the layout. One changes smoothly with the window
-    (a small window forgives less). One is the arm's own.
+    An error has several parts. One comes from a disk and a computing speed that are not quite right: it moves every arm
+    by its sensitivity. One is that of the layout. One changes smoothly with the window (a small window forgives less).
+    One is the arm's own.
     """
     arms = [row.arm for row in rows]
     windows = np.log([max(1, arm.window_bytes) for arm in arms])
@@ -195,8 +192,7 @@ def errors_covariance(rows: Sequence[Row]) -> Floats:
     layouts = np.array([int(arm.layout) for arm in arms])
     disk, compute = np.array([row.disk_share for row in rows]), np.array([row.compute_share for row in rows])
     errors: Floats = (
-        COMMON_ERROR**2
-        + SPEED_ERROR**2 * (np.outer(disk, disk) + np.outer(compute, compute))
+        SPEED_ERROR**2 * (np.outer(disk, disk) + np.outer(compute, compute))
         + LAYOUT_ERROR**2 * (layouts[:, None] == layouts[None, :])
         + WINDOW_ERROR**2 * near
         + OWN_ERROR**2 * np.eye(len(arms))
@@ -230,14 +226,13 @@ class LiveSearch:
         self._doubt: Pulled | None = None  # a surprising pull that has not been confirmed
         self._up = self._down = 0.0
         self._adapted: ModelProfile | None = None  # what the predictions were made with
-        self._n_fitted = 0  # pulls it was adapted to
 
     # --- what is known ------------------------------------------------------------------------------------------
 
     @property
     def noise(self) -> float:
         """Relative standard deviation of one pull, as far as it is known."""
-        return max(LEAST_NOISE, math.sqrt(self._noise_squares / self._noise_weight))
+        return math.sqrt(self._noise_squares / self._noise_weight)
 
     @property
     def _n_known(self) -> int:
@@ -313,8 +308,6 @@ class LiveSearch:
             self._predict()
         else:
             word = self._judge(row, pulled) if row.n else self._judge_first(row, pulled)
-            if self._n_known >= FIT_AGAIN * self._n_fitted:
-                self._predict()
         self.best = self.rows[self._leader(self._belief()[0])].arm
         return word
 
@@ -401,7 +394,6 @@ class LiveSearch:
         """Adapt the profile to what was measured, and predict every arm with it."""
         seen = {row.arm: row for row in self.rows if row.n}
         profile = adapted(self._profile, list(seen.values()))
-        self._n_fitted = self._n_known
         if profile is self._adapted:
             return
         self._adapted = profile
