@@ -1,4 +1,4 @@
-"""Plans tried on a running process: written to the plan file it follows, measured by the record it publishes."""
+"""Plans are tried on a running process: it follows the plan file, and what it publishes says how fast it is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TELL_AFTER_S = 10.0  # without a token, after which the user hears what is waite
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over the passes that were measured under one plan: a single pass that was disturbed does not count.
+    """Medians over the passes that were measured under one plan. So one disturbed pass does not count.
 
     fixed_bytes: what the process needed besides weights in the last of them.
     """
@@ -42,7 +42,7 @@ class Overtaken(PlanError):
 
 
 class RunningProcess:
-    """The process that follows a plan file, as something that plans can be tried on."""
+    """The process that follows a plan file. Plans can be tried on it."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class RunningProcess:
         note: Callable[[str], None],
         write: Callable[[str | os.PathLike[str], Plan], Plan] = write_plan,
     ) -> None:
-        """Find the process. Raises PlanError when there is none, or one with another model."""
+        """Find the process. Raises PlanError where there is none, or where it runs another model."""
         self.plan_path = plan_path
         self.written: Plan | None = None
         self._note = note
@@ -76,13 +76,13 @@ class RunningProcess:
         )
 
     def keep(self, plan: Plan) -> Plan:
-        """Leave a plan in force: write it, unless it is the last one that was written."""
+        """Leave a plan in force. Writes it, unless it is the last one that was written."""
         if self.written is None or replace(self.written, generation=0) != plan:
             self.written = self._write(self.plan_path, plan)
         return self.written
 
     def measure(self, plan: Plan) -> Measured:
-        """Have the process follow a plan, and time some passes under it. Raises PlanError."""
+        """Let the process follow a plan, and time some passes under it. Raises PlanError."""
         self.written = self._write(self.plan_path, plan)
         first = self._wait(lambda stats: stats.passes >= SKIP_PASSES)
         seen = [first]
@@ -121,7 +121,7 @@ class RunningProcess:
         return stats
 
     def _check_alive(self, silent_s: float, pass_s: float) -> None:
-        """Say once that the process makes no tokens; raise PlanError when it has not for long."""
+        """Say once that the process makes no tokens. Raises PlanError when it has made none for long."""
         if silent_s > TELL_AFTER_S + STALL_PASSES * pass_s and not self._told:
             self._told = True
             self._note(f"waiting for process {self._pid} to make tokens")

@@ -1,8 +1,8 @@
-"""The H2O source system's profile: its four-key JSON and the log lines it is made from.
+"""The H2O source system's profile: its JSON with four keys, and the log from which that system makes it.
 
-Its "MB" are MiB (2^20 bytes) cut to whole numbers, its times whole milliseconds. t_compute was measured on the
-prompt, so an imported profile uses it for decode and prefill alike. Head, embedding, KV and process are not in it, so
-it knows no smallest budget.
+Its "MB" are MiB (2^20 bytes) cut to whole numbers, and its times are whole milliseconds. t_compute was measured on the
+prompt. An imported profile uses it for decode and prefill alike. It has no head, embedding, KV and process, so it knows
+no smallest budget.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class SourceLog(msgspec.Struct, frozen=True):
     release_ms: tuple[float, ...]
 
     def to_profile(self, name: str = "source log") -> ModelProfile:
-        """A profile of this program: disk speed is all bytes / all time, not a mean of speeds."""
+        """A profile of this program. Its disk speed is all bytes / all time, not a mean of speeds."""
         sizes = [int(size * MIB) for size in self.size_mib]
         io_s = [ms / 1000 for ms in self.io_ms]
         return _profile(name, sum(sizes) / sum(io_s), sizes, io_s, [self.compute_ms, self.release_ms])
@@ -92,7 +92,7 @@ def load_foreign(path: str | os.PathLike[str]) -> ModelProfile:
 
 
 def decode_source(data: bytes, path: str) -> SourceProfile:
-    """The source system's JSON; path names it in errors. Raises ProfileError."""
+    """The source system's JSON. path names it in errors. Raises ProfileError."""
     try:
         return msgspec.json.decode(data, type=SourceProfile)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -105,7 +105,7 @@ def save_source(source: SourceProfile, path: str | os.PathLike[str]) -> None:
 
 
 def import_source(source: SourceProfile, name: str = "source profile") -> ModelProfile:
-    """A profile of this program from the four keys (MiB to bytes, ms to s; the rest is zero)."""
+    """A profile of this program from the four keys. MiB become bytes, ms become s, and the rest is zero."""
     sizes = [size * MIB for size in source.layer_sizes]
     rate = float(source.io_speed * MIB)
     return _profile(name, rate, sizes, [size / rate for size in sizes], [source.t_compute, source.t_release])
@@ -173,7 +173,7 @@ def _line_error(number: int, message: str) -> ProfileError:
 def _profile(
     name: str, bytes_per_s: float, sizes: list[int], io_s: list[float], times_ms: list[tuple[float, ...]]
 ) -> ModelProfile:
-    """A profile with layers and disk only; the smallest window is one whole layer, as in the source system."""
+    """A profile with layers and disk only. The smallest window is one whole layer, as in the source system."""
     zero = Spread.of([0.0])
     compute_s, release_s = ([ms / 1000 for ms in times] for times in times_ms)
     layers = tuple(
