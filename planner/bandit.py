@@ -30,7 +30,7 @@ class ArmStatistics:
     sd_ms: float
 
 
-EPISODES = 120  # with the confirming plays about a tenth of a second for 30 layers
+EPISODES = 100  # with the confirming plays about a tenth of a second for 30 layers
 C = 0.05  # small, because the noise of a play is mostly small against the range between arms
 CONFIRM_ARMS = 4  # arms behind these four and the choice would have to be luckier than all of them
 CONFIRM_PLAYS = 24  # makes the noise of a mean a fifth of that of a play
