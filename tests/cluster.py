@@ -24,8 +24,8 @@ MB = 10**6
 class WorkerProcess:
     """One worker; `log` is what it said, once it has ended."""
 
-    def __init__(self, paths, budget_bytes=100 * MB):
-        command = [sys.executable, str(Path(__file__).with_name("worker_process.py")), str(budget_bytes)]
+    def __init__(self, paths, budget_bytes=100 * MB, listen="127.0.0.1:0"):
+        command = [sys.executable, str(Path(__file__).with_name("worker_process.py")), str(budget_bytes), listen]
         self.process = subprocess.Popen(
             [*command, *map(str, paths)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

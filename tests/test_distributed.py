@@ -217,6 +217,28 @@ def test_another_worker_takes_over_and_the_answer_is_the_same(cut, who, dies, pa
             assert sum(link.replacements for link in opened.cluster.links) == 1
 
 
+def test_a_worker_that_comes_back_can_take_over(paths, alone):
+    with workers(2, [paths["llama"]]) as found:
+        addresses = [worker.address for worker in found]
+        with shared_engine(paths["llama"], CUTS["halves"], addresses, n_ubatch=64) as opened:
+            opened.forward(PROMPT)
+            found[1].process.kill()
+            opened.forward([1])
+            assert [link.address for link in opened.cluster.links] == addresses[:1]
+            found[1].process.communicate()
+            found[1] = WorkerProcess([paths["llama"]], listen=addresses[1])
+            assert found[1].address == addresses[1]
+            opened.truncate(0)
+            opened.forward(PROMPT[:5])
+            deadline = time.monotonic() + 5
+            while not opened.cluster._spares and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found[0].process.kill()
+            opened.truncate(0)
+            assert_same(greedy(opened, PROMPT, 6), alone("llama", PROMPT, 6))
+            assert [link.address for link in opened.cluster.links] == addresses[1:]
+
+
 def test_workers_die_one_after_the_other_at_any_moment(paths, alone):
     expected = alone("gemma3", PROMPT, 40)
     with workers(4, [paths["gemma3"]]) as found:

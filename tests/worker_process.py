@@ -1,4 +1,4 @@
-"""A worker for tests: `python worker_process.py BUDGET MODEL...` serves any of these models and says its port."""
+"""A worker for tests: `python worker_process.py BUDGET LISTEN MODEL...` serves any of these models and says where."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from runtime.distributed.worker import Worker  # noqa: E402
 from runtime.llama.model_file import ModelFile  # noqa: E402
 
 
-def main(budget_bytes, paths):
+def main(budget_bytes, listen, paths):
     files = {file.hash: file for file in map(ModelFile.open, paths)}
     worker = Worker(
         files.get, Offer(budget_bytes, 1, budget_bytes), lambda text: print(text, file=sys.stderr, flush=True)
     )
-    listener = Listener("127.0.0.1:0", None, worker.converse)
+    listener = Listener(listen, None, worker.converse)
     signal.signal(signal.SIGTERM, lambda number, _: worker.stop(number))
     print(listener.address, flush=True)
     worker.work()
@@ -29,4 +29,4 @@ def main(budget_bytes, paths):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 from runtime.distributed.journal import Entry, Journal
 from runtime.distributed.keys import Keys
@@ -41,7 +42,7 @@ class Link:
 
     def __init__(self, address: str, keys: Keys | None, hello: Hello) -> None:
         """Connect and greet."""
-        self.address = address
+        self.address, self._keys, self._mine = address, keys, hello
         self.ranges: list[tuple[int, int]] = []
         self.bytes_read = self.peak_bytes = self._first_number = 0
         self._first_bytes: int | None = None  # read until the first pass that reads what every pass does
@@ -60,6 +61,10 @@ class Link:
             self._wire.close()
             raise
         self.hello = answer
+
+    def again(self) -> Link:
+        """A new conversation with the same worker."""
+        return Link(self.address, self._keys, self._mine)
 
     def round_trip_s(self, n_bytes: int) -> float:
         """Seconds until n_bytes were there and back."""
@@ -171,6 +176,7 @@ class Cluster:
         self.check: Callable[[], object] = lambda: None
         self.note: Callable[[str], None] = lambda _: None
         self._spares = list(spares)
+        self._lost: list[Link] = []
         self.window_bytes: dict[str, int] = {}  # by address, for streamed weights; others choose their own
         self._shape = (0, 0, 0, "")
         self._journal = Journal(folder)
@@ -203,6 +209,8 @@ class Cluster:
 
     def begin(self, pass_: Pass) -> None:
         """A pass comes: the workers have to be where it begins."""
+        if self._lost and not pass_.decode:
+            Thread(target=self._welcome_back, args=[self._lost.pop()], name="welcome", daemon=True).start()
         self._given = None
         self._journal.begin(pass_.only)
         while True:
@@ -276,6 +284,7 @@ class Cluster:
             fresh = [self._successor(link, error) for link in lost]
             for link in lost:
                 link.close()
+            self._lost += lost
             fresh = list(dict.fromkeys(fresh))
             try:
                 for link in fresh:
@@ -291,6 +300,13 @@ class Cluster:
                 if not any(link.is_lost for link in fresh):
                     raise
                 error = another
+
+    def _welcome_back(self, link: Link) -> None:
+        """A worker that was lost may be there again: then it is a spare one."""
+        try:
+            self._spares.append(link.again())
+        except WorkerError:
+            self._lost.append(link)
 
     def _successor(self, lost: Link, error: WorkerError) -> Link:
         """Who takes over the layers of a lost worker: a spare one, or the one with most memory for each layer."""
