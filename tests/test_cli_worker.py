@@ -15,10 +15,13 @@ import pytest
 
 pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 
+from cgroups import memory_limit
+
 from h2o_cli.main import run_command as h2o
 from runtime.distributed.keys import Keys, make_keys
 from runtime.distributed.wire import Wire
 from runtime.errors import WorkerError
+from runtime.sizes import MB
 
 ROOT = Path(__file__).resolve().parent.parent
 H2O = [sys.executable, "-m", "h2o_cli.start"]
@@ -137,3 +140,25 @@ def test_wrong_usage_is_one_line(arguments, message, capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert h2o(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.cgroup
+def test_every_process_stays_inside_its_own_group(bundled_model):
+    prompt = ["run", bundled_model, "-p", "Once upon a time", "-n", "8", "--temp", "0", "--ctx", "256", "-t", "1"]
+    with memory_limit(80 * MB) as first, memory_limit(80 * MB) as second, memory_limit(80 * MB) as root:
+        found = []
+        for group in (first, second):
+            command = [*H2O, "worker", str(bundled_model), "--listen", "127.0.0.1:0", "-m", "80", "-t", "1", "--json"]
+            found.append(group.popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+        try:
+            addresses = ",".join(json.loads(process.stdout.readline())["listening"] for process in found)
+            command = [*H2O, *map(str, prompt), "-m", "80", "--workers", addresses, "--split", "5,3"]
+            done = root.run(command, cwd=ROOT, timeout=60)
+            assert done.returncode == 0, done.stderr
+        finally:
+            for process in found:
+                process.terminate()
+                process.communicate(timeout=5)
+        assert [process.returncode for process in found] == [143, 143]
+        assert [group.kills for group in (first, second, root)] == [0, 0, 0]
+        assert all(20 * MB < group.peak_bytes <= 80 * MB for group in (first, second, root))
