@@ -14,12 +14,14 @@ from runtime.passes import Pass
 from runtime.plans.ledger import usable_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import layer_bytes, smallest_window
-from runtime.settings import Settings
+from runtime.settings import FULL_TILES, Settings
 from runtime.sizes import MB
 
 _MOST_BYTES = 64 * MB  # of weights to measure with
 _SHARE = 4  # of the budget, at most
-_PASSES = 4
+_RAMP_S, _MEASURED_S = 0.3, 0.5  # of reading: not looked at, looked at
+_MOST_PASSES = 100
+_TYPICAL_CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class _Nowhere:
 
 
 def measure(file: ModelFile, budget_bytes: int, n_threads: int) -> Offer:
-    """Read the first layers and compute some tokens with them. Raises H2OError where the budget is too small."""
+    """Compute some tokens with the first layers, read anew for each. Raises H2OError where the budget is too small."""
     layers, n_bytes = [0], layer_bytes(file.layers[0])
     for layer in file.layers[1:]:
         n_bytes += layer_bytes(layer)
@@ -56,24 +58,33 @@ def measure(file: ModelFile, budget_bytes: int, n_threads: int) -> Offer:
             break
         layers.append(layer.index)
     part = file.owned(layers, head=False, embedding=True)
-    settings = Settings(n_ctx=64, n_ubatch=16, n_threads=n_threads, repack=False)
-    plan = Plan(0, 1, Layout.BALANCED, window_bytes=2 * smallest_window(part), budget_bytes=budget_bytes)
+    n_bytes, window = sum(layer_bytes(layer) for layer in part.layers), 2 * smallest_window(part)
+    settings = Settings(n_ctx=_TYPICAL_CONTEXT, n_ubatch=FULL_TILES, n_threads=n_threads, repack=False)
+    plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes)
     with ExitStack() as opened:
         hollow = HollowModel(part)
         opened.callback(hollow.free)
         engine = Engine(part, hollow, plan, settings)
         opened.callback(engine.close)
-        engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
-        engine.forward([0])
-        counters = engine.counters
-        rate = counters.bytes_read / counters.busy_s if counters.busy_s else 0.0
-        seconds = min(_token_s(engine) for _ in range(_PASSES))
         room = usable_bytes(budget_bytes) - engine.layout.fixed_bytes
-        return Offer(budget_bytes, n_threads, max(0, room), rate, seconds / sum(layer_bytes(la) for la in part.layers))
+        engine.apply(Plan(0, 1, Layout.BALANCED, window_bytes=window))  # nothing stays
+        engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
+        rate, token_s = _rates(engine)
+    return Offer(budget_bytes, n_threads, max(0, room), rate, token_s / n_bytes)
 
 
-def _token_s(engine: Engine) -> float:
-    """Seconds of a token without waits for reads."""
-    start, waited = time.perf_counter(), engine.waited_s
-    engine.forward([0])
-    return time.perf_counter() - start - (engine.waited_s - waited)
+def _rates(engine: Engine) -> tuple[float, float]:
+    """Bytes per second of the disk, and the fewest seconds of a token without its waits.
+
+    What comes first comes too fast: a disk that is throttled has saved something up, and caches have something.
+    """
+    counters, token_s, start = engine.counters, [], (0, 0.0)
+    while counters.passes < _MOST_PASSES and counters.busy_s < _RAMP_S + _MEASURED_S:
+        before_s, waited_s = time.perf_counter(), engine.waited_s
+        engine.truncate(0)
+        engine.forward([0])
+        token_s.append(time.perf_counter() - before_s - (engine.waited_s - waited_s))
+        if counters.busy_s < _RAMP_S:
+            start = counters.bytes_read, counters.busy_s
+    seconds = counters.busy_s - start[1]
+    return (counters.bytes_read - start[0]) / seconds if seconds > 0 else 0.0, min(token_s)
