@@ -68,7 +68,6 @@ def worker(
 
 
 def _serve(model: str | None, listen: str, tls: Path | None, limits: tuple[int, int], json: bool) -> int:
-    os.environ["GRPC_VERBOSITY"] = "INFO"  # it says why it refuses a connection, which is put into our words
     with one_line_each(note):
         from runtime.distributed.offer import measure
         from runtime.distributed.wire import Listener, keys_for

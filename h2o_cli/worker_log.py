@@ -17,14 +17,19 @@ _REASONS = {
     "HTTP_REQUEST": "it does not speak TLS",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not of this authority",
 }
+_VERBOSITY = "GRPC_VERBOSITY"
 _EXPIRED = "certificate has expired"
 
 
 @contextmanager
 def one_line_each(log: Callable[[str], None]) -> Iterator[None]:
-    """Standard error of the C side goes through here inside the block; Python's own goes out as it is."""
+    """Standard error of the C side goes through here inside the block; Python's own goes out as it is.
+
+    gRPC says why it refuses a connection where it is loaded inside the block.
+    """
     sys.stderr.flush()
-    outside, python = os.dup(2), sys.stderr
+    outside, python, before = os.dup(2), sys.stderr, os.environ.get(_VERBOSITY)
+    os.environ[_VERBOSITY] = "INFO"
     reader, writer = os.pipe()
     os.dup2(writer, 2)
     os.close(writer)
@@ -40,6 +45,9 @@ def one_line_each(log: Callable[[str], None]) -> Iterator[None]:
             thread.join(1)
             os.close(outside)
             sys.stderr = python
+            del os.environ[_VERBOSITY]
+            if before is not None:
+                os.environ[_VERBOSITY] = before
 
 
 def _pump(reader: int, outside: int, log: Callable[[str], None]) -> None:
