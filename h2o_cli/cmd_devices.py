@@ -8,11 +8,12 @@ import typer
 
 from h2o_cli import device_flags as flags
 from h2o_cli.output import emit, note, print_json, table
-from h2o_cli.session.defaults import default_budget, default_threads
+from h2o_cli.session.defaults import default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
 from h2o_cli.session.team import Flags
 from runtime.errors import UsageError
-from runtime.sizes import format_size, parse_size
+from runtime.plans.budget import Budget
+from runtime.sizes import format_size
 
 EPILOG = """Examples:
 
@@ -53,7 +54,7 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from runtime.llama.model_file import ModelFile
 
     file = ModelFile.open(resolve_model(model))
-    budget = parse_size(memory) if memory else default_budget()
+    budget = Budget.parse(memory).n_bytes
     found = survey(file, Devices(named.addresses(), None, tls), budget, threads or default_threads(), note)
     print_json(found) if as_json else emit(_text(found) + "\n")
 

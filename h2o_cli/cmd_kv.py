@@ -10,11 +10,11 @@ import typer
 from h2o_cli.cmd_profile import check_writable
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, duration, emit, note, table, versions
-from h2o_cli.session.defaults import MOST_THREADS, default_budget, default_threads
+from h2o_cli.session.defaults import MOST_THREADS, default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, profiles_folder, read_text, resolve_model
 from runtime.errors import Cancelled, ProfileError, PromptError, UsageError
-from runtime.kv.options import parse_keep
-from runtime.sizes import parse_size
+from runtime.kv.options import SELECTORS, parse_keep
+from runtime.plans.budget import Budget
 
 if TYPE_CHECKING:
     from profiler.kv_eval.analyze import Search
@@ -105,14 +105,14 @@ def analyze(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Record attention scores, propose filter layers by similarity, measure them, and keep the best for `h2o run`."""
     from profiler.kv_eval.analyze import SELECTS, Search
-    from runtime.kv.options import KvFilter
 
     share = parse_keep(keep)
     if isinstance(share, int):
         raise UsageError(f"--keep {keep} is not a share", "give a fraction such as 0.1")
     selects = tuple(dict.fromkeys(select)) if select else SELECTS
     for name in selects:
-        KvFilter(keep=share, select=name)
+        if name not in SELECTORS:
+            raise UsageError(f"--select {name} is not possible", f"choose one of {', '.join(SELECTORS)}")
     path = resolve_model(model)
     for file in (output, plot):
         check_writable(file, make_folder=False)
@@ -160,7 +160,7 @@ def _analyze(path: Path, search: Search, memory: str | None, threads: int | None
     from profiler.kv_eval.analyze import Analysis
     from profiler.kv_eval.model import EvalModel
 
-    budget_bytes = parse_size(memory) if memory else default_budget()
+    budget_bytes = Budget.parse(memory).n_bytes
     model = EvalModel(path, n_threads=threads or default_threads(), budget_bytes=budget_bytes)
     try:
         analysis = Analysis(model, search)

@@ -13,15 +13,16 @@ from h2o_cli import kv_flags as flag
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
 from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
-from h2o_cli.session.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_budget
+from h2o_cli.session.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT
 from h2o_cli.session.kv_filter import KvChoice, KvFlags, choose_filter, read_kv_config
 from h2o_cli.session.models import DEFAULT_MODEL, ROOT, find_profile, need_profile, resolve_model
 from runtime.errors import BudgetError, DiskError, EngineError, ModelError, PlanError, ProfileError, UsageError
+from runtime.plans.budget import Budget
 from runtime.plans.file import default_plan_path, read_plan
 from runtime.plans.ledger import below_floor
 from runtime.plans.plan import Layout, Plan
 from runtime.settings import KV_TYPES
-from runtime.sizes import format_size, parse_size
+from runtime.sizes import format_size
 
 if TYPE_CHECKING:
     from planner.choose import Choice
@@ -46,7 +47,7 @@ EPILOG = """Examples:
 class PlanOptions:
     """What the flags of `h2o plan` say. n_predict: most tokens of an answer (negative: no limit)."""
 
-    budget_bytes: int
+    budget: Budget
     plan_file: Path
     layout: Layout | None
     ctx: int | None
@@ -95,7 +96,12 @@ Predict = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 KvType = Annotated[
-    str, typer.Option("--kv-type", metavar="f16|q8_0", help="Precision of keys and values; q8_0: half the memory.")
+    str,
+    typer.Option(
+        "--kv-type",
+        metavar="|".join(KV_TYPES),
+        help="Precision of keys and values; f32: twice the memory of f16, q8_0: half of it.",
+    ),
 ]
 
 
@@ -138,7 +144,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     flags = KvFlags.of(locals())
     _check_flags(locals())
     options = PlanOptions(
-        budget_bytes=parse_size(memory) if memory else 0,
+        budget=Budget.parse(memory),
         plan_file=plan_file or default_plan_path(),
         layout=None if layout == "auto" else Layout.parse(layout),
         ctx=ctx,
@@ -213,7 +219,7 @@ def _live(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: b
 
     if options.kv or options.kv_type != PlanOptions.kv_type or options.ctx:
         raise UsageError("--live takes the running process as it is", "leave out --ctx, --kv-type and --kv-filter")
-    plan_live(profile, options.plan_file, options.budget_bytes, options.layout, show_arms=explain, json=json)
+    plan_live(profile, options.plan_file, options.budget.cap_bytes, options.layout, show_arms=explain, json=json)
 
 
 def _parse_set(text: str) -> tuple[int, int]:
@@ -275,14 +281,16 @@ def _floor(options: PlanOptions, profile: ModelProfile) -> int:
 def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choice | None]:
     """The planner's choice, or the plan given by hand."""
     if options.by_hand:
-        return _by_hand(profile, options, options.budget_bytes or default_budget()), None
-    budget = options.budget_bytes or _budget_in(options.plan_file, profile.model.hash) or default_budget()
+        return _by_hand(profile, options), None
+    budget = options.budget.n_bytes
+    if not options.budget.is_given:
+        budget = options.budget.following(_plan_in_force(options.plan_file, profile.model.hash))
     from planner.choose import choose
 
     ctx, kv = _context(options, profile), _kv_use(options, profile.model.hash)
     floor = _floor(options, profile)
     if budget < floor:
-        raise below_floor(budget, floor)
+        raise below_floor(budget, floor, "a smaller --ctx")
     if not profile.knows_memory and budget < profile.memory.min_window_bytes:
         least = format_size(profile.memory.min_window_bytes)
         raise BudgetError(f"{format_size(budget)} does not hold one layer of {least}", "raise -m")
@@ -305,16 +313,16 @@ def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choic
     return outlook.known(profile), choice
 
 
-def _budget_in(path: Path, model_hash: int) -> int:
-    """The budget of the plan in force for this model; 0 when there is none."""
+def _plan_in_force(path: Path, model_hash: int) -> Plan | None:
+    """The plan in the file, where it is for this model."""
     try:
         old = read_plan(path)
     except PlanError:
-        return 0
-    return old.budget_bytes if old.model_hash in (0, model_hash) else 0
+        return None
+    return old if old.model_hash in (0, model_hash) else None
 
 
-def _by_hand(profile: ModelProfile, options: PlanOptions, budget: int) -> Outlook:
+def _by_hand(profile: ModelProfile, options: PlanOptions) -> Outlook:
     """A plan with exactly these k and w. Raises BudgetError when it does not fit the budget."""
     from planner.arms import in_bytes
 
@@ -324,13 +332,15 @@ def _by_hand(profile: ModelProfile, options: PlanOptions, budget: int) -> Outloo
     wanted = Plan(k, w, layout, model_hash=profile.model.hash)
     arm = in_bytes(profile, wanted)
     kv = _kv_use(options, profile.model.hash)
-    outlook = outlook_of(profile, wanted, budget, _context(options, profile), kv, _floor(options, profile))
+    outlook = outlook_of(
+        profile, wanted, options.budget.n_bytes, _context(options, profile), kv, _floor(options, profile)
+    )
     weights = arm.pinned_bytes + arm.window_bytes
-    free = (outlook.ledger or {}).get("free_bytes", options.budget_bytes - weights)
-    if options.budget_bytes and free < 0:
-        need = options.budget_bytes - free
+    free = (outlook.ledger or {}).get("free_bytes", options.budget.cap_bytes - weights)
+    if options.budget.cap_bytes and free < 0:
+        need = options.budget.cap_bytes - free
         raise BudgetError(
-            f"k={k}, w={w} needs {format_size(need)}, more than {format_size(options.budget_bytes)}",
+            f"k={k}, w={w} needs {format_size(need)}, more than {format_size(options.budget.cap_bytes)}",
             "raise -m or lower K and W",
             floor_bytes=need,
         )
@@ -347,7 +357,7 @@ def _show(options: PlanOptions, profile: Path | None, model: str | None, *, json
     except (ModelError, ProfileError) as error:
         note(f"no prediction: {error}")
     else:
-        budget, kv = current.budget_bytes or default_budget(), _kv_use(options, found.model.hash)
+        budget, kv = options.budget.following(current), _kv_use(options, found.model.hash)
         outlook = outlook_of(found, current, budget, _context(options, found), kv, _floor(options, found))
     if json:
         print_json(as_json(outlook, found, options.plan_file))

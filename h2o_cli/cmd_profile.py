@@ -29,7 +29,8 @@ from profiler.model_profile import (
     save_profile,
 )
 from runtime.errors import Cancelled, UsageError
-from runtime.sizes import MB, format_size, parse_size
+from runtime.plans.budget import Budget
+from runtime.sizes import MB, format_size
 
 EPILOG = """Examples:
 
@@ -89,12 +90,11 @@ def profile(
     if import_file:
         found = load_foreign(import_file)
     else:
-        budget_bytes = parse_size(memory) if memory else 0
         measurement = Measurement(
             path,
             repeats,
             n_threads=threads or default_threads(),
-            budget_bytes=budget_bytes,
+            budget_bytes=Budget.parse(memory).cap_bytes,
             run_memory=measure_run_memory(),
         )
         found = _measured(measurement)

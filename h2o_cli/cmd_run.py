@@ -19,7 +19,7 @@ from h2o_cli.console import CONSOLE, first_with_progress
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import emit, note, print_json, styled, tell
 from h2o_cli.run_options import RunOptions
-from h2o_cli.session.defaults import N_PREDICT, default_budget
+from h2o_cli.session.defaults import N_PREDICT
 from h2o_cli.session.kv_filter import KvFlags, choose_filter, cut_middle, read_kv_config
 from h2o_cli.session.model import OpenModel, context_for
 from h2o_cli.session.models import DEFAULT_MODEL, read_text, resolve_model
@@ -31,7 +31,8 @@ from runtime.answer.generate import LENGTH, Request, check_prompt
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling
 from runtime.errors import DiskError, EngineError, PromptError, UsageError, WorkerError
-from runtime.sizes import parse_size
+from runtime.plans.budget import Budget
+from runtime.settings import KV_TYPES
 
 PROMPT_LEAST_BYTES, PROMPT_MOST_BYTES = 2**18, 2**24
 PROMPT_SHARE = 32  # of the budget, at most: a token has about 4 bytes of text, and a thousand of keys and values
@@ -102,7 +103,12 @@ Repack = Annotated[
     ),
 ]
 KvType = Annotated[
-    str, typer.Option("--kv-type", metavar="f16|q8_0", help="Precision of keys and values; q8_0: half the memory.")
+    str,
+    typer.Option(
+        "--kv-type",
+        metavar="|".join(KV_TYPES),
+        help="Precision of keys and values; f32: twice the memory of f16, q8_0: half of it.",
+    ),
 ]
 
 Speculate = Annotated[
@@ -172,13 +178,15 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     given = locals()
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
-    text = _prompt_text(prompt, file, dash, _most_prompt_bytes(memory))
+    budget = Budget.parse(memory)
+    text = _prompt_text(prompt, file, dash, _most_prompt_bytes(budget))
     config = read_kv_config(kv_config)
     named, chat = model or (config.model if config else None), chat or bool(config and config.chat)
     session = SessionOptions.of(
         given,
         model=resolve_model(named),
         is_named=named is not None,
+        budget=budget,
         kind=CONVERSATION if text is None else CHAT if chat else PROMPT,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
         kv=choose_filter(KvFlags.of(given), config),
@@ -200,13 +208,12 @@ def _reply(options: RunOptions, text: str | None) -> int:
 
 def _check(options: RunOptions) -> None:
     """Raise UsageError for values that can be judged without the model."""
-    _ = options.session.budget_bytes, options.session.fixed_layout
+    _ = options.session.fixed_layout
 
 
-def _most_prompt_bytes(memory: str | None) -> int:
+def _most_prompt_bytes(budget: Budget) -> int:
     """The longest prompt that is read at all."""
-    budget_bytes = parse_size(memory) if memory else default_budget()
-    return min(max(PROMPT_LEAST_BYTES, budget_bytes // PROMPT_SHARE), PROMPT_MOST_BYTES)
+    return min(max(PROMPT_LEAST_BYTES, budget.n_bytes // PROMPT_SHARE), PROMPT_MOST_BYTES)
 
 
 def _prompt_text(prompt: str | None, file: str | None, dash: str | None, most_bytes: int) -> str | None:

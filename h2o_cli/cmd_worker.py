@@ -12,12 +12,13 @@ import typer
 
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import note, print_json
-from h2o_cli.session.defaults import MOST_THREADS, default_budget, default_threads
+from h2o_cli.session.defaults import MOST_THREADS, default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, find_profile, resolve_model
 from h2o_cli.worker_log import one_line_each
 from runtime.errors import H2OError, UsageError
 from runtime.llama.model_file import ModelFile
-from runtime.sizes import format_size, parse_size
+from runtime.plans.budget import Budget
+from runtime.sizes import format_size
 
 EPILOG = """Examples:
 
@@ -62,7 +63,7 @@ def worker(
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"--threads {threads} is not possible", f"give 1 to {MOST_THREADS}")
-    budget = parse_size(memory) if memory else default_budget()
+    budget = Budget.parse(memory).n_bytes
     limits = budget, threads or default_threads()
     raise typer.Exit(_serve(model, listen, tls, limits, json))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ _MODEL = "the model is an argument: `h2o run FILE.gguf`"
 _CONVERSATION = "`h2o run MODEL` without a prompt is a conversation"
 _FILES = "models are files: `h2o inspect FILE.gguf` shows one, `h2o run FILE.gguf` runs it"
 _LEAVE = "leave it out: "
+_NO_COMMAND = re.compile(r"No such command '(.*?)'")
 _ALIKE = 0.65  # share of a name that has to be right: "rnu" is "run", "--wrong" is not "--json"
 
 COMMANDS = {
@@ -35,7 +37,7 @@ OPTIONS = {
     **dict.fromkeys(("--mmap", "--no-mmap", "--mlock"), f"{_LEAVE}h2o reads weights itself, inside -m"),
     **dict.fromkeys(("-sys", "--system", "--system-prompt"), "use /system TEXT in a conversation (`h2o run MODEL`)"),
     **dict.fromkeys(("-b", "-ub", "--batch-size", "--ubatch-size"), "use --ubatch N"),
-    **dict.fromkeys(("-ctk", "-ctv", "--cache-type-k", "--cache-type-v"), "use --kv-type f16 or q8_0"),
+    **dict.fromkeys(("-ctk", "-ctv", "--cache-type-k", "--cache-type-v"), "use --kv-type f32, f16 or q8_0"),
     **dict.fromkeys(("-md", "--model-draft"), "use --draft MODEL"),
     **dict.fromkeys(("--n-threads", "--num-threads"), "use -t N"),
     "--temperature": "use --temp T",
@@ -66,6 +68,10 @@ def for_usage(error: Any) -> tuple[str, str]:
         known = [name for option in options for name in option.opts]
         return for_option(error.option_name, known, command)
     message = error.format_message().rstrip(".")
+    name = _NO_COMMAND.match(message)
+    if name and context:
+        known = list(getattr(context.command, "commands", ()))
+        return f"there is no `{command} {name[1]}`", _near(name[1], known) or f"choose one of {', '.join(known)}"
     return message[:1].lower() + message[1:], _all_of(command if context else "h2o COMMAND")
 
 

@@ -15,6 +15,7 @@ from h2o_cli.session.defaults import LEAST_UBATCH
 from planner.running_process import Overtaken, RunningProcess
 from runtime.errors import BudgetError, H2OError
 from runtime.plans.file import write_plan
+from runtime.plans.ledger import floor_for
 from runtime.plans.plan import Layout, Plan
 from runtime.sizes import MB, format_size
 
@@ -35,7 +36,12 @@ def plan_live(
     budget = budget_bytes or stats.budget_bytes
     least = stats.fixed_bytes + profile.memory.min_window_bytes
     if budget < least:
-        raise BudgetError(f"{format_size(budget)} is too little for process {stats.pid}", f"give -m {-(-least // MB)}")
+        floor = floor_for(least)
+        raise BudgetError(
+            f"{format_size(budget)} is too little for process {stats.pid}",
+            f"the smallest budget that works for it is -m {floor // MB}",
+            floor,
+        )
     layouts = tuple(Layout) if layout is None else (layout,)
     arms = h2o_arms(profile, budget - stats.fixed_bytes, layouts)
     found = LiveSearch(profile, arms, smaller_windows(profile, arms))

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from planner.kv import KvUse, kv_needs, padded
 from profiler.model_profile import ModelProfile
-from runtime.errors import BudgetError
-from runtime.plans.ledger import POSITION_BYTES, budget_for, more_margin, usable_bytes
-from runtime.sizes import MB, format_size
+from runtime.plans.ledger import POSITION_BYTES, below_floor, budget_for, more_margin, usable_bytes
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,7 @@ class Footprint:
     def available_bytes(self, budget_bytes: int) -> int:
         """Bytes for resident weights and the window at the beginning. Raises BudgetError below the floor."""
         if budget_bytes < self.floor_bytes:
-            raise BudgetError(
-                f"{format_size(budget_bytes)} is too small for this model",
-                f"the smallest budget that works is -m {-(-self.floor_bytes // MB)}",
-                self.floor_bytes,
-            )
+            raise below_floor(budget_bytes, self.floor_bytes)
         left = max(usable_bytes(budget_bytes) - self.fixed_bytes, self.smallest_window_bytes)
         return left + self.later_bytes
 

@@ -41,7 +41,7 @@ from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import Layer, ModelFile
 from runtime.memory import available_bytes, resident_bytes
-from runtime.plans.ledger import Ledger, budget_for, whole_floor
+from runtime.plans.ledger import Ledger, floor_for
 from runtime.plans.plan import Plan
 from runtime.plans.residency import layer_bytes, smallest_window, streamable_bytes
 from runtime.settings import SHORT_PASS, Settings
@@ -168,7 +168,7 @@ class Measurement:
             needs, memory=msgspec.structs.replace(needs.memory, filter_process_bytes=self._run_memory.filter_bytes)
         )
         self._check()
-        floor_bytes = whole_floor(needs.need_bytes + max(0, self._surplus_bytes))
+        floor_bytes = floor_for(needs.need_bytes + max(0, self._surplus_bytes))
         budget = min(available_bytes(), self._budget_bytes or available_bytes())
         if budget < floor_bytes:
             raise BudgetError(
@@ -296,7 +296,7 @@ def measure_memory(file: ModelFile, hollow: HollowModel, settings: Settings, sur
         prompt_bytes_per_token=max(0, large_prompt_bytes - prompt_bytes) // settings.n_ctx,
     )
     floor = small.fixed_bytes - surplus_bytes + smallest_window(file)
-    return Needs(memory, per_token, measure_kv(file, hollow, settings), budget_for(floor))
+    return Needs(memory, per_token, measure_kv(file, hollow, settings), floor)
 
 
 def measure_kv(file: ModelFile, hollow: HollowModel, settings: Settings) -> KvProfile | None:
@@ -360,7 +360,7 @@ def _profile(
         kv_bytes_per_token=needs.kv_bytes_per_token,
         kv=needs.kv,
         memory=needs.memory,
-        floor_bytes=whole_floor(needs.need_bytes),
+        floor_bytes=floor_for(needs.need_bytes),
     )
 
 

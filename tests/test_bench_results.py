@@ -166,10 +166,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_names_are_checked():
-    check_names(None, ("a",))
-    check_names(["a"], ("a", "b"))
-    with pytest.raises(UsageError, match="choose one of a, b"):
-        check_names(["a", "c"], ("a", "b"))
+    check_names("letter", None, ("a",))
+    check_names("letter", ["a"], ("a", "b"))
+    with pytest.raises(UsageError, match="there is no letter 'c'; choose one of a, b"):
+        check_names("letter", ["a", "c"], ("a", "b"))
 
 
 @pytest.mark.parametrize(

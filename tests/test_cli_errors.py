@@ -419,3 +419,24 @@ def test_profiles_are_found_by_model(tmp_path, monkeypatch):
     assert models.find_profile(78) is None
     with pytest.raises(H2OError, match="there is no profile of m"):
         models.need_profile(78, "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "foo"], "there is no `h2o bench foo`"),
+        (["bench", "--suite", "foo"], "there is no suite 'foo'"),
+        (["kv", "analyze", "--select", "foo"], "--select foo is not possible"),
+    ],
+)
+def test_what_is_wrong_is_named_as_it_was_typed(arguments, said, capsys):
+    assert cli.run_command(arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err and "choose one of " in err
+
+
+def test_only_commands_that_have_a_flag_name_it(bundled_model, capsys, tmp_path):
+    assert cli.run_command(["run", str(bundled_model), "-p", "a", "-m", "5", "-s", str(tmp_path / "plan")]) == 1
+    assert "(a smaller --ctx or --ubatch lowers it)" in capsys.readouterr().err
+    assert cli.run_command(["kv", "analyze", str(bundled_model), "-m", "5"]) == 1
+    assert "lowers it" not in capsys.readouterr().err

@@ -229,7 +229,7 @@ def test_plan_by_hand(plan_json, profile, plan_file):
         (("--set", "2,0"), 2, "W from 1"),
         (("--set", "2"), 2, "two numbers"),
         (("--set", "a,b"), 2, "two numbers"),
-        (("-m", "101"), 1, "the smallest budget that works is -m"),
+        (("-m", "101"), 1, "the smallest budget that works here is -m"),
         (("-m", "much"), 2, "is not a size"),
         (("--ctx", "0"), 2, "--ctx 0"),
         (("--show", "-m", "300"), 2, "--show writes no plan"),

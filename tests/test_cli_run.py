@@ -272,7 +272,7 @@ def test_a_forgotten_plan_is_named_and_left_out(tiny_model, run, run_json, plan_
 
 def test_the_budget_is_decided_once(tiny_model, run_json, monkeypatch):
     answers = iter(range(500, 600))
-    monkeypatch.setattr("h2o_cli.session.first_plan.default_budget", lambda: next(answers) * 10**6)
+    monkeypatch.setattr("runtime.plans.budget.default_bytes", lambda: next(answers) * 10**6)
     assert run_json(tiny_model("qwen2"), "-p", PROMPT, "-n", 3)[0]["budget_bytes"] == 500 * 10**6
     assert next(answers) == 501
 

@@ -15,9 +15,9 @@ from runtime.plans.ledger import (
     below_floor,
     budget_for,
     embedding_rows_bytes,
+    floor_for,
     more_margin,
     usable_bytes,
-    whole_floor,
 )
 from runtime.settings import MARGIN_BYTES
 from runtime.sizes import MB, PAGE, page_down, page_up, parse_size
@@ -62,10 +62,10 @@ def test_weights_get_what_is_left_or_the_floor_is_named(ledger, budget, smallest
 @QUICK
 @given(sizes)
 def test_the_floor_in_the_error_can_be_typed(floor):
-    error = below_floor(1, whole_floor(floor))
+    error = below_floor(1, floor_for(floor))
     typed = re.search(r"-m (\d+)", error.next_step).group(1)
     assert parse_size(typed) == error.floor_bytes
-    assert floor + MB <= error.floor_bytes < floor + 2 * MB
+    assert budget_for(floor) + MB <= error.floor_bytes < budget_for(floor) + 2 * MB
 
 
 @QUICK

@@ -118,8 +118,8 @@ def make_again(folder: Path, kinds: Collection[Kind[Any]]) -> None:
         raise refused
 
 
-def check_names(names: Iterable[str] | None, known: Collection[str]) -> None:
-    """Raise UsageError for a name that is none of the known ones."""
+def check_names(what: str, names: Iterable[str] | None, known: Collection[str]) -> None:
+    """Raise UsageError for a name that is none of the known ones. what: they name."""
     for name in names or ():
         if name not in known:
-            raise UsageError(f"{name!r} is not known", f"choose one of {', '.join(known)}")
+            raise UsageError(f"there is no {what} {name!r}", f"choose one of {', '.join(known)}")

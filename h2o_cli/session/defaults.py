@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runtime.memory import available_bytes
 from runtime.settings import FULL_TILES
 
 PROMPT_CONTEXT = 512  # what a short prompt and N_PREDICT tokens take
@@ -13,14 +12,8 @@ CONVERSATION_CONTEXT = 2048
 N_PREDICT = 256  # most tokens of an answer
 UBATCH = 512  # llama.cpp's default; memory may not allow it, down to LEAST_UBATCH
 LEAST_UBATCH = FULL_TILES
-BUDGET_SHARE = 0.6
 MOST_THREADS = 512  # GGML_MAX_N_THREADS
 _CPU = Path("/sys/devices/system/cpu")
-
-
-def default_budget() -> int:
-    """The budget of a process when none is given: 60 % of the memory it could take."""
-    return int(BUDGET_SHARE * available_bytes())
 
 
 def default_threads() -> int:

@@ -13,7 +13,6 @@ from runtime.engine.engine import Engine
 from runtime.errors import H2OError, ModelError
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.llama.quantize import copy_bytes, copy_pays, low_bit_copy
 from runtime.settings import Settings
 from runtime.sizes import MB
 
@@ -23,7 +22,11 @@ GUESSED_DRAFT_BYTES = 32 * MB  # of a draft model beside its weights, until it i
 
 def expected_draft_bytes(file: ModelFile, draft: str | None) -> int:
     """About what a draft model will take, before it is opened. draft: its path, AUTO or None."""
-    if draft is None or (draft == AUTO and not copy_pays(file)):
+    if draft is None:
+        return 0
+    from runtime.llama.quantize import copy_bytes, copy_pays
+
+    if draft == AUTO and not copy_pays(file):
         return 0
     n_bytes = copy_bytes(file) if draft == AUTO else ModelFile.open(draft).n_bytes
     return n_bytes + GUESSED_DRAFT_BYTES
@@ -38,6 +41,8 @@ def draft_file(file: ModelFile, hollow: HollowModel, draft: str | None, caller: 
         return None
     if draft != AUTO:
         return ModelFile.open(draft)
+    from runtime.llama.quantize import copy_pays, low_bit_copy
+
     if not copy_pays(file):
         caller.note(f"no draft model: {file.path.name} has few bits per weight already, a 4-bit copy is no faster")
         return None

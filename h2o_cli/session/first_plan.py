@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from h2o_cli.session.defaults import default_budget
 from h2o_cli.session.profiled import Profiled
 from runtime.errors import PlanError
 from runtime.llama.model_file import ModelFile
 from runtime.memory import memory_bytes
+from runtime.plans.budget import Budget
 from runtime.plans.file import read_plan
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import first_window
@@ -33,19 +33,18 @@ class Chosen:
 class FirstPlan:
     """What a run's first plan is chosen from.
 
-    in_file: the plan in the plan file at `path`, where it counts; is_named: the user named that file. cap_bytes: -m,
-    which no plan exceeds (0: not given). budget_bytes: of the process, whatever the plan.
+    in_file: the plan in the plan file at `path`, where it counts; is_named: the user named that file. budget: without
+    the plan in the file.
     """
 
     path: Path
     is_named: bool
     in_file: Plan | None
-    cap_bytes: int
-    budget_bytes: int
+    budget: Budget
 
     @classmethod
     def find(
-        cls, file: ModelFile, path: Path, cap_bytes: int, note: Callable[[str], None], *, is_named: bool
+        cls, file: ModelFile, path: Path, budget: Budget, note: Callable[[str], None], *, is_named: bool
     ) -> FirstPlan:
         """Look into the plan file. Raises PlanError where the user named it and it cannot be used.
 
@@ -53,14 +52,18 @@ class FirstPlan:
         the user named counts always, at most for the budget of -m.
         """
         plan = _plan_in(path, file, must_fit=is_named, note=note)
-        if plan and cap_bytes and plan.budget_bytes not in (0, cap_bytes):
-            plan = plan.capped(cap_bytes, note) if is_named else None
-        budget = (plan.budget_bytes if plan else 0) or cap_bytes or default_budget()
-        return cls(path, is_named, plan, cap_bytes, budget)
+        if plan and budget.is_given and plan.budget_bytes not in (0, budget.n_bytes):
+            plan = plan.capped(budget.n_bytes, note) if is_named else None
+        return cls(path, is_named, plan, budget)
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes of the process, whatever the plan."""
+        return self.budget.following(self.in_file)
 
     def without_file(self) -> FirstPlan:
         """The same without the plan in the file, whose budget is none of this run's, either."""
-        return replace(self, in_file=None, budget_bytes=self.cap_bytes or default_budget())
+        return replace(self, in_file=None)
 
     def choose(self, file: ModelFile, profile: Profiled | None, settings: Settings, layout: Layout | None) -> Chosen:
         """The plan in the file, else the planner's for the profile, else the default one. layout None: the best."""

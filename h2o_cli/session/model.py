@@ -39,13 +39,13 @@ class OpenModel:
         self.is_named = options.is_named
         with caller.held():
             self.file = ModelFile.open(options.model)
-        self.team = team.join(self.file, options.devices, options.budget_bytes, options.threads, note)
+        self.team = team.join(self.file, options.devices, options.budget, options.threads, note)
         if self.team:
             self.file = self.team.part
         with caller.held():
             self.profile = Profiled.find(self.file, note)
             path, is_named = options.plan_file or default_plan_path(), options.plan_file is not None
-            self.first_plan = FirstPlan.find(self.file, path, options.budget_bytes, note, is_named=is_named)
+            self.first_plan = FirstPlan.find(self.file, path, options.budget, note, is_named=is_named)
             settings = settings_for(self.file, options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
             settings = replace(settings, draft_bytes=expected_draft_bytes(self.file, options.draft))
             plan = self.first_plan.choose(self.file, self.profile, settings, options.fixed_layout).plan

@@ -114,7 +114,7 @@ def open_session(model: OpenModel, options: SessionOptions, n_ctx: int, n_prompt
         sequence=TokenSequence(engine, note),
         speculation=speculation,
         sampler=sampler,
-        follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats, cap_bytes=options.budget_bytes),
+        follower=PlanFollower(engine, watcher, chosen.budget_bytes, note, stats, cap_bytes=options.budget.cap_bytes),
         machine=model.profile.machine if model.profile else Machine(),
         plan_origin=chosen.origin,
         load_s=model.load_s + time.perf_counter() - start,
@@ -174,7 +174,7 @@ def _open_inside(model: OpenModel, options: SessionOptions, chosen: Chosen, sett
             raise
     floor = measure(model.file, model.hollow, least, options.kind)
     if budget < floor:
-        raise below_floor(budget, floor)
+        raise below_floor(budget, floor, "a smaller --ctx or --ubatch")
     return _open_engine(model, chosen, settings)
 
 

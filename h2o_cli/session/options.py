@@ -13,9 +13,9 @@ from h2o_cli.session.smallest import PROMPT
 from h2o_cli.session.team import Flags
 from runtime.answer.sampler import Sampling
 from runtime.errors import UsageError
+from runtime.plans.budget import Budget
 from runtime.plans.plan import Layout
 from runtime.settings import KV_TYPES
-from runtime.sizes import parse_size
 
 SPECULATE = ("auto", "off")
 REPACK = ("auto", "off")
@@ -31,7 +31,7 @@ class SessionOptions:
     model: Path
     is_named: bool = True
     kind: str = PROMPT
-    memory: str | None = None
+    budget: Budget = field(default_factory=lambda: Budget.parse(None))
     plan_file: Path | None = None
     ctx: int | None = None
     threads: int | None = None
@@ -81,11 +81,6 @@ class SessionOptions:
         if self.kv is None or n_tokens < 0:
             return self
         return replace(self, kv=replace(self.kv, filter=replace(self.kv.filter, tail=n_tokens + 1)))
-
-    @property
-    def budget_bytes(self) -> int:
-        """-m in bytes; 0 when it was not given."""
-        return parse_size(self.memory) if self.memory else 0
 
     @property
     def fixed_layout(self) -> Layout | None:

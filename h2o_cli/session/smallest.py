@@ -21,7 +21,7 @@ from runtime.llama.abi import PINNED_VERSION
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.memory import trim_heap
-from runtime.plans.ledger import budget_for, more_margin, whole_floor
+from runtime.plans.ledger import budget_for, floor_for, more_margin
 from runtime.plans.plan import Plan
 from runtime.plans.residency import smallest_window
 from runtime.settings import FULL_TILES, MARGIN_BYTES, Settings
@@ -44,16 +44,15 @@ def measure(file: ModelFile, hollow: HollowModel, settings: Settings, kind: str)
     trim_heap()
     engine = Engine(file, hollow, Plan(0, 1, window_bytes=smallest_window(file)), settings)
     engine.close()
-    need = budget_for(engine.layout.fixed_bytes + smallest_window(file))
-    return agreed(file.hash, settings, kind, need)
+    return agreed(file.hash, settings, kind, engine.layout.fixed_bytes + smallest_window(file))
 
 
 def agreed(model_hash: int, settings: Settings, kind: str, need_bytes: int) -> int:
     """The smallest budget where need_bytes were measured: the number written down, if they agree; else a new one."""
-    old = written(model_hash, settings, kind)
-    if need_bytes <= old <= need_bytes + _AGREES_BYTES:
+    old, need = written(model_hash, settings, kind), budget_for(need_bytes)
+    if need <= old <= need + _AGREES_BYTES:
         return old
-    floor = whole_floor(need_bytes)
+    floor = floor_for(need_bytes)
     if not settings.draft_bytes:
         _write(_key(model_hash, settings, kind), floor)
     return floor

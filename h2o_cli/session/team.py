@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from h2o_cli.session.caller import Caller
-from h2o_cli.session.defaults import default_budget, default_threads
+from h2o_cli.session.defaults import default_threads
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
+from runtime.plans.budget import Budget
 
 if TYPE_CHECKING:
     from h2o_cli.session.members import Team
@@ -60,9 +61,9 @@ class Flags:
 
 
 def join(
-    file: ModelFile, flags: Flags, budget_bytes: int, n_threads: int | None, note: Callable[[str], None]
+    file: ModelFile, flags: Flags, budget: Budget, n_threads: int | None, note: Callable[[str], None]
 ) -> Team | None:
-    """The workers, greeted, and None without any. budget_bytes 0, n_threads None: as by default.
+    """The workers, greeted, and None without any. n_threads None: as by default.
 
     Raises UsageError, WorkerError, BudgetError.
     """
@@ -74,7 +75,7 @@ def join(
     if flags.devices is not None:
         note(f"order of the devices: {addresses}")
     devices = Devices(addresses, flags.spare, flags.tls, flags.split)
-    return Team.join(file, devices, budget_bytes or default_budget(), n_threads or default_threads(), note)
+    return Team.join(file, devices, budget.n_bytes, n_threads or default_threads(), note)
 
 
 def set_up(team: Team, engine: Engine, hollow: HollowModel, cleanup: ExitStack, caller: Caller) -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from runtime.answer.plan_stats import StatsWriter
 from runtime.engine.engine import Engine
-from runtime.errors import BudgetError, EngineError, PlanError
+from runtime.errors import BudgetError, EngineError, H2OError, PlanError
 from runtime.memory import memory_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import k_layers_worth, streamable_bytes, window_bytes
 from runtime.plans.watcher import PlanWatcher
-from runtime.sizes import format_size
+from runtime.sizes import MB, format_size
 
 
 class PlanFollower:
@@ -61,7 +61,7 @@ class PlanFollower:
             self.engine.apply(plan)
         except (BudgetError, EngineError, PlanError) as error:
             self._refused = plan.generation
-            self._tell(f"the new plan was not taken: {error}")
+            self._tell(f"the new plan was not taken: {_why_not(plan, error)}")
             return
         self._generation = plan.generation
         self._asked = replace(plan, generation=0)
@@ -71,6 +71,14 @@ class PlanFollower:
         if text not in self._told:
             self._told.add(text)
             self._note(text)
+
+
+def _why_not(plan: Plan, error: H2OError) -> str:
+    """Why this process cannot follow a plan: it keeps its context and passes, so its floor is not that of the model."""
+    if plan.budget_bytes and isinstance(error, BudgetError) and error.floor_bytes:
+        floor, size = -(-error.floor_bytes // MB), format_size(plan.budget_bytes)
+        return f"{size} is too small for this process; the smallest budget that works for it is -m {floor}"
+    return str(error)
 
 
 def check_budget(engine: Engine, plan: Plan, budget_bytes: int) -> None:

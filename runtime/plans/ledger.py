@@ -81,7 +81,7 @@ class Ledger:
         """What the budget leaves for window and resident pieces. Raises BudgetError below the floor."""
         usable, floor = usable_bytes(budget_bytes), self.fixed_bytes + smallest_window
         if usable < floor:
-            raise below_floor(budget_bytes, whole_floor(budget_for(floor)))
+            raise below_floor(budget_bytes, floor_for(floor))
         return usable - self.fixed_bytes
 
 
@@ -102,16 +102,18 @@ def budget_for(usable: int) -> int:
     return usable + -(-more // (PAGE - _TABLE_ENTRY_BYTES))
 
 
-def whole_floor(need_bytes: int) -> int:
-    """The budget that is named where need_bytes were measured: whole MB, with room for what differs from run to run."""
-    return -(-(need_bytes + MB) // MB) * MB
+def floor_for(need_bytes: int) -> int:
+    """The smallest budget that is named, in whole MB, where need_bytes were measured: the fixed bytes and the smallest
+    window. It has room for page tables and for what differs from run to run."""
+    return -(-(budget_for(need_bytes) + MB) // MB) * MB
 
 
-def below_floor(budget_bytes: int, floor_bytes: int) -> BudgetError:
-    """The error for a budget below floor_bytes (whole MB), the smallest that works."""
+def below_floor(budget_bytes: int, floor_bytes: int, lowered_by: str = "") -> BudgetError:
+    """The error for a budget below floor_bytes, the smallest that works. lowered_by: flags that make it smaller."""
+    hint = f" ({lowered_by} lowers it)" if lowered_by else ""
     return BudgetError(
         f"{format_size(budget_bytes)} is too small for this model",
-        f"the smallest budget that works here is -m {floor_bytes // MB} (a smaller --ctx or --ubatch lowers it)",
+        f"the smallest budget that works here is -m {-(-floor_bytes // MB)}{hint}",
         floor_bytes=floor_bytes,
     )
 

@@ -14,7 +14,7 @@ from h2o_cli.bench.models.named import BenchModel, models_folder
 from h2o_cli.bench.results import check_names
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, note
-from h2o_cli.session.defaults import default_budget, default_threads
+from h2o_cli.session.defaults import default_threads
 from h2o_cli.session.kv_filter import store_folder
 from h2o_cli.session.kv_layers import find_choice
 from profiler.kv_eval.model import EvalModel
@@ -28,6 +28,7 @@ from runtime.kv.options import (
     KvFilter,
     parse_strategy,
 )
+from runtime.plans.budget import default_bytes
 
 KEEPS, QUICK_KEEPS = (0.3, 0.2, 0.1, 0.05), (1.0, 0.1)
 LENGTHS, QUICK_LENGTHS = (256, 512, 1024), (512,)
@@ -59,10 +60,10 @@ class Wanted:
 
 def check(wanted: Wanted, suites: Sequence[str] | None) -> None:
     """Raise UsageError for names and shares that do not exist."""
-    check_names(suites, SUITES)
-    check_names(wanted.quality.tasks if wanted.quality else None, KNOWN_TASKS)
-    check_names(wanted.methods, NAMES)
-    check_names(wanted.stores, STORES)
+    check_names("suite", suites, SUITES)
+    check_names("task", wanted.quality.tasks if wanted.quality else None, KNOWN_TASKS)
+    check_names("method", wanted.methods, NAMES)
+    check_names("store", wanted.stores, STORES)
     for share in (*wanted.keeps, *wanted.speed_keeps):
         KvFilter(keep=float(share))
     KvFilter(select=wanted.select or DEFAULT_SELECT)
@@ -79,7 +80,7 @@ def measure(path: Path, wanted: Wanted) -> Iterator[KvRow]:
 
 
 def _quality_rows(path: Path, wanted: Wanted, quality: Quality) -> Iterator[KvRow]:
-    model = EvalModel(path, n_threads=wanted.threads or default_threads(), budget_bytes=default_budget())
+    model = EvalModel(path, n_threads=wanted.threads or default_threads(), budget_bytes=default_bytes())
     try:
         run = QualityRun(model, _methods(model, wanted), quality)
         run.check()

@@ -70,8 +70,8 @@ def _settings(models: Sequence[str] | None, budgets: Sequence[str] | None, *, qu
 
 def _only(settings: Settings, engines: Sequence[str] | None, suites: Sequence[str] | None) -> Settings:
     """The settings with these engines and suites only. Raises UsageError for names that are none."""
-    check_names(engines, settings.engines)
-    check_names(suites, settings.suites)
+    check_names("engine", engines, settings.engines)
+    check_names("suite", suites, settings.suites)
     return replace(
         settings,
         engines=tuple(name for name in settings.engines if not engines or name in engines),

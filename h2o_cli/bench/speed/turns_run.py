@@ -18,6 +18,7 @@ from h2o_cli.session.options import SessionOptions
 from runtime.answer.generate import Request, Step
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampling
+from runtime.plans.budget import Budget
 
 
 class SessionAnswer:
@@ -49,7 +50,7 @@ def main() -> None:
     arguments = _arguments()
     options = SessionOptions(
         model=arguments.model,
-        memory=f"{arguments.budget}B",
+        budget=Budget(arguments.budget),
         plan_file=arguments.plan_file,
         threads=arguments.threads,
         sampling=Sampling(temp=0),
