@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -29,6 +30,8 @@ _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_COLD = 4, 14, 15, 20
 _MADV_DONTFORK = 10
+_PAGEMAP_ENTRY_BYTES, _PAGEMAP_STATE = 8, 61  # proc(5): the highest bits say present, swapped, of a file
+_NOT_THERE, _FROM_FILE = 0b000, 0b101
 
 
 def _huge_page_bytes() -> int:
@@ -88,6 +91,33 @@ def _advise(start: int, end: int, advice: int, *, optional: bool = False) -> Non
             raise EngineError(
                 f"the system did not take an advice about memory ({advice}: {reason})", "report this, and your kernel"
             )
+
+
+def drop_file_pages() -> None:
+    """Give back all pages that came from files and were never written to; those that are used come again.
+
+    Nothing happens where the kernel does not tell which those are.
+    """
+    with suppress(OSError):
+        for start, end in _file_mappings():
+            _advise(start, end, _MADV_DONTNEED, optional=True)  # not where somebody has locked them
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """Addresses [start, end) of private mappings of files of which this process has written no page, such as those that
+    hold a library's relocated addresses."""
+    found = []
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as rows, open("/proc/self/pagemap", "rb") as pages:
+        for row in rows:
+            addresses, access, _, _, inode, *_ = row.split(maxsplit=5)
+            if inode == "0" or access[1] == "w" or access[3] != "p":
+                continue
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            pages.seek(start // PAGE * _PAGEMAP_ENTRY_BYTES)
+            entries = array("Q", pages.read((end - start) // PAGE * _PAGEMAP_ENTRY_BYTES))
+            if {entry >> _PAGEMAP_STATE for entry in entries} <= {_NOT_THERE, _FROM_FILE}:
+                found.append((start, end))
+    return found
 
 
 def huge_pages(start: int, end: int, *, wanted: bool) -> None:
@@ -188,6 +218,11 @@ def resident_bytes_outside(ranges: Iterable[tuple[int, int]]) -> int:
                 i = bisect_right(starts, start) - 1
                 counted = not (i >= 0 and end <= ours[i][1])
     return total
+
+
+def file_bytes() -> int:
+    """Bytes of mapped files of this process in memory now."""
+    return _status_bytes("RssFile")
 
 
 def peak_bytes() -> int:

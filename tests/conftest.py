@@ -46,6 +46,18 @@ def no_prompt_is_short(request, monkeypatch):
         monkeypatch.setattr("runtime.kv.dense.LEAST_ROWS", 0)
 
 
+@pytest.fixture(autouse=True)
+def pages_of_files_stay(request, monkeypatch):
+    """An engine gives no pages of this process back, so that the next one finds as many; `usual_pages` undoes that."""
+    if "usual_pages" not in request.fixturenames:
+        monkeypatch.setattr("runtime.engine.code_pages.drop_file_pages", lambda: None)
+
+
+@pytest.fixture
+def usual_pages():
+    """An engine gives pages of libraries back as it does outside of tests."""
+
+
 @pytest.fixture
 def usual_rows():
     """Dense layers attend as they do outside of tests."""

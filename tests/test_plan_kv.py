@@ -132,7 +132,8 @@ def test_the_plan_counts_what_a_run_counts(long_model, tmp_path, flags):
     plan, run = found["ledger"], json.loads(done.stdout)["ledger"]
     assert plan.get("filter_bytes") == run.get("filter_bytes")
     own = run["process_bytes"] + run["embedding_bytes"] + run["sampler_bytes"]
-    assert plan["process_bytes"] + plan["small_tensor_bytes"] == pytest.approx(own, abs=3 * MB)
+    spared = plan["process_bytes"] + plan["small_tensor_bytes"] - own  # pages of libraries that a token does not use
+    assert -3 * MB < spared < 13 * MB
     for part in ("kv_bytes", "compute_bytes"):
         assert plan[part] == pytest.approx(run[part], abs=200_000)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from runtime.engine.code_pages import CodePages
 from runtime.engine.pass_memory import PROMPT, TOKEN, Needs, Use, rows_for
 from runtime.engine.weights_guest import WeightsGuest
 from runtime.errors import Cancelled, H2OError
@@ -47,6 +48,7 @@ class Layout:
         self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
         uses = (PROMPT, TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
         self._ledgers = {use: needs.ledger(use) for use in uses}
+        self._code = CodePages()
         self._asked_plan: Plan
         self._use = self._touched = PROMPT  # what memory is laid out for, and what was touched in it
         self._room = self._cache.steps(self._settings.n_ubatch)  # positions laid out for; others take no memory
@@ -84,6 +86,8 @@ class Layout:
         if room < self._room:
             self._cache.drop_behind(room)
         fixed, total = self._ledgers[use], streamable_bytes(self._file)
+        if not use.long:
+            fixed = replace(fixed, process_bytes=fixed.process_bytes - self._code.spared_bytes)
         window, limit = window_bytes(self._file, plan), total
         usable = usable_bytes(plan.budget_bytes)
         fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
@@ -148,7 +152,7 @@ class Layout:
             room = self._room
         if not self._asked_plan.budget_bytes:
             self._room = max(room, self._room)
-        elif (use, room) != (self._use, self._room):
+        elif self._code.begin_pass(long=use.long) or (use, room) != (self._use, self._room):
             self._lay_out(self._asked_plan, use, room, again=True)
 
     # --- a draft model ------------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ class Layout:
 
     def measure_process(self) -> int:
         """Before the first pass: measure again what the process takes besides weights; how much that is less."""
-        now = resident_bytes_outside(self._store.ranges)
+        now, self._code = resident_bytes_outside(self._store.ranges), CodePages()
         self._ledgers = {use: replace(ledger, process_bytes=now) for use, ledger in self._ledgers.items()}
         return self.ledger.process_bytes - now
 

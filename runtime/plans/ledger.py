@@ -15,7 +15,7 @@ _TEXT_BYTES = 64  # per token of a text, to find its like in the text again
 _TEXT_IN_MARGIN = 8192  # tokens
 _TABLE_ENTRY_BYTES = 8  # per page of memory
 _TABLES_IN_MARGIN = 250 * MB  # of a budget: the margin has room for their page tables
-SAMPLER_BYTES_PER_TOKEN = 16  # llama.cpp's candidate list: token id, logit, probability per vocabulary entry
+SAMPLER_BYTES_PER_TOKEN = 12  # llama.cpp's candidate list: token id, logit, probability per vocabulary entry
 
 
 @dataclass(frozen=True)

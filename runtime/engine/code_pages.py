@@ -1,0 +1,39 @@
+"""Pages of libraries: opening a model and computing a prompt use many that a token does not.
+
+They are mapped from files, so nothing is lost where they are given back, and those that are used come again from the
+page cache. What stays away is room for weights, until the next prompt.
+"""
+
+from __future__ import annotations
+
+from runtime.memory import drop_file_pages, file_bytes
+from runtime.sizes import MB
+
+_LOOKS = (1, 4)  # short passes: what a token uses has come again with the first one, but for little
+_AGAIN = 32  # short passes from one later look to the next
+_SLACK_BYTES = MB // 4  # what may come later
+_LEAST_BYTES = MB // 2  # less than that is not worth moving weights for
+
+
+class CodePages:
+    """spared_bytes: what the process takes less while passes are short than when this was made."""
+
+    def __init__(self) -> None:
+        self._counted_bytes = file_bytes()
+        self._n_short = -1  # short passes since pages were given back; -1: they have to be
+        self.spared_bytes = 0
+
+    def begin_pass(self, *, long: bool) -> bool:
+        """Before a pass of a prompt (long) or of a few tokens; whether spared_bytes has changed."""
+        if long:
+            self._n_short = -1
+            return False
+        self._n_short += 1
+        if self._n_short == 0:
+            drop_file_pages()
+        elif self._n_short in _LOOKS or self._n_short % _AGAIN == 0:
+            before, spared = self.spared_bytes, max(0, self._counted_bytes - file_bytes() - _SLACK_BYTES)
+            if not before <= spared < before + _LEAST_BYTES:
+                self.spared_bytes = spared
+                return True
+        return False

@@ -1,0 +1,85 @@
+"""Pages of libraries that a token does not use are given back, weights take their place, and the ledger counts them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import numpy as np
+import pytest
+from engines import engine
+
+from runtime.engine import code_pages
+from runtime.engine.code_pages import CodePages
+from runtime.memory import drop_file_pages, file_bytes
+from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import streamable_bytes
+from runtime.sizes import MB, PAGE
+
+pytestmark = pytest.mark.usefixtures("usual_pages")
+PROMPT = [3 + i * 7 % 250 for i in range(100)]
+
+
+def test_pages_of_files_are_given_back_and_come_again():
+    before = file_bytes()
+    drop_file_pages()
+    assert file_bytes() < before - 2 * MB
+    assert sorted(map(str, range(11)))[2] == "10"
+
+
+def test_pages_that_were_written_stay(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 2 * PAGE)
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 2 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    pages[0] = ord("b")
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert libc.mprotect(address, 2 * PAGE, mmap.PROT_READ) == 0
+    drop_file_pages()
+    assert pages[:2] == b"ba"
+    assert pages[PAGE : PAGE + 1] == b"a"
+
+
+def test_what_comes_again_is_counted(monkeypatch):
+    sizes = iter([14 * MB, 7 * MB, 7 * MB, 7 * MB + MB // 8, 9 * MB, 6 * MB])
+    dropped = []
+    monkeypatch.setattr(code_pages, "file_bytes", lambda: next(sizes))
+    monkeypatch.setattr(code_pages, "drop_file_pages", lambda: dropped.append(1))
+    pages, slack = CodePages(), code_pages._SLACK_BYTES
+    assert not pages.begin_pass(long=True)
+    assert [pages.begin_pass(long=False) for _ in range(5)] == [False, True, False, False, False]
+    assert (pages.spared_bytes, dropped) == (7 * MB - slack, [1])
+    assert sum(pages.begin_pass(long=False) for _ in range(32)) == 1  # a little more: weights make room
+    assert pages.spared_bytes == 7 * MB - MB // 8 - slack
+    assert sum(pages.begin_pass(long=False) for _ in range(32)) == 1
+    assert pages.spared_bytes == 5 * MB - slack
+    assert not pages.begin_pass(long=True)
+    assert not pages.begin_pass(long=False)
+    assert (pages.spared_bytes, dropped) == (5 * MB - slack, [1, 1])
+    assert pages.begin_pass(long=False)
+    assert pages.spared_bytes == 8 * MB - slack
+
+
+def test_weights_take_their_place_until_the_next_prompt(bundled_model):
+    with engine(bundled_model, repack=False) as plain:
+        plain.forward(PROMPT)
+        for token in range(6):
+            plain.forward([token])
+        wanted = plain.logits().copy()
+    with engine(bundled_model, repack=False) as opened:
+        budget = opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=budget))
+        opened.forward(PROMPT)
+        counted, streamed = opened.ledger.process_bytes, opened.streamed_bytes
+        assert streamed > 0
+        for token in range(6):
+            opened.forward([token])
+            assert opened.ledger.total_bytes <= budget
+        assert np.array_equal(opened.logits(), wanted)
+        assert opened.ledger.process_bytes == counted - opened.layout._code.spared_bytes < counted
+        assert opened.streamed_bytes < streamed
+        opened.forward(PROMPT)
+        assert opened.ledger.process_bytes == counted
+        assert opened.ledger.total_bytes <= budget
