@@ -153,7 +153,7 @@ def _wrap(texts: list[str], first_width: int) -> list[str]:
 
 
 def _digits(value: float, most: int = 1) -> str:
-    """A number with three figures, at most `most` of them behind the point."""
+    """A number with three figures, at most `most` of them after the point."""
     return f"{value:.{min(most, 0 if value >= 100 else 1 if value >= 10 else 2)}f}"
 
 

@@ -22,10 +22,10 @@ Switch = Annotated[
     ),
 ]
 Layers = Annotated[
-    str | None, _option("--kv-layers", "I,J,..|auto", "Layers that select for those behind them. [default: auto]")
+    str | None, _option("--kv-layers", "I,J,..|auto", "Layers that select for those after them. [default: auto]")
 ]
 Wait = Annotated[
-    int | None, _option("--kv-wait", "N", "Layers behind each of them that see everything. [default: 1; 0 with auto]")
+    int | None, _option("--kv-wait", "N", "Layers after each of them that see everything. [default: 1; 0 with auto]")
 ]
 Keep = Annotated[
     str | None,
