@@ -46,7 +46,11 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
     as_json: Json = False,
 ) -> None:
     """Show what workers offer for a model, and which of them would take part in a run."""
-    named = Flags(workers, device_file, priority=priority, by_memory=prioritize_by_memory)
+    show(model, Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory), memory, threads, as_json)
+
+
+def show(model: str | None, named: Flags, memory: str | None, threads: int | None, as_json: bool) -> None:
+    """Print what the named devices offer and the placement on them. Raises H2OError."""
     named.check()
     if not named.are_given:
         raise UsageError("no devices were named", "name some with --workers or --devices")
@@ -55,7 +59,7 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     file = ModelFile.open(resolve_model(model))
     budget = Budget.parse(memory).n_bytes
-    found = survey(file, Devices(named.addresses(), None, tls), budget, threads or default_threads(), note)
+    found = survey(file, Devices(named.addresses(), None, named.tls), budget, threads or default_threads(), note)
     print_json(found) if as_json else emit(_text(found) + "\n")
 
 

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from h2o_cli import device_flags
 from h2o_cli import kv_flags as flag
+from h2o_cli.cmd_devices import show as show_devices
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
 from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
 from h2o_cli.session.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT
 from h2o_cli.session.kv_filter import KvChoice, KvFlags, choose_filter, read_kv_config
 from h2o_cli.session.models import DEFAULT_MODEL, ROOT, find_profile, need_profile, resolve_model
+from h2o_cli.session.team import Flags
 from runtime.errors import BudgetError, DiskError, EngineError, ModelError, PlanError, ProfileError, UsageError
 from runtime.plans.budget import Budget
 from runtime.plans.file import default_plan_path, read_plan
@@ -39,6 +42,7 @@ EPILOG = """Examples:
   h2o plan --live                 try plans on the process that is running, keep the fastest
   h2o plan -c profile.json -m 1GB --json
   h2o plan -m 400 --ctx 16384 --kv-filter --kv-store disk    for a run with the same flags
+  h2o plan model.gguf --workers local,192.168.1.7:9999 --tls cluster/me      placement over devices
   h2o plan --source -c four-keys.json -m 400 -s kw.bin --compat    as the source system plans, in its file
 """
 
@@ -136,11 +140,22 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     kv_strategy: flag.Strategy = None,
     kv_method: flag.Method = None,
     kv_config: flag.Config = None,
+    workers: device_flags.Workers = None,
+    device_file: device_flags.File = None,
+    priority: device_flags.Priority = None,
+    prioritize_by_memory: device_flags.ByMemory = False,
+    tls: device_flags.Tls = None,
 ) -> None:
     """Choose what stays in memory and what is streamed, for a budget.
 
-    The plan goes into the plan file; `h2o run` takes it over, also while it is running.
+    The plan goes into the plan file; `h2o run` takes it over, also while it is running. With workers the layers are
+    placed over devices, and nothing is written.
     """
+    devices = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory)
+    devices.check()
+    if devices.are_given:
+        show_devices(model, devices, memory, None, json)
+        return
     flags = KvFlags.of(locals())
     _check_flags(locals())
     options = PlanOptions(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("grpc", reason="the extra `workers` is not installed")
@@ -65,5 +67,9 @@ def test_devices_are_shown(file, capsys):
         assert (local["address"], local["link_ms"], other["address"]) == ("local", None, addresses[0])
         assert 0 < other["link_ms"] < 100
         assert sorted(local["layers"] + other["layers"])[0][0] == 0
+        assert h2o(["plan", str(file.path), "--workers", ",".join(addresses), "--json"]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert [[0, 4]] in planned["placement"].values()
+        assert planned["predicted_ms_per_token"] > 0
     assert h2o(["devices", str(file.path)]) == 2
     assert "no devices were named" in capsys.readouterr().err

@@ -19,7 +19,9 @@ from runtime.llama.model_file import ModelFile  # noqa: E402
 def main(budget_bytes, listen, paths):
     files = {file.hash: file for file in map(ModelFile.open, paths)}
     worker = Worker(
-        files.get, Offer(budget_bytes, 1, budget_bytes), lambda text: print(text, file=sys.stderr, flush=True)
+        files.get,
+        Offer(budget_bytes, 1, budget_bytes, 1e9, 1e-9),
+        lambda text: print(text, file=sys.stderr, flush=True),
     )
     listener = Listener(listen, None, worker.converse)
     signal.signal(signal.SIGTERM, lambda number, _: worker.stop(number))

@@ -245,6 +245,10 @@ def survey(
     return {
         "model": str(file.path),
         "predicted_ms_per_token": 1000 * found.token_s,
+        "placement": {
+            device.address: [(first, last) for first, last, owner in found.stages if owner == device.address]
+            for device in measured
+        },
         "devices": [
             {
                 "address": device.address,
