@@ -48,12 +48,12 @@ class Pass(NamedTuple):
     @property
     def n_tokens(self) -> int:
         """How many tokens all parts have."""
-        return sum(len(part.tokens) for part in self.parts)
+        return sum([len(part.tokens) for part in self.parts])
 
     @property
     def n_outputs(self) -> int:
         """Of how many tokens the logits are wanted."""
-        return sum(part.n_outputs for part in self.parts)
+        return sum([part.n_outputs for part in self.parts])
 
     @property
     def needs_head(self) -> bool:
@@ -69,6 +69,8 @@ def cut(part: Part, n_ubatch: int, most: int, *, decode: bool = False) -> list[P
     through llama.cpp's kernels. So with most >= FULL_TILES the answer does not depend on how much memory there was.
     """
     tokens, passes = part.tokens, []
+    if part.n_outputs <= len(tokens) <= min(n_ubatch, most):  # for every token of an answer: so it is quick
+        return [Pass((part,), decode)]
     for block in range(0, len(tokens), n_ubatch):
         n = min(n_ubatch, len(tokens) - block)
         n_passes = -(-n // most)

@@ -199,7 +199,7 @@ class Engine:
         try:
             self.guests.begin(pass_)
             self._n_computing = pass_.n_tokens
-            long = pass_.n_tokens > 1  # it can be ended at any node
+            long = self._n_computing > 1  # it can be ended at any node
             self._context.call_back(wanted=long or self.guests.are_needed)
             status = self._context.decode(pass_)
         except Cancelled:

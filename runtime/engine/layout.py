@@ -137,11 +137,15 @@ class Layout:
 
         Where there is room for everything, what was touched stays for the next time.
         """
-        rows = rows_for(max(pass_.n_outputs for pass_ in passes), self._settings.n_logits)
-        use = Use(long=max(pass_.n_tokens for pass_ in passes) > max(SHORT_PASS, rows), rows=rows)
+        n_tokens = n_outputs = end = 0
+        for pass_ in passes:
+            n_tokens, n_outputs = max(n_tokens, pass_.n_tokens), max(n_outputs, pass_.n_outputs)
+            end = max(end, pass_.only.end)
+        rows = rows_for(n_outputs, self._settings.n_logits)
+        use = Use(long=n_tokens > max(SHORT_PASS, rows), rows=rows)
         if use.long:
             use = PROMPT if rows == 1 else self._everything
-        room = self._cache.steps(max(pass_.only.end for pass_ in passes))
+        room = self._cache.steps(end)
         if self._fits and self.streamed_bytes == 0:
             self._touched, self._room = use.with_(self._touched), max(room, self._room)
             return
