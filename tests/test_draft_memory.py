@@ -338,7 +338,7 @@ def test_auto_on_a_model_of_four_bits_goes_on_without_drafts(capsys, bundled_var
 
 def said(opened, saved_s, statistics):
     speculation = SimpleNamespace(saved_s=saved_s, drafter=SimpleNamespace(name="draft"))
-    model = SimpleNamespace(profile=None, is_named=True)
+    model = SimpleNamespace(profile=None, is_named=True, team=None)
     session = SimpleNamespace(engine=opened, budget_bytes=10**8, speculation=speculation, model=model)
     return closing_line(session, statistics)
 
