@@ -10,7 +10,7 @@ import pytest
 from test_model_profile import make_profile
 
 from h2o_cli import main as cli
-from h2o_cli.session.profiled import Profiled
+from h2o_cli.session.profiled import Profiled, early_child
 from planner.choose import choose_exactly
 from planner.kv import KvUse
 from planner.simulator import token_s
@@ -114,3 +114,22 @@ def test_a_damaged_profile(profile, tiny_model, tmp_path):
     assert len(lines) == 1
     assert "made.json was not used: " in lines[0]
     assert "measure again" in lines[0]
+
+
+@pytest.mark.usefixtures("profile")
+def test_a_child_that_began_early_is_used_or_ended(tiny_model, tmp_path, monkeypatch):
+    child = early_child()
+    found = Profiled.find(ModelFile.open(tiny_model("qwen2")), pytest.fail, child)
+    assert found._child is child
+    assert ends_with(found.rest, found)
+    begun = []
+    monkeypatch.setattr("h2o_cli.session.model.early_child", lambda: begun.append(early_child()) or begun[-1])
+    for model in (tiny_model("llama"), tmp_path / "none.gguf"):  # without a profile; not there
+        code = cli.run_command(["run", str(model), "-p", "a", "-n", "1", "-t", "1", "-s", str(tmp_path / "plan")])
+        assert code == (not model.exists())
+        assert begun[-1]._child == 0
+
+
+def test_no_child_without_profiles(tmp_path, monkeypatch):
+    monkeypatch.setenv("H2O_PROFILES", str(tmp_path))
+    assert early_child() is None

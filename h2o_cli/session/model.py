@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 from h2o_cli.session import team
@@ -11,7 +12,7 @@ from h2o_cli.session.defaults import CONVERSATION_CONTEXT, UBATCH, default_threa
 from h2o_cli.session.drafting import draft_file, expected_draft_bytes
 from h2o_cli.session.first_plan import FirstPlan
 from h2o_cli.session.options import SessionOptions
-from h2o_cli.session.profiled import Profiled
+from h2o_cli.session.profiled import Profiled, early_child
 from h2o_cli.session.smallest import CONVERSATION
 from runtime.answer.speculate import most_drafted
 from runtime.errors import H2OError, UsageError
@@ -37,13 +38,18 @@ class OpenModel:
         self.caller = caller
         self.weights: Weights | None = None
         self.is_named = options.is_named
-        with caller.held():
-            self.file = ModelFile.open(options.model)
-        self.team = team.join(self.file, options.devices, options.budget, options.threads, note)
+        with ExitStack() as opened:
+            with caller.held():
+                child = early_child()
+                if child:
+                    opened.callback(child.close)
+                self.file = ModelFile.open(options.model)
+            self.team = team.join(self.file, options.devices, options.budget, options.threads, note)
+            opened.pop_all()
         if self.team:
             self.file = self.team.part
         with caller.held():
-            self.profile = Profiled.find(self.file, note)
+            self.profile = Profiled.find(self.file, note, child)
             path, is_named = options.plan_file or default_plan_path(), options.plan_file is not None
             self.first_plan = FirstPlan.find(self.file, path, options.budget, note, is_named=is_named)
             settings = settings_for(self.file, options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)

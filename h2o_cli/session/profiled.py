@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from h2o_cli.session.defaults import LEAST_UBATCH
-from h2o_cli.session.models import find_profile
+from h2o_cli.session.models import find_profile, profiles_folder
 from runtime.errors import BudgetError, EngineError, ProfileError
 from runtime.kv.options import KvFilter
 from runtime.limited import Child, Failed
@@ -42,12 +42,14 @@ class Profiled:
     _child: Child | None = None
 
     @classmethod
-    def find(cls, file: ModelFile, note: Callable[[str], None]) -> Profiled | None:
-        """The newest profile of this model, if there is one that can be used."""
+    def find(cls, file: ModelFile, note: Callable[[str], None], child: Child | None = None) -> Profiled | None:
+        """The newest profile of this model, if there is one that can be used. child: an early_child, taken over."""
         path = find_profile(file.hash)
         if path is None:
+            if child:
+                child.close()
             return None
-        found = cls(path, tuple(file.paths))
+        found = cls(path, tuple(file.paths), _child=child)
         try:
             *machine, found.request_bytes, found.depth = found._ask("facts")
         except (Failed, EngineError) as error:
@@ -82,14 +84,25 @@ class Profiled:
 
     def _ask(self, *question: Any) -> Any:
         """The answer to a question: the name of a method of _Reader, and what it takes. Raises Failed, EngineError."""
-        if self._child is None:
-            reader = _Reader(self.path, self.model_paths)
-            self._child = Child(reader.load, reader.answer, _MORE_BYTES, _SECONDS, "the planner")
+        self._child = self._child or _start()
+        whose = str(self.path), [str(path) for path in self.model_paths]
         try:
-            return marshal.loads(self._child.ask(marshal.dumps(question)))
+            return marshal.loads(self._child.ask(marshal.dumps((whose, question))))
         except Failed:
             self.rest()
             raise
+
+
+def early_child() -> Child | None:
+    """A child that loads the planner while this process reads a model's index; None where there is no profile."""
+    with suppress(EngineError):
+        return _start() if any(profiles_folder().glob("*.json")) else None
+    return None
+
+
+def _start() -> Child:
+    reader = _Reader()
+    return Child(reader.load, reader.answer, _MORE_BYTES, _SECONDS, "the planner")
 
 
 class _Reader:
@@ -97,18 +110,18 @@ class _Reader:
 
     profile: ModelProfile
 
-    def __init__(self, path: Path, model_paths: tuple[Path, ...]) -> None:
-        self._path, self._model_paths = path, model_paths
-
-    def load(self) -> None:
-        """Read the profile. Raises ProfileError."""
-        from profiler.model_profile import load_profile
-
-        self.profile = load_profile(self._path).checked(self._model_paths)
+    @staticmethod
+    def load() -> None:
+        """Load the code."""
+        import planner.choose  # noqa: F401
 
     def answer(self, question: bytes) -> bytes:
-        """What the method that a question names makes of the rest of it."""
-        name, *arguments = marshal.loads(question)
+        """What the method that a question names makes of the rest of it. Raises ProfileError."""
+        (path, model_paths), (name, *arguments) = marshal.loads(question)
+        if "profile" not in vars(self):
+            from profiler.model_profile import load_profile
+
+            self.profile = load_profile(path).checked(list(map(Path, model_paths)))
         return marshal.dumps(getattr(self, name)(*arguments))
 
     def facts(self) -> tuple[float, float, int, int]:
