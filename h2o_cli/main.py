@@ -15,7 +15,7 @@ from typer.core import TyperGroup, TyperOption
 from h2o_cli import hints
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import ReaderGone, note, print_error, silence_stdout
-from runtime.errors import LIMITS, NO_PROC, Cancelled, EngineError, H2OError, UsageError
+from runtime.errors import LIMITS, NO_PROC, NO_THREADS, Cancelled, EngineError, H2OError, UsageError
 
 COMMANDS = {
     "run": "Run a model inside a memory budget: one prompt, or a conversation.",
@@ -175,9 +175,9 @@ def run_command(arguments: list[str] | None = None) -> int:
 def _explained(error: Exception) -> tuple[str, str]:
     """What happened and what to do: a limit of the system, or nobody knows."""
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
-        return "the system starts no more threads", "raise `ulimit -u`, or end other programs"
+        return NO_THREADS
     if isinstance(error, FileNotFoundError) and str(error.filename).startswith("/proc/"):
-        return "there is no /proc here, which this program needs", NO_PROC
+        return NO_PROC
     for number, next_step in LIMITS.items():
         if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
             return f"the system says: {os.strerror(number)}", next_step

@@ -8,13 +8,13 @@ layer.
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 
 from runtime.llama import abi
 from runtime.llama.own_graph import describe, operate
 from runtime.llama.tiled_product import TiledProduct
 from runtime.memory import Region
+from runtime.threads import start_threads
 
 AWAKE_S = 0.006  # 0.5, 2 and 6 ms made a pass of 440 ms behind a slow disk one of 93, 80 and 47 ms
 _N_IN, _N_ROWS = 1024, 256  # a megabyte of weights: a small part of a millisecond on any core
@@ -58,7 +58,6 @@ class Computing:
         self._n_done, self._seen = 0, (0, 0.0)
         self._waker = Waker(n_threads)
         self._going = True
-        self._thread = threading.Thread(target=self._work, daemon=True)
 
     def speed(self) -> float:
         """Products per second since the last question."""
@@ -70,11 +69,14 @@ class Computing:
             self._waker.compute()
             self._n_done += 1
 
+    def _stop(self) -> None:
+        self._going = False
+
     def __enter__(self) -> Computing:
-        self._thread.start()
+        (self._thread,) = start_threads(1, "computing", self._work, self._stop)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._going = False
+        self._stop()
         self._thread.join()
         self._waker.close()

@@ -26,6 +26,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
 from runtime.settings import Settings
 from runtime.sizes import MIB, PAGE, page_down, page_up
+from runtime.threads import start_threads
 from runtime.weights.files import BUFFERED, DIRECT, WeightFiles
 
 LEAST_BUFFER_BYTES, BUFFER_BYTES = MIB, 16 * MIB  # the most that is in flight at once
@@ -163,19 +164,20 @@ class ChunkReader:
         self._deadline = time.perf_counter() + limit_s
         slot_bytes = page_down(self._buffer.n_bytes // depth)
         addresses = [self._buffer.address + i * slot_bytes for i in range(depth)]
-        threads = [threading.Thread(target=self._work, args=(address,), daemon=True) for address in addresses]
-        for thread in threads:
-            thread.start()
+        threads = start_threads(depth, "sample", lambda: self._work(addresses.pop()), self._stop)
         try:
             for thread in threads:
                 thread.join()
         finally:
-            self._deadline = 0.0
+            self._stop()
             for thread in threads:
                 thread.join()
         if self._error:
             raise self._error
         return self._arrivals
+
+    def _stop(self) -> None:
+        self._deadline = 0.0
 
     def _work(self, address: int) -> None:
         while time.perf_counter() < self._deadline:

@@ -93,18 +93,6 @@ class DiskTimes:
     row_s: Spread
 
 
-def measure(
-    path: str | os.PathLike[str],
-    repeats: int = 3,
-    progress: Callable[[float], None] = lambda _share: None,
-    *,
-    n_threads: int | None = None,
-    budget_bytes: int = 0,
-) -> ModelProfile:
-    """The profile of the model at path. progress gets the share done, 0 to 1. Raises H2OError."""
-    return Measurement(path, repeats, progress, n_threads=n_threads, budget_bytes=budget_bytes).run()
-
-
 class Measurement:
     """One run of all measurements. `share` says how much is done, `notes` what the user should know afterwards."""
 

@@ -1,4 +1,4 @@
-"""Repeated measurements: the first ones are dropped, the rest become a Spread."""
+"""Times measured, alone or repeated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,6 @@ def seconds_of(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-def repeat(action: Callable[[], object], repeats: int, warm_ups: int = 1) -> Spread:
-    """Seconds per call over `repeats` calls, after warm_ups calls that do not count."""
-    for _ in range(warm_ups):
-        action()
-    return Spread.of([seconds_of(action) for _ in range(repeats)])
 
 
 def columns(rows: Sequence[Sequence[float]]) -> list[Spread]:

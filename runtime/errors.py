@@ -24,7 +24,8 @@ LIMITS = {
     errno.ENOSPC: "free some space on the disk",
 }
 """What to do when the system gives no more of something."""
-NO_PROC = "mount it: mount -t proc proc /proc"
+NO_PROC = ("there is no /proc here, which this program needs", "mount it: mount -t proc proc /proc")
+NO_THREADS = ("the system starts no more threads", "raise `ulimit -u`, or end other programs")
 
 
 class H2OError(Exception):

@@ -44,8 +44,8 @@ def _huge_page_bytes() -> int:
 HUGE_PAGE = _huge_page_bytes()
 
 
-def _mmap(address: int | None, n_bytes: int, prot: int, flags: int, fd: int = -1) -> int:
-    found = _libc.mmap(address, n_bytes, prot, flags, fd, 0)
+def _mmap(address: int | None, n_bytes: int, prot: int, flags: int) -> int:
+    found = _libc.mmap(address, n_bytes, prot, flags, -1, 0)
     if found == _MAP_FAILED or found is None:
         reason = os.strerror(ctypes.get_errno())
         raise EngineError(
@@ -129,10 +129,10 @@ def huge_pages(start: int, end: int, *, wanted: bool) -> None:
 class Region:
     """Private anonymous memory: address space at once, pages when they are first written. Aligned to huge pages."""
 
-    def __init__(self, n_bytes: int, prot: int = _PROT_RW) -> None:
+    def __init__(self, n_bytes: int) -> None:
         self.n_bytes = max(page_up(n_bytes), PAGE)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        start = _mmap(None, self.n_bytes + HUGE_PAGE, prot, flags)
+        start = _mmap(None, self.n_bytes + HUGE_PAGE, _PROT_RW, flags)
         self.address = -(-start // HUGE_PAGE) * HUGE_PAGE
         before = self.address - start
         if before:

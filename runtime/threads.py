@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from runtime.errors import EngineError
+from runtime.errors import NO_THREADS, EngineError
 
 _POLL_S = 0.1
 
@@ -23,7 +23,7 @@ def start_threads(n: int, name: str, work: Callable[[], None], stop: Callable[[]
             stop()
             for started in threads[:i]:
                 started.join()
-            raise EngineError("the system starts no more threads", "raise `ulimit -u`, or end other programs") from None
+            raise EngineError(*NO_THREADS) from None
     return threads
 
 

@@ -79,6 +79,26 @@ def tiny_model(model_folder):
     return make
 
 
+@pytest.fixture(scope="module")
+def tokenizer_of():
+    """tokenizer_of(path): a Tokenizer whose model lives as long as the module."""
+    from runtime.llama.hollow import HollowModel
+    from runtime.llama.model_file import ModelFile
+    from runtime.llama.tokenizer import Tokenizer
+
+    models = {}
+
+    def make(path):
+        if path not in models:
+            file = ModelFile.open(path)
+            models[path] = (HollowModel(file), file)
+        return Tokenizer(*models[path])
+
+    yield make
+    for model, _ in models.values():
+        model.free()
+
+
 @pytest.fixture(scope="session")
 def bundled_model():
     """The model that comes with the project."""

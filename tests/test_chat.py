@@ -10,26 +10,8 @@ import pytest
 
 from runtime.errors import PromptError
 from runtime.llama.chat import CHATML, CHATML_STOP, Chat, Message
-from runtime.llama.hollow import HollowModel
-from runtime.llama.model_file import ModelFile
-from runtime.llama.tokenizer import Tokenizer
 
 TALK = [Message("user", "Hello"), Message("assistant", "Hi."), Message("user", "Bye")]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_of():
-    models = {}
-
-    def make(path):
-        if path not in models:
-            file = ModelFile.open(path)
-            models[path] = (HollowModel(file), file)
-        return Tokenizer(*models[path])
-
-    yield make
-    for model, _ in models.values():
-        model.free()
 
 
 def test_the_models_own_template(tiny_model, tokenizer_of):
@@ -43,7 +25,7 @@ def test_the_models_own_template(tiny_model, tokenizer_of):
     )
     assert (notes, chat.stop) == ([], ())
     tokens = chat.encode(TALK, 500)
-    assert tokenizer.decode(tokens, special=True) == text
+    assert b"".join(tokenizer.piece(token, special=True) for token in tokens).decode() == text
     start = tokenizer.encode("<|im_start|>", parse_special=True)[0]
     assert tokens.count(start) == 4
 

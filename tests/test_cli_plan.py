@@ -16,6 +16,7 @@ from profiler.model_profile import KvLayer, KvProfile, load_profile, save_profil
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Layout, Plan
+from runtime.plans.residency import layer_bytes
 from runtime.sizes import PAGE
 
 KEYS = {
@@ -384,7 +385,9 @@ def test_missing_and_broken_profiles(plan, profiles, tmp_path, tiny_model):
 def test_profile_of_a_model_is_found_and_used_by_run(plan_json, profiles, profile, tiny_model, capsys, plan_file):
     model = tiny_model("qwen2")
     file = ModelFile.open(model)
-    found = make_profile([piece.n_bytes for piece in file.layers], [1e-3] * 4, head=file.head.n_bytes, fixed=80 * MB)
+    found = make_profile(
+        [layer_bytes(layer) for layer in file.layers], [1e-3] * 4, head=layer_bytes(file.head), fixed=80 * MB
+    )
     info = msgspec.structs.replace(found.model, path=str(model), hash=file.hash)
     save_profile(msgspec.structs.replace(found, model=info), profiles / "tiny.json")
     assert plan_json(model, "-m", 400)["model"] == str(model)

@@ -259,7 +259,7 @@ def test_rows_of_any_size_come_back_from_the_file(data):
     n_cells = 256
     tensors = [abi.Tensor(type=1) for _ in range(2)]
     parts = tuple(Rows2D(abi.ctypes.addressof(tensor), row_bytes, n_cells, is_half=True) for tensor in tensors)
-    cache = Cache({3: CacheLayer(3, parts)}, (3,))
+    cache = Cache({3: CacheLayer(parts)}, (3,))
     rows = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 255, (2, n_cells, row_bytes), np.uint8)
     store = DiskStore(cache, [3], KvFilter(folder=os.environ.get("TMPDIR", "/tmp"), store="disk"))
     compact = Compact(cache.layers[3], n_cells)
@@ -295,7 +295,7 @@ def test_rows_of_any_size_come_from_the_cache(row_bytes, n_new, n_threads, data)
         tensor.data = rows.ctypes.data
     addresses = map(ctypes.addressof, tensors)
     both = tuple(Rows2D(a, size, n_cells, is_half=False) for a, size in zip(addresses, row_bytes, strict=True))
-    layers = {n: CacheLayer(n, both) for n in (3, 5)}
+    layers = {n: CacheLayer(both) for n in (3, 5)}
     store = RamStore(Cache(layers, (3, 5)), (3, 5), KvFilter(keep=n_slots), n_threads)
     compact = {n: Compact(layer, n_cells) for n, layer in layers.items()}
     slots = Slots(n_slots, n_cells)

@@ -38,7 +38,7 @@ def test_profile_of_a_small_model(tiny_model, tmp_path, arch):
     path = tiny_model(arch)
     file = ModelFile.open(path)
     shares = []
-    profile = measure.measure(path, 3, shares.append, n_threads=1)
+    profile = Measurement(path, 3, shares.append, n_threads=1).run()
     assert profile.model.hash == file.hash
     assert profile.model.tied_head == file.tied_head
     assert [layer.bytes for layer in profile.layers] == [layer_bytes(layer) for layer in file.layers]
@@ -125,7 +125,7 @@ def test_memory_figures_agree_with_the_engines_ledger(opened):
 
 def test_a_budget_below_the_floor_is_refused_with_the_floor(tiny_model):
     with pytest.raises(BudgetError) as caught:
-        measure.measure(tiny_model("llama"), budget_bytes=20_000_000)
+        Measurement(tiny_model("llama"), budget_bytes=20_000_000).run()
     assert caught.value.floor_bytes > 20_000_000
     assert f"-m {caught.value.floor_bytes // 10**6}" in caught.value.next_step
 
@@ -133,8 +133,8 @@ def test_a_budget_below_the_floor_is_refused_with_the_floor(tiny_model):
 def test_a_budget_at_the_floor_works(tiny_model):
     path = tiny_model("llama")
     with pytest.raises(BudgetError) as caught:
-        measure.measure(path, budget_bytes=1)
-    measure.measure(path, 1, budget_bytes=caught.value.floor_bytes + 3_000_000)
+        Measurement(path, budget_bytes=1).run()
+    Measurement(path, 1, budget_bytes=caught.value.floor_bytes + 3_000_000).run()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])

@@ -59,7 +59,6 @@ def test_groups_and_pieces(tiny_model, arch):
     assert [piece.number for piece in pieces] == list(range(len(pieces)))
     for group in model.groups:
         assert {piece.layer for piece in group.pieces} == {group.index}
-        assert group.n_bytes == sum(piece.n_bytes for piece in group.pieces)
     for layer in model.layers:
         names = [piece.tensor.name for piece in layer.pieces] + [info.name for info in layer.small]
         assert all(name.startswith(f"blk.{layer.index}.") for name in names)
@@ -111,7 +110,7 @@ def test_facts_of_the_header(tiny_model):
     assert model.hyper_parameter("feed_forward_length") == 512
     assert model.hyper_parameter("attention.head_count_kv") == 2
     assert model.hyper_parameter("context_length") == 512
-    assert model.hyper_parameter("attention.sliding_window", 7) == 7
+    assert model.hyper_parameter("attention.sliding_window") == 0
     assert [info.name for info in model.row_tables] == ["token_embd.weight"]
     assert [info.name for info in model.globals] == ["output_norm.weight"]
     assert model.row_tables[0].n_rows == 512

@@ -20,7 +20,7 @@ from runtime.kv.options import KvFilter
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.plan import Layout, Plan
-from runtime.plans.residency import streamable_bytes
+from runtime.plans.residency import layer_bytes, streamable_bytes
 from runtime.settings import Settings
 
 MB = 10**6
@@ -39,7 +39,7 @@ def opened():
             file = ModelFile.open(path)
             hollow = HollowModel(file)
             needs = measure_memory(file, hollow, default_settings(file))
-            profile = make_profile([layer.n_bytes for layer in file.layers], [0.1] * file.n_layers)
+            profile = make_profile([layer_bytes(layer) for layer in file.layers], [0.1] * file.n_layers)
             changes = {"memory": needs.memory, "kv": needs.kv, "kv_bytes_per_token": needs.kv_bytes_per_token}
             models[path] = file, hollow, msgspec.structs.replace(profile, **changes)
         return models[path]

@@ -60,12 +60,6 @@ class RingUse(RuleBasedStateMachine):
         assert self.ring.take(PAGE) is None
         self.ring.give_back(slot)
 
-    @precondition(lambda self: self.ring)
-    @rule()
-    def clear(self):
-        self.ring.clear()
-        self.taken.clear()
-
     @invariant()
     def slots_are_in_bounds_and_apart(self):
         places = sorted((slot.start, slot.end) for slot, _ in self.taken)
@@ -131,15 +125,6 @@ def test_a_slot_taken_around_the_end_returns_to_before_it(ring):
     assert pages(ring.take(PAGE)) == (9, 10)
     ring.give_back(b)
     assert ring.take(9 * PAGE)  # the page at the end is the only one in use
-
-
-def test_a_slot_given_back_after_clear_changes_nothing(ring):
-    old = ring.take(3 * PAGE)
-    ring.clear()
-    new = ring.take(10 * PAGE)
-    ring.give_back(old)
-    assert ring.take(PAGE) is None
-    assert pages(new) == (0, 10)
 
 
 def test_addresses_are_those_of_the_region(ring):

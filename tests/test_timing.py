@@ -1,14 +1,6 @@
 import pytest
 
-from profiler.timing import columns, repeat, seconds_of
-
-
-def test_repeat_drops_the_warm_up():
-    calls = []
-    spread = repeat(lambda: calls.append(1), repeats=4, warm_ups=2)
-    assert len(calls) == 6
-    assert spread.n == 4
-    assert 0 <= spread.minimum <= spread.mean <= spread.maximum
+from profiler.timing import columns, seconds_of
 
 
 def test_seconds_of_times_the_call(monkeypatch):

@@ -11,28 +11,9 @@ from hypothesis import strategies as st
 
 from runtime.errors import PromptError
 from runtime.llama import cuts
-from runtime.llama.hollow import HollowModel
-from runtime.llama.model_file import ModelFile
-from runtime.llama.tokenizer import Tokenizer
 
 TEXTS = ["Once upon a time", " leading", "wörld 😀 日本語", "", "a\n\tb", "<s>not special</s>", "e\u0301\u200d"]
 ARCHS = ("llama", "qwen2", "gemma2", "gpt2")
-
-
-@pytest.fixture(scope="module")
-def tokenizer_of():
-    """tokenizer_of(path): a Tokenizer whose model lives as long as the module."""
-    models = {}
-
-    def make(path):
-        if path not in models:
-            file = ModelFile.open(path)
-            models[path] = (HollowModel(file), file)
-        return Tokenizer(*models[path])
-
-    yield make
-    for model, _ in models.values():
-        model.free()
 
 
 @pytest.mark.parametrize("arch", ARCHS)

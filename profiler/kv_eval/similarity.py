@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 CURVE_LENGTHS = (4, 8, 12, 16)
+PROPOSED = 4
 
 
 def similarity(scores: Floats, n_best: int) -> Floats:
@@ -32,13 +33,13 @@ def similarity(scores: Floats, n_best: int) -> Floats:
     return found.astype(np.float32)
 
 
-def curves(matrix: Floats, lengths: Sequence[int] = CURVE_LENGTHS) -> dict[int, Floats]:
+def curves(matrix: Floats) -> dict[int, Floats]:
     """n -> [n_layers]: mean similarity of layer a with the n layers from a on, those that there are.
 
     Lengths beyond the number of layers are left out, or cut to it when all are.
     """
     n_layers = len(matrix)
-    known = [n for n in lengths if n <= n_layers] or [n_layers]
+    known = [n for n in CURVE_LENGTHS if n <= n_layers] or [n_layers]
     return {n: np.array([matrix[a, a : a + n].mean() for a in range(n_layers)], np.float32) for n in known}
 
 
@@ -53,9 +54,9 @@ class Proposal:
 
 
 def propose(
-    matrix: Floats, numbers: Sequence[int], *, most_dense: int, most_filters: int, waits: Sequence[int], n_each: int = 4
+    matrix: Floats, numbers: Sequence[int], *, most_dense: int, most_filters: int, waits: Sequence[int]
 ) -> list[Proposal]:
-    """The best filter layers, best first: n_each for every number of filters, wait and number of dense layers.
+    """The best filter layers, best first: PROPOSED for every number of filters, wait and number of dense layers.
 
     numbers [n_layers]: the layers of the matrix as numbers of the model, rising. Best is the largest sum over all
     layers of the similarity with the filter layer before them, where dense layers count as 1; at most most_dense are.
@@ -64,13 +65,13 @@ def propose(
     """
     found: dict[tuple[int, ...], Proposal] = {}
     for wait in waits:
-        table = _table(matrix, numbers, wait, most_dense, most_filters, n_each)
+        table = _table(matrix, numbers, wait, most_dense, most_filters)
         for n_filters in range(1, most_filters + 1):
             ways: Ways = {}
             for first in range(len(numbers)):
                 for n_dense, best in table.get((n_filters, first), {}).items():
                     for score, filters in best:
-                        _keep(ways, n_dense + first, (score + first, filters), n_each)
+                        _keep(ways, n_dense + first, (score + first, filters))
             for n_dense, best in ways.items():
                 if n_dense <= min(most_dense, len(numbers) - 1):
                     for score, filters in best:
@@ -104,7 +105,7 @@ Ways = dict[int, list[Way]]
 
 
 def _table(
-    matrix: Floats, numbers: Sequence[int], wait: int, most_dense: int, most_filters: int, n_each: int
+    matrix: Floats, numbers: Sequence[int], wait: int, most_dense: int, most_filters: int
 ) -> dict[tuple[int, int], Ways]:
     """(filters left, index of the first of them) -> the best ways from there on."""
     n = len(numbers)
@@ -123,15 +124,15 @@ def _table(
                 for n_dense, best in table.get((n_filters - 1, following), {}).items():
                     if n_own + n_dense <= most_dense:
                         for score, filters in best:
-                            _keep(ways, n_own + n_dense, (gained + score, (start, *filters)), n_each)
+                            _keep(ways, n_own + n_dense, (gained + score, (start, *filters)))
             table[n_filters, start] = ways
     return table
 
 
-def _keep(ways: Ways, n_dense: int, way: Way, n_each: int) -> None:
-    """Add a way where it is among the n_each best."""
+def _keep(ways: Ways, n_dense: int, way: Way) -> None:
+    """Add a way where it is among the PROPOSED best."""
     best = ways.setdefault(n_dense, [])
-    if len(best) < n_each or way[0] > best[-1][0]:
+    if len(best) < PROPOSED or way[0] > best[-1][0]:
         best.append(way)
         best.sort(key=lambda other: -other[0])
-        del best[n_each:]
+        del best[PROPOSED:]

@@ -85,10 +85,6 @@ class Sampler:
         for token in tokens:
             abi.llama.llama_sampler_accept(self._chain, token)
 
-    def reset(self) -> None:
-        """Forget all tokens; the random numbers start again from the seed."""
-        abi.llama.llama_sampler_reset(self._chain)
-
     def close(self) -> None:
         """Free the chain."""
         if self._chain:

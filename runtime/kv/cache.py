@@ -41,18 +41,12 @@ class Rows2D:
 class CacheLayer:
     """Keys and values of one layer."""
 
-    layer: int
     parts: tuple[Rows2D, Rows2D]  # K, V
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one position."""
         return self.parts[K].row_bytes + self.parts[V].row_bytes
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all positions."""
-        return self.parts[K].n_bytes + self.parts[V].n_bytes
 
 
 @dataclass(frozen=True)
@@ -95,5 +89,5 @@ def _layers(group: Mapping[str, int], file: ModelFile) -> dict[int, CacheLayer]:
     for layer, (keys, values) in parts.items():
         if keys is None or values is None:
             raise ModelError(f"layer {layer} has keys without values (MLA), which cannot be filtered", OFF)
-        layers[layer] = CacheLayer(layer, (keys, values))
+        layers[layer] = CacheLayer((keys, values))
     return layers

@@ -44,7 +44,6 @@ class Compact:
     """Keys and values of one sparse layer: n_rows rows each, memory that is touched lazily."""
 
     def __init__(self, cache: CacheLayer, n_rows: int) -> None:
-        self.n_rows = n_rows
         self.parts = cache.parts
         self._regions = [Region(n_rows * part.row_bytes) for part in cache.parts]
         for region in self._regions:

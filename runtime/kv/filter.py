@@ -76,49 +76,31 @@ class Filter:
         stopped: Stopped,
         skip: Callable[[int], object],
     ) -> None:
+        self.options, self.roles, self.cache = options, roles, cache
+        self._scorer, self._skip = scorer, skip
+        self._heavy: dict[int, HeavyHitters] = {}
         with ExitStack() as opened:
             opened.callback(scorer.close)
-            self._open(options, cache, roles, scorer, stopped, opened)
+            parts = {n: layer.parts for n, layer in cache.layers.items()}
+            self._needs = filter_needs(options, roles, parts, cache.filterable, scorer.n_heads)
+            self._sparse = self._open_sparse(stopped) if options.method != "full" else None
+            if self._sparse:
+                opened.callback(self._sparse.close)
+            dense = [n for n in cache.filterable if n not in roles.sparse]
+            values = {n: parts[n][V] for n in dense if turns(options, parts[n][V])}
+            self._dense = DenseAttention(scorer.n_threads, values) if values else None
+            if self._dense:
+                opened.callback(self._dense.close)
             self._opened = opened.pop_all()
-        self._skip = skip
-
-    def _open(
-        self,
-        options: KvFilter,
-        cache: Cache,
-        roles: Roles,
-        scorer: Scorer,
-        stopped: Stopped,
-        opened: ExitStack,
-    ) -> None:
-        self.options, self.roles, self.cache = options, roles, cache
-        self._scorer = scorer
-        parts = {n: layer.parts for n, layer in cache.layers.items()}
-        self._needs = filter_needs(options, roles, parts, cache.filterable, scorer.n_heads)
-        self._sparse: SparseRows | None = None
-        self._heavy: dict[int, HeavyHitters] = {}
         self._fixed: list[Rows] = []
-        if options.method != "full":
-            segments = tuple(segment.sparse for segment in roles.segments)
-            if options.method == "heavy":
-                segments = tuple((layer,) for layer in roles.sparse)
-                n_cells = max(cache.layers[layer].parts[0].n_cells for layer in roles.sparse)
-                self._heavy = {layer: HeavyHitters(n_cells) for layer in roles.sparse}
-            self._sparse = SparseRows(options, cache, segments, stopped, scorer.n_threads)
-            opened.callback(self._sparse.close)
         self._layers = frozenset(self._sparse.layers) if self._sparse else frozenset()
         self._own = self._sparse.own if self._sparse else set()
-        self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
+        self._part_of = {part.root: (n, i) for n, both in parts.items() for i, part in enumerate(both)}
         self._filterable = frozenset(cache.filterable)
         self._scored = options.method == "omnikv"
         self._windowed = self._scored and options.select in WINDOWED
         self._queries: dict[int, Queries] = {n: deque(maxlen=options.window) for n in roles.filters}
         self._choosers: dict[int, Chooser] = {}
-        dense = [n for n in cache.filterable if n not in roles.sparse]
-        values = {n: cache.layers[n].parts[V] for n in dense if turns(options, cache.layers[n].parts[V])}
-        self._dense = DenseAttention(scorer.n_threads, values) if values else None
-        if self._dense:
-            opened.callback(self._dense.close)
         self._n_past = self._n_tokens = 0  # of the pass at hand: positions before it, its own
         self._decode = False
         self._stored = 0
@@ -128,6 +110,14 @@ class Filter:
         self._watched: Collection[int] = ()
         self._watch: Watch | None = None
         self._n_decoded = self._read_before = self._fetched_before = 0
+
+    def _open_sparse(self, stopped: Stopped) -> SparseRows:
+        segments = tuple(segment.sparse for segment in self.roles.segments)
+        if self.options.method == "heavy":
+            segments = tuple((layer,) for layer in self.roles.sparse)
+            n_cells = max(self.cache.layers[layer].parts[0].n_cells for layer in self.roles.sparse)
+            self._heavy = {layer: HeavyHitters(n_cells) for layer in self.roles.sparse}
+        return SparseRows(self.options, self.cache, segments, stopped, self._scorer.n_threads)
 
     # --- figures ------------------------------------------------------------------------------------------------
 

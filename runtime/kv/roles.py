@@ -27,7 +27,6 @@ class Segment:
 class Roles:
     """The segments in order; every other layer is dense."""
 
-    n_layers: int
     segments: tuple[Segment, ...]
 
     @property
@@ -75,4 +74,4 @@ def layer_roles(n_layers: int, filters: Sequence[int], wait: int, filterable: Co
             f"filter layers {', '.join(map(str, filters))} and {wait} wait layers leave no layer to filter",
             "choose earlier or fewer --kv-layers, or a smaller --kv-wait",
         )
-    return Roles(n_layers, segments)
+    return Roles(segments)

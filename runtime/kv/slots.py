@@ -35,7 +35,6 @@ class Slots:
     """n_slots slots for n_slots of n_rows rows."""
 
     def __init__(self, n_slots: int, n_rows: int) -> None:
-        self.n_slots = n_slots
         self._row_of = np.full(n_slots, -1, np.int64)
         self._slot_of = np.full(n_rows, -1, np.int64)
         self._chosen = np.zeros(n_rows + 1, bool)  # the last one stands for an empty slot

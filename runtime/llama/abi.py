@@ -145,7 +145,6 @@ GetAlignment = ctypes.CFUNCTYPE(ctypes.c_size_t, POINTER)
 GetBase = ctypes.CFUNCTYPE(POINTER, POINTER)
 InitTensor = ctypes.CFUNCTYPE(ctypes.c_int, POINTER, POINTER)
 SetTensor = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, ctypes.c_size_t, ctypes.c_size_t)
-FreeBuffer = ctypes.CFUNCTYPE(None, POINTER)
 Clear = ctypes.CFUNCTYPE(None, POINTER, ctypes.c_uint8)
 EvalCallback = llama.ggml_backend_sched_eval_callback
 
@@ -234,7 +233,6 @@ class GgmlInitParams(ctypes.Structure):
 
 
 ggml_tensor_overhead = bind(ggml_base, "ggml_tensor_overhead", ctypes.c_size_t)
-ggml_graph_overhead = bind(ggml_base, "ggml_graph_overhead", ctypes.c_size_t)
 ggml_init = bind(ggml_base, "ggml_init", POINTER, GgmlInitParams)
 ggml_free = bind(ggml_base, "ggml_free", None, POINTER)
 ggml_new_tensor_2d = bind(
@@ -302,7 +300,6 @@ gguf_get_val_data = bind(ggml_base, "gguf_get_val_data", POINTER, POINTER, ctype
 gguf_get_arr_type = bind(ggml_base, "gguf_get_arr_type", ctypes.c_int, POINTER, ctypes.c_int64)
 gguf_get_arr_n = bind(ggml_base, "gguf_get_arr_n", ctypes.c_size_t, POINTER, ctypes.c_int64)
 gguf_get_arr_data = bind(ggml_base, "gguf_get_arr_data", POINTER, POINTER, ctypes.c_int64)
-gguf_get_arr_str = bind(ggml_base, "gguf_get_arr_str", ctypes.c_char_p, POINTER, ctypes.c_int64, ctypes.c_size_t)
 
 
 _TYPE_F32, _MOST_TYPES = 0, 64

@@ -48,7 +48,7 @@ class _HeaderCopies:
         self._fds.append(fd)
         self.paths.append(f"/proc/self/fd/{fd}".encode())
         if not os.path.exists(self.paths[-1]):
-            raise EngineError("there is no /proc here, which this program needs", NO_PROC)
+            raise EngineError(*NO_PROC)
         with open(path, "rb", buffering=0) as source:
             done = 0
             while done < header_bytes:

@@ -103,11 +103,6 @@ class Layer:
     pieces: tuple[Piece, ...]
     small: tuple[TensorInfo, ...] = ()
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the pieces."""
-        return sum(piece.n_bytes for piece in self.pieces)
-
 
 @dataclass(frozen=True)
 class ModelFile:
@@ -194,9 +189,9 @@ class ModelFile:
         for layer in self.groups:
             yield from layer.small
 
-    def hyper_parameter(self, key: str, default: int = 0) -> int:
-        """An integer of the header by its name after the architecture, e.g. "embedding_length"."""
-        return self.integers.get(key, default)
+    def hyper_parameter(self, key: str) -> int:
+        """An integer of the header by its name after the architecture, e.g. "embedding_length"; 0: not there."""
+        return self.integers.get(key, 0)
 
 
 def _split_paths(path: Path) -> list[Path]:

@@ -56,7 +56,7 @@ def parse_file_type(name: str) -> str:
     return kind
 
 
-def quantize(source: Path, target: Path, file_type: str, *, requantize: bool = False, threads: int = 0) -> None:
+def quantize(source: Path, target: Path, file_type: str, *, requantize: bool = False) -> None:
     """Write `source` to `target` in another file type with llama.cpp's own quantiser.
 
     `requantize` allows a source that is itself quantised.
@@ -65,7 +65,7 @@ def quantize(source: Path, target: Path, file_type: str, *, requantize: bool = F
 
     params = abi.llama.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[parse_file_type(file_type)]
-    params.nthread = threads or len(os.sched_getaffinity(0))
+    params.nthread = len(os.sched_getaffinity(0))
     params.allow_requantize = requantize
     abi.take_log()
     status = abi.llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))

@@ -150,9 +150,9 @@ class Tokenizer:
         """A decoder for the tokens of one answer."""
         return StreamDecoder(self)
 
-    def decode(self, tokens: list[int], *, special: bool = False) -> str:
+    def decode(self, tokens: list[int]) -> str:
         """The text of tokens; incomplete characters are replaced."""
-        return b"".join(self.piece(token, special=special) for token in tokens).decode(errors="replace")
+        return b"".join(self.piece(token) for token in tokens).decode(errors="replace")
 
     # --- facts --------------------------------------------------------------------------------------------------
 

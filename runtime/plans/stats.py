@@ -56,11 +56,6 @@ class PlanStats:
     wait_s: float
     written_s: float
 
-    @property
-    def ms_per_token(self) -> float | None:
-        """Decode time of a token since the plan was adopted; None before the first one."""
-        return 1000 * self.pass_s / self.tokens if self.tokens else None
-
 
 class StatsFile:
     """The file as its writer has it. No record is ever an error: what goes wrong is noted once.

@@ -56,10 +56,6 @@ class Ring:
         while self._slots and self._slots[-1].free:
             self._slots.pop()
 
-    def clear(self) -> None:
-        """Take all slots back."""
-        self._slots.clear()
-
     def address(self, slot: Slot) -> int:
         """Where the slot lies in memory (a multiple of the page size when all slots are)."""
         return self._region.address + slot.start
