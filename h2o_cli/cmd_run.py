@@ -184,6 +184,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     named, chat = model or (config.model if config else None), chat or bool(config and config.chat)
     session = SessionOptions.of(
         given,
+        sequences=1,
         model=resolve_model(named),
         is_named=named is not None,
         budget=budget,

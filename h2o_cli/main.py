@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "Choose what stays in memory and what is streamed, for a budget.",
     "profile": "Measure a model on this machine: disk, layers, memory.",
     "kv": "Find the layers of a model that can filter keys and values.",
+    "batch": "Answer many prompts from a file on one stream of weights.",
     "worker": "Compute some layers of a model for a run on another machine.",
     "devices": "Show what workers offer, and what a token would take with them.",
     "keys": "Make certificates for the machines of a small cluster.",

@@ -28,6 +28,7 @@ class Settings:
     draft_bytes: what a draft model in the same process will take.
     margin_bytes: what is kept free for all that nothing else in the ledger counts.
     kv: which keys and values a decode pass attends to (None: all).
+    n_sequences: texts in the cache at once; they share its n_ctx positions.
     """
 
     n_ctx: int = 512
@@ -43,6 +44,7 @@ class Settings:
     draft_bytes: int = 0
     margin_bytes: int = MARGIN_BYTES
     kv: KvFilter | None = None
+    n_sequences: int = 1
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def test_the_floor_of_a_part_counts_what_is_owned(tiny_model, layers, head, embe
         whole = opened.ledger
     with engine(path, part=lambda file: file.owned(layers, head=head, embedding=embedding)) as opened:
         table = whole.embedding_bytes if embedding else 0
-        own = {name: getattr(opened.ledger, name) for name in ("process_bytes", "window_bytes")}  # measured; the plan's
+        own = {name: getattr(opened.ledger, name) for name in ("process_bytes", "window_bytes", "kv_bytes")}
+        assert own["kv_bytes"] == pytest.approx(whole.kv_bytes / 2, rel=0.05)  # of two layers of four
         assert opened.ledger == replace(whole, embedding_bytes=table, **own)
         assert whole.embedding_bytes > 0
         assert opened.streamed_bytes == streamable_bytes(opened.file)

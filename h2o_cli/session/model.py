@@ -115,7 +115,8 @@ def settings_for(
     settings = Settings(
         n_ctx=n_ctx,
         n_ubatch=options.ubatch or max(SHORT_PASS, n_logits, min(UBATCH, n_prompt)),
-        n_logits=n_logits,
+        n_logits=max(n_logits, options.sequences),
+        n_sequences=options.sequences,
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,
         prefetch_input=options.prefetch_input,

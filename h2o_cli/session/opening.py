@@ -181,7 +181,8 @@ def _open_inside(model: OpenModel, options: SessionOptions, chosen: Chosen, sett
 def _open_engine(model: OpenModel, chosen: Chosen, settings: Settings) -> Engine:
     """The engine; a budget too small for the logits of long drafts has short ones, and then no look-up."""
     settings, most = replace(settings, fit_window=chosen.origin == DEFAULT), settings.n_logits
-    least, *more = sorted({most, rows_for(2, most), most if settings.draft_bytes else 1})
+    fewer = {rows_for(2, most), most if settings.draft_bytes else 1} if settings.n_sequences == 1 else set()
+    least, *more = sorted({most} | fewer)
     for n_logits in reversed(more):
         try:
             return _engine(model, chosen, replace(settings, n_logits=n_logits))

@@ -35,7 +35,7 @@ _MOST_WRITTEN = 200
 
 def least_settings(settings: Settings, ubatch: int | None) -> Settings:
     """Those of the smallest budget: the shortest passes of a prompt, no drafts from the text. ubatch: as given."""
-    n_logits = rows_for(2, settings.n_logits) if settings.draft_bytes else 1
+    n_logits = rows_for(2, settings.n_logits) if settings.draft_bytes else settings.n_sequences
     return replace(settings, n_ubatch=min(ubatch or FULL_TILES, FULL_TILES), n_logits=n_logits)
 
 
@@ -68,6 +68,7 @@ def _key(model_hash: int, settings: Settings, kind: str) -> str:
     kv = settings.kv and replace(settings.kv, folder="")
     margin = MARGIN_BYTES + more_margin(settings.n_ctx, settings.n_threads)
     facts = [margin, settings.n_ctx, settings.n_ubatch, settings.kv_type, settings.prefetch_input, kv]
+    facts += [settings.n_sequences] if settings.n_sequences > 1 else []
     return " ".join(map(str, [PINNED_VERSION, sys.hexversion, model_hash, kind, *facts]))
 
 

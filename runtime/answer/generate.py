@@ -88,6 +88,30 @@ def generate(
         yield Step(None, answer.text.finish(), CANCELLED)
 
 
+class Answer:
+    """The tokens and the text of an answer, as they are chosen; `tokens` begins with the prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, n_ctx: int) -> None:
+        self.tokens = list(request.prompt)
+        self.n_left = request.n_predict if request.n_predict >= 0 else n_ctx
+        self.text = StopFilter(tokenizer, request.stop)
+        self._tokenizer, self._n_ctx = tokenizer, n_ctx
+
+    def take(self, token: int) -> Step:
+        """The next token was chosen. It becomes one of `tokens`, unless it ends the answer."""
+        self.n_left -= 1
+        if self._tokenizer.ends(token):
+            return Step(None, self.text.finish(), EOS)
+        new = self.text.feed(token)
+        finish = STOP if self.text.stopped else ""
+        if not finish and (not self.n_left or len(self.tokens) == self._n_ctx):
+            new += self.text.finish()
+            finish = STOP if self.text.stopped else LENGTH
+        if not finish:
+            self.tokens.append(token)
+        return Step(token, new, finish)
+
+
 class _Answer:
     """One answer: a pass for what is known and drafted (compute), then the sampler's choices in order (steps).
 
@@ -106,13 +130,12 @@ class _Answer:
         self._n_ctx = sequence.engine.settings.n_ctx
         check_prompt(len(request.prompt), self._n_ctx)
         sampler.accept(request.prompt[-PENALTY_TOKENS:])
-        self.text = StopFilter(tokenizer, request.stop)
+        self._answer = Answer(tokenizer, request, self._n_ctx)
+        self.text, self._tokens = self._answer.text, self._answer.tokens
         self.finished = False
-        self._sequence, self._tokenizer, self._sampler = sequence, tokenizer, sampler
+        self._sequence, self._sampler = sequence, sampler
         self._speculation = speculation
-        self._tokens = list(request.prompt)
         self._n_prompt = len(request.prompt)
-        self._n_left = request.n_predict if request.n_predict >= 0 else self._n_ctx
         self._draft: list[int] = []
 
     def compute_prompt(self) -> None:
@@ -132,7 +155,7 @@ class _Answer:
         if not speculation:
             self._sequence.extend(self._tokens[-1:])
             return
-        self._draft = speculation.draft(self._tokens, min(self._n_left, self._n_ctx - len(self._tokens) + 1) - 1)
+        self._draft = speculation.draft(self._tokens, min(self._answer.n_left, self._n_ctx - len(self._tokens) + 1) - 1)
         before = replace(counters)
         self._sequence.extend([self._tokens[-1], *self._draft])
         speculation.saw_pass(before, counters)
@@ -147,8 +170,6 @@ class _Answer:
             self.finished = bool(step.finish)
             if self.finished:
                 self._sequence.shorten(len(self._tokens))
-            else:
-                self._tokens.append(token)
             yield step
             if self.finished:
                 return
@@ -172,15 +193,7 @@ class _Answer:
         drafted, drafting_s = 0, 0.0
         if i == 0 and self._speculation:
             drafted, drafting_s = len(self._draft), self._speculation.drafting_s
-        self._n_left -= 1
-        if self._tokenizer.ends(token):
-            return Step(None, self.text.finish(), EOS, drafted, drafting_s, right)
-        new = self.text.feed(token)
-        finish = STOP if self.text.stopped else ""
-        if not finish and (not self._n_left or len(self._tokens) == self._n_ctx):
-            new += self.text.finish()
-            finish = STOP if self.text.stopped else LENGTH
-        return Step(token, new, finish, drafted, drafting_s, right)
+        return replace(self._answer.take(token), drafted=drafted, drafting_s=drafting_s, accepted=right)
 
 
 def no_numbers() -> EngineError:

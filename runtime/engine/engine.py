@@ -133,7 +133,8 @@ class Engine:
         """The buffers of a context that makes one row of logits."""
         if self.settings.n_logits == 1:
             return self._context.scratch_bytes
-        with closing(Context(self._model, replace(self.settings, n_logits=1), n_tokens, self.guests.filter)) as context:
+        one_row = replace(self.settings, n_logits=1, n_sequences=1)
+        with closing(Context(self._model, one_row, n_tokens, self.guests.filter)) as context:
             return context.scratch_bytes
 
     def _open_filter(self) -> Filter | None:
@@ -187,6 +188,8 @@ class Engine:
         Raises DiskError when a read failed, Cancelled after cancel(). After an error the pass that failed is forgotten;
         where the model's state cannot be shortened, all of its sequence is.
         """
+        if self.settings.n_sequences == 1:
+            _ = [pass_.only for pass_ in passes]
         self.layout.prepare(passes)
         self._store.expect_passes(passes)
         for pass_ in passes:
@@ -229,11 +232,11 @@ class Engine:
 
     def _take_back(self, pass_: Pass) -> None:
         """Forget a pass that failed; where the model cannot, as recurrent ones, everything."""
-        first = pass_.only.first
-        try:
-            self.truncate(first)
-        except EngineError:
-            self.truncate(0)
+        for part in pass_.parts:
+            try:
+                self.truncate(part.first, part.sequence)
+            except EngineError:
+                self.truncate(0, part.sequence)
 
     def _count(self, pass_: Pass, seconds: float) -> None:
         counters = self.counters
@@ -260,12 +263,12 @@ class Engine:
 
     @property
     def n_past(self) -> int:
-        """Positions in the cache."""
-        return self._context.n_past
+        """Positions in the cache; of the first sequence, where there are several."""
+        return self._context.n_past()
 
-    def truncate(self, n_past: int) -> None:
-        """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
-        self._context.truncate(n_past)
+    def truncate(self, n_past: int, sequence: int = 0) -> None:
+        """Forget a sequence's positions from n_past on. Raises EngineError where the model's memory cannot do that."""
+        self._context.truncate(n_past, sequence)
         if self.kv:
             self.kv.truncate(n_past)
 

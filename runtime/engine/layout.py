@@ -53,6 +53,7 @@ class Layout:
         self._use = self._touched = PROMPT  # what memory is laid out for, and what was touched in it
         self._room = self._cache.steps(self._settings.n_ubatch)  # positions laid out for; others take no memory
         self._placed: tuple[frozenset[int], int, bool] | None = None  # resident pieces, window, repacked or not
+        self._most_cells = 0  # of the cache that were taken at once since it was empty
         self._fits = False  # weights and what any pass needs, both at once
 
     # --- plans --------------------------------------------------------------------------------------------------
@@ -137,15 +138,14 @@ class Layout:
 
         Where there is room for everything, what was touched stays for the next time.
         """
-        n_tokens = n_outputs = end = 0
+        n_tokens = n_outputs = 0
         for pass_ in passes:
             n_tokens, n_outputs = max(n_tokens, pass_.n_tokens), max(n_outputs, pass_.n_outputs)
-            end = max(end, pass_.only.end)
         rows = rows_for(n_outputs, self._settings.n_logits)
         use = Use(long=n_tokens > max(SHORT_PASS, rows), rows=rows)
         if use.long:
             use = PROMPT if rows == 1 else self._everything
-        room = self._cache.steps(end)
+        room = self._cache.steps(self._cells_after(passes))
         if self._fits and self.streamed_bytes == 0:
             self._touched, self._room = use.with_(self._touched), max(room, self._room)
             return
@@ -158,6 +158,19 @@ class Layout:
             self._room = max(room, self._room)
         elif self._code.begin_pass(long=use.long) or (use, room) != (self._use, self._room):
             self._lay_out(self._asked_plan, use, room, again=True)
+
+    def _cells_after(self, passes: Sequence[Pass]) -> int:
+        """How many of the cache's cells, from the front on, these passes may touch.
+
+        One sequence has position p in cell p. Several share the cells: llama.cpp gives each token the first free one,
+        so the last one in use is at most as far back as there were ever cells in use together.
+        """
+        if self._settings.n_sequences == 1:
+            return max(pass_.only.end for pass_ in passes)
+        taken = self.needs.passes.context.n_cells
+        after = taken + sum(pass_.n_tokens for pass_ in passes)
+        self._most_cells = max(self._most_cells, after) if taken else after
+        return self._most_cells
 
     # --- a draft model ------------------------------------------------------------------------------------------
 

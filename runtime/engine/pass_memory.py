@@ -112,7 +112,7 @@ class Needs(NamedTuple):
             kv_bytes=self.kv_bytes(self.cache.n_cells),
             compute_bytes=passes.compute(use),
             embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self.tables),
-            sampler_bytes=passes.context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
+            sampler_bytes=settings.n_sequences * passes.context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
             draft_bytes=settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
             cache_bytes=self.cached_bytes,

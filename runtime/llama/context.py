@@ -32,6 +32,8 @@ class Context:
         parameters.n_batch = parameters.n_ubatch = n_tokens
         parameters.n_threads = parameters.n_threads_batch = settings.n_threads
         parameters.n_outputs_max = settings.n_logits
+        parameters.n_seq_max = settings.n_sequences
+        parameters.kv_unified = settings.n_sequences > 1  # any mix of sequences is one pass then
         parameters.type_k = parameters.type_v = KV_TYPES[settings.kv_type]
         if nodes:
             parameters.cb_eval, parameters.cb_eval_user_data = nodes.callback, nodes.data
@@ -46,7 +48,7 @@ class Context:
             reason = (abi.take_log() or ["no reason given"])[-1]
             raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
         self.pointer = int(pointer)
-        self.n_tokens = n_tokens
+        self.n_tokens, self.n_sequences = n_tokens, settings.n_sequences
         self._nodes = nodes  # llama.cpp has the addresses of its callback and data
         self._memory = abi.llama.llama_get_memory(self.pointer)
         self._scheduler = abi.llama_context_get_sched(self.pointer)
@@ -81,15 +83,19 @@ class Context:
             self._most_outputs = max(n_outputs, self._most_outputs)
         return status
 
-    @property
-    def n_past(self) -> int:
-        """Positions that are in the cache, without a gap."""
-        return int(abi.llama.llama_memory_seq_pos_max(self._memory, 0)) + 1
+    def n_past(self, sequence: int = 0) -> int:
+        """Positions of a sequence that are in the cache, without a gap."""
+        return int(abi.llama.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
-    def truncate(self, n_past: int) -> None:
-        """Forget all positions from n_past on. Raises EngineError where the model's memory cannot do that."""
-        if not abi.llama.llama_memory_seq_rm(self._memory, 0, n_past, -1):
-            if n_past:
+    @property
+    def n_cells(self) -> int:
+        """Cells of the cache that are taken, by all sequences."""
+        return sum(self.n_past(sequence) for sequence in range(self.n_sequences))
+
+    def truncate(self, n_past: int, sequence: int = 0) -> None:
+        """Forget a sequence's positions from n_past on. Raises EngineError where the model's memory cannot do that."""
+        if not abi.llama.llama_memory_seq_rm(self._memory, sequence, n_past, -1):
+            if n_past or self.n_sequences > 1:
                 raise EngineError("this model's state cannot be shortened", "start a new conversation")
             abi.llama.llama_memory_clear(self._memory, True)
 

@@ -1,0 +1,255 @@
+"""`h2o batch`: answer many prompts from a file, several at once, on one stream of weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from h2o_cli.console import CONSOLE
+from h2o_cli.interrupts import interrupts
+from h2o_cli.output import Progress, note, print_json
+from h2o_cli.session.batch_files import Answers, BadLine, BatchRequest, answered, read_requests, refused
+from h2o_cli.session.defaults import N_PREDICT
+from h2o_cli.session.model import OpenModel
+from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
+from h2o_cli.session.opening import Session, open_session
+from h2o_cli.session.options import SessionOptions
+from h2o_cli.session.smallest import CONVERSATION
+from runtime.answer.batch import Batch, Finished, Wanted, finish_reason
+from runtime.answer.drafters import can_take_back
+from runtime.answer.generate import Request
+from runtime.answer.sampler import Sampling
+from runtime.errors import Cancelled, ModelError, PromptError, UsageError
+from runtime.llama.chat import Chat
+from runtime.llama.model_file import ModelFile
+from runtime.memory import peak_bytes
+from runtime.plans.budget import Budget
+from runtime.sizes import MB
+
+MOST_SEQUENCES = 32
+TOKENS_EACH = 256  # positions for each answer, where --ctx does not say how many there are for all
+LEAST_POSITIONS, POSITIONS_STEP = 512, 256
+KV_SHARE = 4  # keys and values of all positions take at most such a part of the budget then
+BYTES_OF_VALUE = 2  # f16
+
+EPILOG = """Examples:
+
+\b
+  h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400
+  h2o batch model.gguf -f questions.txt -o answers.jsonl -n 64 --temp 0
+
+A line of prompts is an OpenAI batch request, {"prompt": "..."}, {"messages": [...]}, or plain text. Answers are
+appended as they are finished. Run the same command again to go on where it stopped.
+"""
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"Path of a GGUF file. {DEFAULT_MODEL}")
+]
+Prompts = Annotated[Path, typer.Option("-f", "--file", metavar="PROMPTS", help="A file with a prompt on each line.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="ANSWERS", help="The file answers are appended to.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("-m", "--memory", metavar="SIZE", help="Memory of the whole process: 400 (MB), 1.5GB, 512MiB."),
+]
+Predict = Annotated[
+    int, typer.Option("-n", "--predict", metavar="N", help="Most tokens of an answer whose line does not say.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Answers at once, 1 to 32.")]
+Ctx = Annotated[
+    int | None,
+    typer.Option("--ctx", metavar="N", help="Positions for all answers at once. [default: 256 for each, or fewer]"),
+]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", metavar="N", help="Computing threads. [default: physical cores]")
+]
+Temp = Annotated[float, typer.Option("--temp", metavar="T", help="0: always the likeliest token.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="S", show_default=False, help="Of each answer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the totals as one JSON object.")]
+
+
+def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    prompts: Prompts,
+    output: Output,
+    model: Model = None,
+    memory: Memory = None,
+    n_predict: Predict = N_PREDICT,
+    batch_size: BatchSize = 16,
+    ctx: Ctx = None,
+    threads: Threads = None,
+    temp: Temp = Sampling.temp,
+    seed: Seed = None,
+    json: Json = False,
+) -> None:
+    """Answer the prompts of a file, many at once: each pass over the weights computes a token of all of them.
+
+    Greedy answers are those that `h2o run` gives to each prompt.
+    """
+    if not 1 <= batch_size <= MOST_SEQUENCES:
+        raise UsageError(f"--batch-size {batch_size} is not possible", f"give 1 to {MOST_SEQUENCES}")
+    if n_predict < 1:
+        raise UsageError(f"-n {n_predict} is not possible", "give 1 or more")
+    options = SessionOptions(
+        model=resolve_model(model),
+        sequences=batch_size,
+        kind=CONVERSATION,
+        budget=Budget.parse(memory),
+        ctx=ctx,
+        threads=threads,
+        sampling=Sampling(temp=temp, seed=seed),
+        speculate="off",
+    )
+    with Answers(output) as answers:
+        raise typer.Exit(_batch(options, prompts, answers, n_predict, json))
+
+
+def _batch(options: SessionOptions, prompts: Path, answers: Answers, n_predict: int, json: bool) -> int:
+    """Answer what is not answered yet; the exit code."""
+    n_lines = sum(1 for _ in read_requests(prompts, options.sampling))
+    model = OpenModel(options, CONSOLE)
+    try:
+        if not can_take_back(model.hollow):
+            raise ModelError(
+                f"{options.model.name} keeps a state without positions, which answers cannot share",
+                "answer the prompts one by one with `h2o run`",
+            )
+        n_ctx = options.ctx or default_positions(model.file, options)
+        session = open_session(model, options, n_ctx, n_ctx)
+        try:
+            work = _Work(session, prompts, answers, options, n_predict)
+            signal_number = work.run(n_lines)
+            work.tell(json)
+            return 128 + signal_number if signal_number else 0
+        finally:
+            session.close()
+    finally:
+        model.close()
+
+
+def default_positions(file: ModelFile, options: SessionOptions) -> int:
+    """Positions for all answers at once: some for each, as far as they take no more than a share of the budget."""
+    heads = max(1, file.hyper_parameter("attention.head_count"))
+    width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // heads
+    heads = file.hyper_parameter("attention.head_count_kv") or heads
+    position_bytes = 2 * BYTES_OF_VALUE * file.n_layers * heads * width
+    most = options.budget.n_bytes // KV_SHARE // position_bytes
+    return max(LEAST_POSITIONS, min(options.sequences * TOKENS_EACH, most) // POSITIONS_STEP * POSITIONS_STEP)
+
+
+@dataclass
+class _Totals:
+    answers: int = 0
+    errors: int = 0
+    skipped: int = 0
+
+
+class _Work:
+    """The prompts of a file on their way to answers."""
+
+    def __init__(
+        self, session: Session, prompts: Path, answers: Answers, options: SessionOptions, n_predict: int
+    ) -> None:
+        self._session, self._prompts, self._answers = session, prompts, answers
+        self._sampling, self._n_predict = options.sampling, n_predict
+        self._batch = Batch(session.engine, session.model.tokenizer, session.follower)
+        self._chat: Chat | None = None
+        self._requests: dict[int, BatchRequest] = {}  # those under way
+        self._totals = _Totals()
+        self._seconds = 0.0
+
+    def run(self, n_lines: int) -> int:
+        """Answer all that is not answered yet; the signal that ended it, or 0."""
+        start = time.perf_counter()
+        engine, totals = self._session.engine, self._totals
+
+        def share() -> float:
+            return (totals.answers + totals.errors + totals.skipped) / max(1, n_lines)
+
+        try:
+            with interrupts.ending(engine.cancel), Progress(f"answering {n_lines} prompts", share):
+                for done in self._batch.answer(self._wanted()):
+                    self._take(done)
+        except Cancelled:
+            engine.forget_cancel()
+        finally:
+            self._seconds = time.perf_counter() - start
+        return interrupts.take()
+
+    def _wanted(self) -> Iterator[Wanted]:
+        """What is to be answered, line by line; lines that cannot be get their error at once."""
+        for item in read_requests(self._prompts, self._sampling):
+            if item.custom_id in self._answers.done:
+                self._totals.skipped += 1
+                continue
+            try:
+                if isinstance(item, BadLine):
+                    raise PromptError(f"line {item.number}: {item.problem}")
+                request = self._request(item)
+            except PromptError as error:
+                self._totals.errors += 1
+                self._answers.add(refused(item.custom_id, str(error)))
+                continue
+            self._requests[item.number] = item
+            yield Wanted(item.number, request, item.sampling)
+
+    def _request(self, item: BatchRequest) -> Request:
+        """The tokens of a prompt. Raises PromptError where they do not fit."""
+        model, tokenizer = self._session.model, self._session.model.tokenizer
+        n_ctx = min(self._session.engine.settings.n_ctx, model.n_positions)
+        stop = item.stop
+        if item.messages:
+            self._chat = self._chat or Chat(tokenizer, note)
+            tokens = self._chat.encode(item.messages, n_ctx)
+            stop += self._chat.stop
+        else:
+            tokens = tokenizer.encode(item.prompt, most=n_ctx)
+        request = Request(tuple(tokens), item.n_predict or self._n_predict, stop)
+        if not tokens:
+            raise PromptError("the prompt is empty")
+        if len(tokens) + request.n_predict > n_ctx or not self._batch.can_ever_run(request):
+            wanted = f"{len(tokens)} tokens and {request.n_predict} of an answer"
+            raise PromptError(f"{wanted} do not fit {n_ctx} positions", "raise --ctx, or lower max_tokens")
+        return request
+
+    def _take(self, done: Finished) -> None:
+        item = self._requests.pop(done.key)
+        name = self._session.model.file.path.name
+        self._answers.add(answered(item, done.text, finish_reason(done.finish), done.n_prompt, done.n_tokens, name))
+        self._totals.answers += 1
+
+    def tell(self, json: bool) -> None:
+        """The totals, for programs or for people."""
+        found = self.figures()
+        if json:
+            print_json(found)
+            return
+        speed = f"{found['generated_tokens']} tokens, {found['tokens_per_s']:.1f} tokens/s"
+        skipped = f", {found['skipped']} were there already" if found["skipped"] else ""
+        memory = f"peak {found['peak_memory_bytes'] / MB:.0f} of {found['budget_bytes'] / MB:.0f} MB"
+        note(f"{found['answers']} answers, {found['errors']} errors{skipped}; {speed}, {memory}")
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of --json."""
+        counters, session = self._session.engine.counters, self._session
+        return {
+            "answers": self._totals.answers,
+            "errors": self._totals.errors,
+            "skipped": self._totals.skipped,
+            "generated_tokens": self._batch.n_tokens,
+            "prompt_tokens": self._batch.n_prompt_tokens,
+            "seconds": self._seconds,
+            "tokens_per_s": self._batch.n_tokens / self._seconds if self._seconds else 0.0,
+            "passes": counters.passes,
+            "bytes_read": counters.bytes_read,
+            "peak_memory_bytes": peak_bytes(),
+            "budget_bytes": session.budget_bytes,
+            "largest_batch": self._batch.largest,
+            "preemptions": 0,
+            "admission": "simulate",
+            "schedule": "continuous",
+            "ledger": session.engine.ledger.as_dict(),
+        }

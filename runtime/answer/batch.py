@@ -1,0 +1,150 @@
+"""Many answers on one stream of weights: every pass computes the next token of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from runtime.answer.generate import LENGTH, Answer, Request, no_numbers
+from runtime.answer.sampler import PENALTY_TOKENS, Sampler, Sampling
+from runtime.answer.scheduler import Job, Limits, may_join, next_pass
+from runtime.engine.engine import Engine
+from runtime.llama.tokenizer import Tokenizer
+from runtime.passes import Part, Pass
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An answer that is wanted; `key` is the caller's."""
+
+    key: int
+    request: Request
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer with the number of its tokens, the end of text not counted."""
+
+    key: int
+    text: str
+    finish: str
+    n_prompt: int
+    n_tokens: int
+
+
+class Batch:
+    """Answers requests, as many at once as memory, the engine's sequences and the schedule allow.
+
+    A sequence joins when it is certain that it can go on to its end, and leaves when it ends; others take its cells.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, between_passes: Callable[[], None]) -> None:
+        """between_passes: the place to adopt a new plan."""
+        self.engine = engine
+        self.largest = 0  # sequences in one pass
+        self.n_tokens = self.n_prompt_tokens = 0
+        self._tokenizer, self._between = tokenizer, between_passes
+        settings = engine.settings
+        self._free = list(reversed(range(settings.n_sequences)))
+        n_block = min(settings.n_ubatch, settings.n_ctx)
+        self._limits = Limits(settings.n_ctx, settings.n_sequences, engine.pass_tokens, n_block)
+        self._running: list[_Running] = []
+
+    @property
+    def n_running(self) -> int:
+        """Answers under way."""
+        return len(self._running)
+
+    def can_ever_run(self, request: Request) -> bool:
+        """Whether the cache is large enough for an answer when nothing else is in it."""
+        return self._may_join(request, [])
+
+    def answer(self, wanted: Iterator[Wanted]) -> Iterator[Finished]:
+        """Answer all that is wanted, each taken when there is room for it; in the order in which they end.
+
+        Every one of them has to be one that can_ever_run(). Raises what Engine.compute() raises.
+        """
+        try:
+            waiting = next(wanted, None)
+            while waiting or self._running:
+                while waiting and self._may_join(waiting.request, [running.job for running in self._running]):
+                    self._join(waiting)
+                    waiting = next(wanted, None)
+                self._between()
+                yield from self._step()
+        finally:
+            for running in self._running:
+                running.sampler.close()
+
+    def _may_join(self, request: Request, jobs: list[Job]) -> bool:
+        return may_join(jobs, Job(len(request.prompt), 0, request.n_predict), self._limits)
+
+    def _join(self, wanted: Wanted) -> None:
+        answer = Answer(self._tokenizer, wanted.request, self.engine.settings.n_ctx)
+        sampler = Sampler(wanted.sampling, self.engine.n_vocab, self._tokenizer.suppressed)
+        sampler.accept(wanted.request.prompt[-PENALTY_TOKENS:])
+        self._running.append(_Running(self._free.pop(), wanted, answer, sampler))
+
+    def _step(self) -> Iterator[Finished]:
+        """One pass, and what is chosen after it."""
+        counts = next_pass([running.job for running in self._running], self._limits)
+        taking = [(running, n) for running, n in zip(self._running, counts, strict=True) if n]
+        pass_ = Pass(tuple(running.part(n) for running, n in taking), all(not r.job.n_unread for r, _ in taking))
+        self.engine.compute([pass_])
+        self.largest = max(self.largest, len(taking))
+        place = -pass_.n_outputs
+        for running, n in taking:
+            self.n_prompt_tokens += min(n, running.job.n_unread)
+            running.n_cached += n
+            if running.job.n_unread:
+                continue
+            finish = self._choose(running, place)
+            place += 1
+            if finish:
+                yield self._leave(running, finish)
+
+    def _choose(self, running: _Running, place: int) -> str:
+        """Choose the next token of an answer; why it is the last, if it is."""
+        token = running.sampler.sample(self.engine, place)
+        if not self.engine.is_number(token, place):
+            raise no_numbers()
+        step = running.answer.take(token)
+        running.parts.append(step.text)
+        running.n_chosen += step.token is not None
+        self.n_tokens += step.token is not None
+        return step.finish
+
+    def _leave(self, running: _Running, finish: str) -> Finished:
+        self.engine.truncate(0, running.sequence)
+        self._running.remove(running)
+        self._free.append(running.sequence)
+        running.sampler.close()
+        wanted = running.wanted
+        text = "".join(running.parts)
+        return Finished(wanted.key, text, finish, len(wanted.request.prompt), running.n_chosen)
+
+
+class _Running:
+    """An answer under way: `sequence` is its number in the cache, which has n_cached of its tokens."""
+
+    def __init__(self, sequence: int, wanted: Wanted, answer: Answer, sampler: Sampler) -> None:
+        self.sequence, self.wanted, self.answer, self.sampler = sequence, wanted, answer, sampler
+        self.n_cached = self.n_chosen = 0
+        self.parts: list[str] = []
+
+    @property
+    def job(self) -> Job:
+        """As the scheduler sees it."""
+        return Job(len(self.wanted.request.prompt), self.n_cached, self.answer.n_left)
+
+    def part(self, n_tokens: int) -> Part:
+        """The next n_tokens in a pass; logits are wanted where they are the last that are known."""
+        end = self.n_cached + n_tokens
+        tokens = tuple(self.answer.tokens[self.n_cached : end])
+        return Part(self.sequence, self.n_cached, tokens, int(end == len(self.answer.tokens)))
+
+
+def finish_reason(finish: str) -> str:
+    """The end of an answer in OpenAI's words."""
+    return "length" if finish == LENGTH else "stop"

@@ -1,0 +1,105 @@
+"""Which sequences run, and what the next pass computes: pure functions of what is running, waiting and free.
+
+llama.cpp computes attention by one kernel in passes of up to 63 tokens and by another in longer ones, and they round
+differently. So that every sequence gets the bits that it gets alone, its tokens go through the same kernel: prompts are
+cut into blocks as they are alone. Blocks of 64 tokens and more go together into long passes. Everything else goes into
+short passes: shorter blocks, cut as it suits, and one token of every sequence that is being answered.
+
+Prompts come first, in the order of their admission, and how they come does not depend on who is being answered. So the
+cells of the cache that are taken at any later time can be said beforehand, or more, as answers may end early. What is
+admitted is never thrown out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+LONG = 64  # tokens of a pass, from which on the other kernel computes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Cells of the cache; sequences at once, at most LONG - 2; tokens of a long pass, at least 2 LONG, of a block."""
+
+    n_cells: int
+    n_sequences: int
+    n_long: int
+    n_block: int
+
+    @property
+    def n_short(self) -> int:
+        """Prompt tokens of a short pass: what a token of each sequence leaves."""
+        return LONG - 1 - self.n_sequences
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sequence: tokens of its prompt, tokens (of prompt and answer) in the cache, and how many may still be chosen.
+
+    The token chosen last is computed in the next pass; the very last one is not computed.
+    """
+
+    n_prompt: int
+    n_cached: int
+    n_left: int
+
+    @property
+    def n_unread(self) -> int:
+        """Tokens of the prompt that are not computed yet."""
+        return max(0, self.n_prompt - self.n_cached)
+
+    @property
+    def most_cells(self) -> int:
+        """Cells that it takes at its end."""
+        return self.n_prompt + self.n_left - 1 if self.n_unread else self.n_cached + self.n_left
+
+    def block(self, n_block: int) -> tuple[int, bool]:
+        """What is left of the block of the prompt that comes next, and whether that is a block for a long pass."""
+        end = min((self.n_cached // n_block + 1) * n_block, self.n_prompt)
+        return end - self.n_cached, end - self.n_cached // n_block * n_block >= LONG
+
+    def after(self, n_tokens: int) -> Job:
+        """The job when n_tokens more are computed."""
+        job = replace(self, n_cached=self.n_cached + n_tokens)
+        return replace(job, n_left=job.n_left - 1) if n_tokens and not job.n_unread else job
+
+
+def next_pass(jobs: Sequence[Job], limits: Limits) -> list[int]:
+    """How many tokens of each job, in the order of their admission, the next pass computes."""
+    blocks = [job.block(limits.n_block) if job.n_unread else (0, False) for job in jobs]
+    is_long = next((long for n, long in blocks if n), False)
+    left, counts = limits.n_long if is_long else limits.n_short, []
+    for job, (block, long) in zip(jobs, blocks, strict=True):
+        if not job.n_unread:
+            counts.append(0 if is_long else 1)
+            continue
+        n = 0 if long != is_long else _long_part(block, left, limits) if is_long else min(block, left)
+        left -= n
+        counts.append(n)
+    return counts
+
+
+def _long_part(block: int, left: int, limits: Limits) -> int:
+    """How much of a block fits a long pass: all; or, where it is too long for any, a part that leaves a long one."""
+    if block <= left:
+        return block
+    return min(left, block - LONG) if left == limits.n_long else 0
+
+
+def peak_cells(jobs: Sequence[Job], limits: Limits) -> int:
+    """The most cells that these jobs take together, if each runs to its end."""
+    peak, jobs = 0, list(jobs)
+    while any(job.n_unread for job in jobs):
+        jobs = [job.after(n) for job, n in zip(jobs, next_pass(jobs, limits), strict=True)]
+        peak = max(peak, sum(job.n_cached for job in jobs))
+        jobs = [job for job in jobs if job.n_left]
+    ends = sorted({job.n_left for job in jobs})
+    return max([peak, *(sum(job.n_cached + end for job in jobs if job.n_left >= end) for end in ends)])
+
+
+def may_join(jobs: Sequence[Job], new: Job, limits: Limits) -> bool:
+    """Whether a job can be admitted beside those that run: it will find the cells it needs, and so will they."""
+    if len(jobs) >= limits.n_sequences or new.most_cells > limits.n_cells:
+        return False
+    return peak_cells([*jobs, new], limits) <= limits.n_cells

@@ -1,0 +1,150 @@
+"""`h2o batch`: every line is answered once, as `h2o run` answers it, whatever ends the command on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from cgroups import memory_limit
+from recurrent_models import recurrent_model
+
+from h2o_cli.main import run_command
+
+MB = 10**6
+H2O = [sys.executable, "-m", "h2o_cli.main"]
+LINES = [
+    "Once upon a time",
+    '{"prompt": "Tom and Lily", "max_tokens": 5}',
+    '{"custom_id": "chat", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}',
+    "{bad",
+    '{"custom_id": "long", "prompt": "word", "max_tokens": 100000}',
+    '{"prompt": ""}',
+    "The dog and the cat",
+]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(LINES) + "\n")
+    return path
+
+
+def batch(model, prompts, answers, *more):
+    files = ["-f", str(prompts), "-o", str(answers)]
+    return ["batch", str(model), *files, "-n", "12", "--temp", "0", "-t", "1", *map(str, more)]
+
+
+def read(path):
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    by_id = {answer["custom_id"]: answer for answer in found}
+    assert len(by_id) == len(found), "an answer stands there twice"
+    return by_id
+
+
+def text_of(answer):
+    (choice,) = answer["response"]["body"]["choices"]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def test_answers_are_those_of_single_runs(bundled_model, prompts, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    assert run_command(batch(bundled_model, prompts, answers, "--json")) == 0
+    totals = json.loads(capsys.readouterr().out)
+    assert (totals["answers"], totals["errors"], totals["skipped"], totals["largest_batch"]) == (5, 2, 0, 5)
+    found = read(answers)
+    assert found.keys() == {"line-1", "line-2", "chat", "line-4", "long", "line-6", "line-7"}
+    assert "JSON is malformed" in found["line-4"]["error"]["message"]
+    assert "do not fit" in found["long"]["error"]["message"]
+    for custom_id, prompt, n in (
+        ("line-1", ["-p", "Once upon a time"], 12),
+        ("line-2", ["-p", "Tom and Lily"], 5),
+        ("chat", ["-p", "Hi", "--chat"], 8),
+        ("line-7", ["-p", "The dog and the cat"], 12),
+    ):
+        alone = ["run", str(bundled_model), *prompt, "-n", str(n), "--temp", "0", "-t", "1", "--json"]
+        assert run_command(alone) == 0
+        single = json.loads(capsys.readouterr().out)
+        assert text_of(found[custom_id]) == single["text"]
+        usage = found[custom_id]["response"]["body"]["usage"]
+        assert usage["prompt_tokens"] == len(single["prompt_tokens"])
+        assert usage["completion_tokens"] == len(single["tokens"])
+
+
+def test_a_second_run_repeats_nothing(bundled_model, prompts, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    assert run_command(batch(bundled_model, prompts, answers)) == 0
+    before = answers.read_bytes()
+    capsys.readouterr()
+    assert run_command(batch(bundled_model, prompts, answers, "--json")) == 0
+    totals = json.loads(capsys.readouterr().out)
+    assert (totals["answers"], totals["skipped"], totals["passes"]) == (0, 7, 0)
+    assert answers.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_what_is_finished_survives_any_end(bundled_model, tmp_path, number):
+    prompts, answers = tmp_path / "p", tmp_path / "a"
+    prompts.write_text("".join(f"Story {i}\n" for i in range(24)))
+    command = [*H2O, *batch(bundled_model, prompts, answers, "-n", 200, "--batch-size", 4)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not (answers.exists() and answers.read_bytes().count(b"\n") >= 2):
+            assert time.monotonic() < end and process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in err
+    kept = read(answers)
+    done = subprocess.run([*command, "-n", "8"], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = read(answers)
+    assert len(found) == 24
+    assert all(found[custom_id] == answer for custom_id, answer in kept.items())
+
+
+@pytest.mark.cgroup
+def test_a_batch_lives_inside_its_budget(tiny_model, tmp_path):
+    model = tiny_model("llama:layers=12,dim=768,ffn=3072,heads=12,kv_heads=4,vocab=4096,ctx=512,tied=0", "f16")
+    prompts = tmp_path / "p"
+    prompts.write_text("".join(f"{'word ' * (5 * i)}end\n" for i in range(20)))
+    budget_mb = 140
+    with memory_limit(budget_mb * MB) as group:
+        command = [*H2O, *batch(model, prompts, tmp_path / "a", "-m", budget_mb, "--json")]
+        done = group.run(command, timeout=120, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        assert group.kills == 0
+        assert group.peak_bytes <= budget_mb * MB
+    totals = json.loads(done.stdout)
+    assert (totals["answers"], totals["errors"]) == (20, 0)
+    assert totals["largest_batch"] > 4
+    assert totals["bytes_read"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "33"], "--batch-size 33 is not possible"),
+        (["-n", "0"], "-n 0 is not possible"),
+        (["--ctx", "0"], "--ctx 0 is not possible"),
+    ],
+)
+def test_wrong_usage_is_one_line(bundled_model, prompts, tmp_path, flags, message, capsys):
+    assert run_command([*batch(bundled_model, prompts, tmp_path / "a"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_prompts_are_one_line(bundled_model, tmp_path, capsys):
+    assert run_command(batch(bundled_model, tmp_path / "none", tmp_path / "a")) == 1
+    assert "the prompts" in capsys.readouterr().err
+
+
+def test_a_recurrent_model_is_refused(prompts, tmp_path, capsys):
+    assert run_command(batch(recurrent_model(tmp_path, "mamba"), prompts, tmp_path / "a")) == 1
+    assert "keeps a state without positions" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Who is admitted finds the cells that it needs, whatever ends early, and everything is answered."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.answer.scheduler import LONG, Job, Limits, may_join, next_pass, peak_cells
+
+WAITING = st.lists(
+    st.tuples(st.integers(1, 300), st.integers(1, 90), st.floats(0, 1)),  # prompt, most tokens, share that really comes
+    min_size=1,
+    max_size=20,
+)
+LIMITS = st.builds(
+    Limits, st.integers(150, 900), st.integers(1, 20), st.integers(2 * LONG, 200), st.sampled_from([64, 128, 256])
+)
+
+
+@given(WAITING, LIMITS)
+@settings(max_examples=300, deadline=None)
+def test_cells_always_suffice_and_all_is_answered(waiting, limits):
+    waiting = [job for job in waiting if Job(job[0], 0, job[1]).most_cells <= limits.n_cells]
+    running, answered, n_waiting = [], 0, len(waiting)
+    for _ in range(20000):
+        while waiting:
+            n_prompt, most, share = waiting[0]
+            new = Job(n_prompt, 0, most)
+            if not may_join([job for job, _ in running], new, limits):
+                break
+            running.append((new, max(1, round(most * share))))
+            waiting.pop(0)
+        if not running:
+            break
+        jobs = [job for job, _ in running]
+        counts = next_pass(jobs, limits)
+        check_pass(jobs, counts, limits)
+        after = []
+        for (before, comes), n in zip(running, counts, strict=True):
+            job = before.after(n)
+            chosen = before.n_left - job.n_left
+            if comes == chosen:
+                answered += 1
+            else:
+                after.append((job, comes - chosen))
+        running = after
+    assert answered == n_waiting
+    assert not running
+
+
+def check_pass(jobs, counts, limits):
+    """Every token goes through the kernel that it meets alone, and there are cells for all."""
+    assert any(counts)
+    assert sum(job.n_cached for job in jobs) + sum(counts) <= limits.n_cells
+    total = sum(counts)
+    if total >= LONG:
+        assert total <= limits.n_long
+        for job, n in zip(jobs, counts, strict=True):
+            if n:
+                block, long = job.block(limits.n_block)
+                assert long
+                assert n >= LONG or n == block
+    for job, n in zip(jobs, counts, strict=True):
+        if n and job.n_unread and job.block(limits.n_block)[1]:
+            assert total >= LONG
+        assert n <= max(1, job.n_unread)
+
+
+def limits(n_cells=1000, n_sequences=8):
+    return Limits(n_cells, n_sequences, 128, 128)
+
+
+def test_a_job_alone_takes_its_prompt_and_answer():
+    assert peak_cells([Job(10, 0, 5)], limits()) == 14 == Job(10, 0, 5).most_cells
+    assert peak_cells([Job(10, 12, 3)], limits()) == 15 == Job(10, 12, 3).most_cells
+
+
+def test_one_that_ends_soon_makes_room_in_time():
+    short, long = Job(10, 10, 2), Job(10, 10, 20)
+    assert peak_cells([short, long], limits()) == 30  # the long one alone at its end; both need 24 before
+    assert may_join([short], long, limits(30))
+    assert not may_join([short], long, limits(29))
+    assert not may_join([short], long, limits(99, 1))
+
+
+def test_short_blocks_come_beside_answers_and_long_ones_alone():
+    answering, rest, long, short = Job(10, 10, 5), Job(150, 128, 5), Job(100, 0, 5), Job(40, 0, 5)
+    assert next_pass([answering, rest, long, short], limits()) == [1, 22, 0, 33]
+    assert next_pass([answering, long, short, rest], limits()) == [0, 100, 0, 0]
+    assert next_pass([answering, Job(64, 0, 5), Job(64, 0, 5), short], limits()) == [0, 64, 64, 0]
+
+
+def test_a_block_longer_than_any_pass_leaves_a_long_part():
+    assert next_pass([Job(150, 0, 5)], Limits(1000, 8, 128, 256)) == [86]
+    assert next_pass([Job(150, 86, 5)], Limits(1000, 8, 128, 256)) == [64]
