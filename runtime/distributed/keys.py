@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 AUTHORITY, MACHINE = "authority", "machine"
 AUTHORITY_DAYS, MACHINE_DAYS = 3650, 365
-INSTALL = "pip install 'h2o-llm[workers]'"
+INSTALL = "in the project's folder: pip install '.[workers]'"
 _NAME = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")
 _PRIVATE = 0o600
 
