@@ -119,9 +119,13 @@ def test_hostile_templates_are_one_line(name, compiled, tiny_model, tokenizer_of
 
 def test_ctrl_c_while_a_template_does_not_end(tiny_model, tokenizer_of):
     chat = with_template(tokenizer_of(tiny_model("llama")), ENDLESS)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        chat.render(TALK)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            chat.render(TALK)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
