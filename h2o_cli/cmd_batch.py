@@ -30,11 +30,12 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import peak_bytes
 from runtime.plans.budget import Budget
 from runtime.sizes import MB
+from runtime.weights.head_start import guessed_room
 
 MOST_SEQUENCES = 32
 TOKENS_EACH = 256  # positions for each answer, where --ctx does not say how many there are for all
 LEAST_POSITIONS, POSITIONS_STEP = 512, 256
-KV_SHARE = 4  # keys and values of all positions take at most such a part of the budget then
+KV_SHARE = 4  # keys and values take at most such a part of what is left for weights then
 BYTES_OF_VALUE = 2  # f16
 
 EPILOG = """Examples:
@@ -87,7 +88,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Answer the prompts of a file, many at once: each pass over the weights computes a token of all of them.
 
-    Greedy answers are those that `h2o run` gives to each prompt.
+    Greedy answers of quantised models are those that `h2o run` gives to each prompt.
     """
     if not 1 <= batch_size <= MOST_SEQUENCES:
         raise UsageError(f"--batch-size {batch_size} is not possible", f"give 1 to {MOST_SEQUENCES}")
@@ -131,12 +132,12 @@ def _batch(options: SessionOptions, prompts: Path, answers: Answers, n_predict: 
 
 
 def default_positions(file: ModelFile, options: SessionOptions) -> int:
-    """Positions for all answers at once: some for each, as far as they take no more than a share of the budget."""
+    """Positions for all answers at once: some for each, as far as they take no more than a share of weights' room."""
     heads = max(1, file.hyper_parameter("attention.head_count"))
     width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // heads
     heads = file.hyper_parameter("attention.head_count_kv") or heads
     position_bytes = 2 * BYTES_OF_VALUE * file.n_layers * heads * width
-    most = options.budget.n_bytes // KV_SHARE // position_bytes
+    most = guessed_room(file, options.budget.n_bytes) // KV_SHARE // position_bytes
     return max(LEAST_POSITIONS, min(options.sequences * TOKENS_EACH, most) // POSITIONS_STEP * POSITIONS_STEP)
 
 

@@ -117,12 +117,27 @@ def test_answers_are_kept_and_a_torn_one_is_cut_off(tmp_path):
     assert second == {"custom_id": "two", "response": None, "error": {"message": "too long"}}
 
 
-def test_what_is_no_file_of_answers_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["Dear reader\n", "Dear reader", '{"custom_idea": 1', "\n", '{"custom_id": "a"}\nDear']
+)
+def test_what_is_no_file_of_answers_is_left_alone(tmp_path, text):
     path = tmp_path / "letter"
-    path.write_text("Dear reader\n")
+    path.write_text(text)
     with pytest.raises(H2OError, match="holds something else than answers"):
         Answers(path)
-    assert path.read_text() == "Dear reader\n"
+    assert path.read_text() == text
+
+
+def test_an_answer_torn_anywhere_is_cut_off(tmp_path):
+    path = tmp_path / "a"
+    with Answers(path) as answers:
+        answers.add(refused("one", "x"))
+    whole = path.read_bytes()
+    for n in range(len(whole)):
+        path.write_bytes(whole + whole[:n])
+        with Answers(path) as answers:
+            assert answers.done == {"one"}
+        assert path.read_bytes() == whole
 
 
 def test_two_runs_do_not_write_at_once(tmp_path):

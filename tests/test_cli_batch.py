@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,23 @@ def test_a_batch_lives_inside_its_budget(tiny_model, tmp_path):
     assert (totals["answers"], totals["errors"]) == (20, 0)
     assert totals["largest_batch"] > 4
     assert totals["bytes_read"] > 0
+
+
+@pytest.mark.cgroup
+def test_the_smallest_budget_that_is_named_works(bundled_model, prompts, tmp_path):
+    def run(budget_mb):
+        with memory_limit(budget_mb * MB) as group:
+            command = [*H2O, *batch(bundled_model, prompts, tmp_path / "a", "-m", budget_mb)]
+            return group.run(command, timeout=60, env=os.environ)
+
+    with memory_limit(400 * MB) as group:
+        command = [*H2O, *batch(bundled_model, prompts, tmp_path / "a", "-m", 20)]
+        refused = group.run(command, timeout=60, env=os.environ)
+    assert "--batch-size lowers it" in refused.stderr
+    floor_mb = int(re.search(r"-m (\d+)", refused.stderr).group(1))
+    assert f"-m {floor_mb} " in run(floor_mb - 1).stderr
+    done = run(floor_mb)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from runtime.sizes import MIB
 
 MOST_LINE_BYTES = 16 * MIB
 _CHUNK = 2**20
+_BEGINNING = b'{"custom_id": '  # of every line of answers
 _URLS = ("/v1/completions", "/v1/chat/completions")
 _STOPS = 16
 
@@ -196,8 +197,8 @@ class Answers:
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
+                if not line.endswith(b"\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+                    break  # an answer that was torn, and no text of anybody else's
                 try:
                     self.done.add(str(json.loads(line)["custom_id"]))
                 except (ValueError, LookupError, TypeError, RecursionError):

@@ -174,7 +174,8 @@ def _open_inside(model: OpenModel, options: SessionOptions, chosen: Chosen, sett
             raise
     floor = measure(model.file, model.hollow, least, options.kind)
     if budget < floor:
-        raise below_floor(budget, floor, "a smaller --ctx or --ubatch")
+        flags = "--ctx or --ubatch" if options.sequences == 1 else "--ctx or --batch-size"
+        raise below_floor(budget, floor, f"a smaller {flags}")
     return _open_engine(model, chosen, settings)
 
 
