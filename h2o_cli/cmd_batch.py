@@ -105,7 +105,8 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         speculate="off",
     )
     with Answers(output) as answers:
-        raise typer.Exit(_batch(options, prompts, answers, n_predict, json))
+        code = _batch(options, prompts, answers, n_predict, json)
+    raise typer.Exit(code)
 
 
 def _batch(options: SessionOptions, prompts: Path, answers: Answers, n_predict: int, json: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import resource
 import signal
@@ -143,6 +144,38 @@ def test_an_answer_torn_anywhere_is_cut_off(tmp_path):
 def test_two_runs_do_not_write_at_once(tmp_path):
     with Answers(tmp_path / "a"), pytest.raises(H2OError, match="another run writes to it"):
         Answers(tmp_path / "a")
+
+
+def test_an_error_leaves_no_empty_file(tmp_path):
+    path = tmp_path / "a"
+
+    def fail(line=None):
+        with pytest.raises(ValueError, match="x"), Answers(path) as answers:
+            if line:
+                answers.add(line)
+            raise ValueError("x")
+
+    fail()
+    assert not path.exists()
+    fail(refused("one", "x"))
+    fail()
+    assert path.read_bytes().count(b"\n") == 1
+    path.write_bytes(b"")
+    fail()
+    assert path.exists(), "it was the user's"
+
+
+def test_a_file_that_another_run_removes_is_not_written_to(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    lock = fcntl.flock
+
+    def removed_meanwhile(fd, how):
+        path.unlink()
+        lock(fd, how)
+
+    monkeypatch.setattr("h2o_cli.session.batch_files.fcntl.flock", removed_meanwhile)
+    with pytest.raises(H2OError, match="another run writes to it"):
+        Answers(path)
 
 
 def test_a_full_disk_leaves_whole_lines_only(tmp_path):

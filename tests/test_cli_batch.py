@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -46,6 +47,17 @@ def read(path):
     by_id = {answer["custom_id"]: answer for answer in found}
     assert len(by_id) == len(found), "an answer stands there twice"
     return by_id
+
+
+def wait_until(what):
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def text_of(answer):
@@ -110,6 +122,30 @@ def test_what_is_finished_survives_any_end(bundled_model, tmp_path, number):
     assert all(found[custom_id] == answer for custom_id, answer in kept.items())
 
 
+def test_ten_kills_lose_and_repeat_nothing(bundled_model, tmp_path):
+    prompts, answers = tmp_path / "p", tmp_path / "a"
+    lines = [{"prompt": f"Story {i} of a dog", "max_tokens": 1 + 37 * i % 90} for i in range(60)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [*H2O, *batch(bundled_model, prompts, answers, "--batch-size", 8)]
+    moments, kept = random.Random(1), {}
+    for _ in range(10):
+        until, more_s = size(answers) + moments.randrange(1000), moments.uniform(0, 0.05)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            wait_until(lambda process=process, until=until: size(answers) > until or process.poll() is not None)
+            time.sleep(more_s)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        whole = answers.read_bytes().rpartition(b"\n")[0].decode().splitlines()
+        found = {line["custom_id"]: line for line in map(json.loads, whole)}
+        assert len(found) == len(whole), "an answer stands there twice"
+        assert all(found[key] == kept[key] for key in kept)
+        kept = found
+    assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 0
+    found = read(answers)
+    assert found.keys() == {f"line-{i}" for i in range(1, 61)}
+    assert all(found[key] == kept[key] for key in kept)
+
+
 @pytest.mark.cgroup
 def test_a_batch_lives_inside_its_budget(tiny_model, tmp_path):
     model = tiny_model("llama:layers=12,dim=768,ffn=3072,heads=12,kv_heads=4,vocab=4096,ctx=512,tied=0", "f16")
@@ -156,6 +192,16 @@ def test_the_smallest_budget_that_is_named_works(bundled_model, prompts, tmp_pat
 def test_wrong_usage_is_one_line(bundled_model, prompts, tmp_path, flags, message, capsys):
     assert run_command([*batch(bundled_model, prompts, tmp_path / "a"), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["no model", "a budget too small", "no prompts"])
+def test_a_batch_that_does_not_open_leaves_no_answers(bundled_model, prompts, tmp_path, what, capsys):
+    model = tmp_path / "none.gguf" if what == "no model" else bundled_model
+    more = ["-m", "20"] if what == "a budget too small" else []
+    command = batch(model, tmp_path / "none" if what == "no prompts" else prompts, tmp_path / "a", *more)
+    assert run_command(command) == 1
+    assert capsys.readouterr().err.startswith("h2o: ")
+    assert not (tmp_path / "a").exists()
 
 
 def test_missing_prompts_are_one_line(bundled_model, tmp_path, capsys):

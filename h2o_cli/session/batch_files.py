@@ -161,18 +161,24 @@ def _checked(number: int, custom_id: str, line: _Line, sampling: Sampling) -> Ba
 
 
 class Answers:
-    """The file of answers. `done` has the custom_id of each that is finished, from earlier runs too."""
+    """The file of answers. `done` has the custom_id of each that is finished, from earlier runs too.
+
+    A file that was made here and holds nothing when an error ends its block is removed.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open it, or make it; a last line that was not finished is cut off. Raises H2OError."""
         self.path = path
         self.done: set[str] = set()
+        self._made = not path.exists()
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o644)
         except OSError as error:
             raise H2OError(f"the answers {path} cannot be opened: {error.strerror}", "give another -o") from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._fd).st_nlink:  # another run has just removed it
+                raise OSError(errno.EWOULDBLOCK, "")
             self._size = self._read_done()
         except OSError as error:
             os.close(self._fd)
@@ -189,6 +195,8 @@ class Answers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error and self._made and not self._size:
+            self.path.unlink(missing_ok=True)
         os.close(self._fd)
 
     def _read_done(self) -> int:
