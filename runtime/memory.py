@@ -30,6 +30,8 @@ _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_COLD = 4, 14, 15, 20
 _MADV_DONTFORK = 10
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK_BYTES = 128 * 2**10  # glibc's own, to begin with
 _PAGEMAP_ENTRY_BYTES, _PAGEMAP_STATE = 8, 61  # proc(5): the highest bits say present, swapped, of a file
 _NOT_THERE, _FROM_FILE = 0b000, 0b101
 
@@ -179,6 +181,16 @@ class Region:
 def view(address: int, n_bytes: int) -> memoryview:
     """A writable view of raw memory."""
     return memoryview((ctypes.c_char * n_bytes).from_address(address)).cast("B")
+
+
+def keep_heap_small() -> None:
+    """Have large blocks of the C library's heap mapped one by one, from now on: they are gone when they are freed.
+
+    glibc does so by itself only until the first of them is freed. Later ones are cut from the heap, leave holes in it,
+    and are cleared, and so taken as a whole, where a program asked for zeros and touches few of them (mallopt(3)).
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def trim_heap() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +161,26 @@ def test_logits_of_drafts_made_while_everything_fitted_are_gone_under_a_smaller_
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * MB, budget_bytes=smaller))
         opened.forward(PROMPT[:100])
         assert bytes_in_memory(output_pages(opened, rows)) < rows // 4
+
+
+MEASURE = """
+import gc, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from engines import engine
+
+sizes = []
+for n_ubatch in (512, 400, 300, 128):
+    with engine(Path({model!r}), n_ubatch=n_ubatch, n_logits=33) as opened:
+        sizes.append(opened.ledger.process_bytes)
+    gc.collect()
+print(*sizes)
+"""
+
+
+def test_an_engine_leaves_no_holes_in_the_heap(bundled_model):
+    """Whatever was opened before it, an engine finds that the process takes the same memory."""
+    text = MEASURE.format(path=sys.path, model=str(bundled_model))
+    done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, check=True)
+    sizes = [int(size) for size in done.stdout.split()]
+    assert max(sizes) - min(sizes) < MB // 2, sizes

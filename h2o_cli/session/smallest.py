@@ -8,6 +8,7 @@ measurements agree with it. Commands that have loaded other code than a run ask 
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from contextlib import suppress
@@ -20,7 +21,6 @@ from runtime.engine.pass_memory import rows_for
 from runtime.llama.abi import PINNED_VERSION
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.memory import trim_heap
 from runtime.plans.ledger import budget_for, floor_for, more_margin
 from runtime.plans.plan import Plan
 from runtime.plans.residency import smallest_window
@@ -41,7 +41,7 @@ def least_settings(settings: Settings, ubatch: int | None) -> Settings:
 
 def measure(file: ModelFile, hollow: HollowModel, settings: Settings, kind: str) -> int:
     """The smallest budget in bytes, from an engine that reads no weights; no other may be open on this model."""
-    trim_heap()
+    gc.collect()  # an engine that was closed before leaves objects in circles
     engine = Engine(file, hollow, Plan(0, 1, window_bytes=smallest_window(file)), settings)
     engine.close()
     return agreed(file.hash, settings, kind, engine.layout.fixed_bytes + smallest_window(file))

@@ -22,7 +22,7 @@ from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.memory import resident_bytes_outside
+from runtime.memory import resident_bytes_outside, trim_heap
 from runtime.passes import Part, Pass, cut
 from runtime.plans.ledger import Ledger, usable_bytes
 from runtime.plans.plan import Plan
@@ -111,6 +111,7 @@ class Engine:
         """A context for passes as long as the prompt needs them and the budget allows; what it needs."""
         n_tokens = min(self.settings.n_ubatch, self.settings.n_ctx)
         while True:
+            trim_heap()
             with ExitStack() as opened:
                 self._context = Context(self._model, self.settings, n_tokens, self.guests.filter)
                 opened.callback(self._context.close)
@@ -120,6 +121,7 @@ class Engine:
                 self.kv = self._open_filter()
                 if self.kv:
                     opened.callback(self.kv.close)
+                trim_heap()
                 process_bytes = resident_bytes_outside(self._store.ranges)
                 cached_bytes = self.settings.depth * self._store.files.cached_bytes
                 needs = Needs(passes, cache, self.kv, self._tables, process_bytes, cached_bytes)

@@ -18,7 +18,7 @@ from typing import Any
 from runtime.errors import LIMITS, NO_PROC, DiskError, EngineError, H2OError, ModelError
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
-from runtime.memory import Region, trim_heap, view
+from runtime.memory import Region, keep_heap_small, trim_heap, view
 
 _LOAD_MODE_MMAP = 1
 _LAZY_MODE_OFF = 0
@@ -140,6 +140,7 @@ class HollowModel:
     """A llama_model whose weights are placed by us. `weights`: name -> addresses of its ggml_tensor structs."""
 
     def __init__(self, model: ModelFile) -> None:
+        keep_heap_small()
         headers = _HeaderCopies(model)
         self._buffers = _WeightBuffers(headers.cut)
         self.weights = self._buffers.weights
