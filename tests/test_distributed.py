@@ -80,12 +80,15 @@ def test_logits_are_those_of_one_machine(arch, cut, paths, addresses, alone):
         assert_same(greedy(opened, PROMPT, 6), alone(arch, PROMPT, 6))
 
 
-@pytest.mark.parametrize("cut", ["three", "ring"])
-def test_a_long_prompt_and_many_tokens(cut, paths, addresses, alone):
+@pytest.mark.parametrize(
+    ("arch", "cut"), [("qwen2", "three"), ("qwen3", "uneven"), ("gemma2", "ring"), ("gemma3", "ring")]
+)
+def test_a_long_prompt_and_many_tokens(arch, cut, paths, addresses, alone):
+    """Of more than one pass, and longer than the window of those that have one."""
     owners = CUTS[cut]
-    with shared_engine(paths["qwen2"], owners, used(owners, addresses), n_ubatch=64) as opened:
+    with shared_engine(paths[arch], owners, used(owners, addresses), n_ubatch=64) as opened:
         assert len(opened.cut(Part(0, 0, tuple(LONG)), decode=False)) == 4
-        assert_same(greedy(opened, LONG, 64), alone("qwen2", LONG, 64))
+        assert_same(greedy(opened, LONG, 64), alone(arch, LONG, 64))
 
 
 def test_the_bundled_model(paths, addresses, alone):
@@ -286,9 +289,14 @@ def test_weights_stay_for_the_next_root_also_with_another_context(paths):
     assert max(read[1:]) < MB
 
 
-def test_a_worker_that_hangs_is_noticed(paths, monkeypatch):
+@pytest.fixture
+def short_pings(monkeypatch):
+    """A second each."""
     pings = [(name, 1000 if name.endswith("_ms") else value) for name, value in wire._PINGS]
     monkeypatch.setattr(wire, "_PINGS", pings)
+
+
+def test_a_worker_that_hangs_is_noticed(paths, short_pings):
     with (
         workers(1, [paths["llama"]]) as (worker,),
         shared_engine(paths["llama"], [0] * 4, [worker.address], n_ubatch=64) as opened,
@@ -299,6 +307,24 @@ def test_a_worker_that_hangs_is_noticed(paths, monkeypatch):
         with pytest.raises(WorkerError, match="does not answer any more"):
             opened.forward([1])
         assert time.monotonic() - start < 4
+
+
+def test_another_worker_takes_over_from_one_that_hangs(paths, alone, short_pings):
+    notes = []
+    with workers(3, [paths["llama"]]) as found:
+        addresses = [worker.address for worker in found]
+        owners = CUTS["ring"]
+        with shared_engine(paths["llama"], owners, addresses[:2], spares=addresses[2:], n_ubatch=64) as opened:
+            opened.cluster.note = notes.append
+
+            def stop(i):
+                if i == 3:
+                    found[1].process.send_signal(signal.SIGSTOP)
+
+            assert_same(greedy(opened, PROMPT, 8, before_token=stop), alone("llama", PROMPT, 8))
+    assert [note.split("; ")[0] for note in notes] == [
+        f"the worker {addresses[1]} is gone: it does not answer any more"
+    ]
 
 
 def hello(model, protocol=PROTOCOL, what=None):
