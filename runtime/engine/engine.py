@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from runtime.kv.apart import SequenceAttention
     from runtime.kv.filter import Filter
 
 _ROOM_PIECES = 2  # of the largest size: less room than that for weights, and shorter passes are better
@@ -75,6 +76,7 @@ class Engine:
         self.most_tokens = 0  # of a pass, where others that take part in it can take no more (0: as many as fit)
         self._model = model
         self.kv: Filter | None = None
+        self.attention: SequenceAttention | None = None
         self._n_computing = 0  # tokens of the pass that runs
         self._source = weights or open_weights(file, settings)
         self._store = self._source.store
@@ -99,8 +101,9 @@ class Engine:
         needs = self._open_context(plan)
         self.n_vocab = self._context.n_vocab
         self.guests.add(self.weights, every_node=False)
-        if self.kv:
-            self.guests.add(self.kv)
+        for guest in (self.kv, self.attention):
+            if guest:
+                self.guests.add(guest)
         self.layout = Layout(needs, self._store, self.weights, self.forget_cancel)
         self.apply(self.layout.with_fitting_window(plan) if self.settings.fit_window else plan)
         if self.settings.prefetch_input:
@@ -121,10 +124,13 @@ class Engine:
                 self.kv = self._open_filter()
                 if self.kv:
                     opened.callback(self.kv.close)
+                self.attention = self._open_attention()
+                if self.attention:
+                    opened.callback(self.attention.close)
                 trim_heap()
                 process_bytes = resident_bytes_outside(self._store.ranges)
                 cached_bytes = self.settings.depth * self._store.files.cached_bytes
-                needs = Needs(passes, cache, self.kv, self._tables, process_bytes, cached_bytes)
+                needs = Needs(passes, cache, self.kv, self.attention, self._tables, process_bytes, cached_bytes)
                 room = usable_bytes(plan.budget_bytes) - needs.most_bytes >= _ROOM_PIECES * smallest_window(self.file)
                 if room or n_tokens <= FULL_TILES:
                     self._opened.enter_context(opened.pop_all())
@@ -146,6 +152,15 @@ class Engine:
 
         source = CacheSource(self._context.buffers.caches, self._model.pointer)
         return open_filter(self.settings, self.file, source, lambda: self.guests.stop, self.guests.skip)
+
+    def _open_attention(self) -> SequenceAttention | None:
+        if self.settings.n_sequences == 1:
+            return None
+        from runtime.kv.apart import open_attention
+
+        return open_attention(
+            self.settings, self.file, self._context.buffers.caches, self._model.pointer, self.guests.skip
+        )
 
     # --- plans --------------------------------------------------------------------------------------------------
 
@@ -273,6 +288,8 @@ class Engine:
         self._context.truncate(n_past, sequence)
         if self.kv:
             self.kv.truncate(n_past)
+        if self.attention:
+            self.attention.truncate(n_past, sequence)
 
     def odds(self, token: int, i: int = -1) -> float:
         """The probability (at temperature 1) of a token in the last forward's i-th output (negative: from the end)."""

@@ -21,6 +21,7 @@ from runtime.sizes import MB, PAGE, page_up
 from runtime.weights.rows import RowTable
 
 if TYPE_CHECKING:
+    from runtime.kv.apart import SequenceAttention
     from runtime.kv.filter import Filter
 
 _KEPT_ROWS = 64  # embedding rows of past tokens that stay in memory
@@ -100,6 +101,7 @@ class Needs(NamedTuple):
     passes: PassMemory
     cache: CacheMemory
     kv: Filter | None
+    attention: SequenceAttention | None
     tables: Sequence[RowTable]
     process_bytes: int
     cached_bytes: int
@@ -115,6 +117,7 @@ class Needs(NamedTuple):
             sampler_bytes=settings.n_sequences * passes.context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
             draft_bytes=settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
+            attention_bytes=self.attention.memory_bytes if self.attention else 0,
             cache_bytes=self.cached_bytes,
             margin_bytes=settings.margin_bytes + more_margin(settings.n_ctx, settings.n_threads),
         )

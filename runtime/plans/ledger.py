@@ -23,8 +23,8 @@ class Ledger:
     """Bytes by part.
 
     process: measured after everything but weights was loaded, vocabulary included. draft: a draft model's weights, keys
-    and values, and buffers. filter: what filtering keys and values takes beside the cache. cache: file pages of reads
-    under way, where the file system has no direct ones.
+    and values, and buffers. filter: what filtering keys and values takes beside the cache. attention: the same of several
+    sequences' attention. cache: file pages of reads under way, where the file system has no direct ones.
     """
 
     process_bytes: int
@@ -34,6 +34,7 @@ class Ledger:
     sampler_bytes: int
     draft_bytes: int = 0
     filter_bytes: int = 0
+    attention_bytes: int = 0
     cache_bytes: int = 0
     window_bytes: int = 0
     resident_bytes: int = 0
@@ -50,6 +51,7 @@ class Ledger:
             + self.sampler_bytes
             + self.draft_bytes
             + self.filter_bytes
+            + self.attention_bytes
             + self.cache_bytes
             + self.margin_bytes
         )
@@ -64,6 +66,7 @@ class Ledger:
         optional = {
             "draft_bytes": self.draft_bytes,
             "filter_bytes": self.filter_bytes,
+            "attention_bytes": self.attention_bytes,
             "cache_bytes": self.cache_bytes,
         }
         return {

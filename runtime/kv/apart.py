@@ -1,0 +1,219 @@
+"""Attention of several sequences in one cache, each alone: with the bits that it has in a cache of its own.
+
+llama.cpp attends over all cells under a mask, in their order, and rounds sums to 16 bits. Where a sequence's positions
+lie in other cells than alone, or where a pass has tokens of others, its sums are made in another order or by another
+kernel. So the attention of every part of a pass is computed here: its keys and values are copied together in the order
+of their positions, and ggml's own kernel is given that part alone.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from runtime.errors import EngineError, ModelError
+from runtime.kv.cache import Cache, K, V, find_cache
+from runtime.llama import abi
+from runtime.llama.model_file import ModelFile
+from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
+from runtime.memory import Region
+from runtime.passes import Part, Pass
+from runtime.settings import Settings
+
+_ELEMENT_BYTES = 4  # rows are copied as 32-bit numbers, whatever they are
+_HALF_BYTES = 2
+_HALF_TYPE, _I32 = 1, 26
+_NO_LOGIT = 0xFC00  # minus infinity in 16 bits
+_PADDED = 256  # llama.cpp attends to a multiple of so many cells; those behind the positions are masked
+_GRAPH_BYTES = 2**20
+_THREAD_BYTES = 300_000  # of ggml's scratch, for heads of 256 values
+_WHAT, _NEXT = "the attention of a batch", "answer the prompts one by one with `h2o run`"
+
+
+def open_attention(
+    settings: Settings, file: ModelFile, groups: list[dict[str, int]], model: int, skip: Callable[[int], object]
+) -> SequenceAttention | None:
+    """What computes attention sequence by sequence; None for one sequence, and where a model's cache is a special one:
+    with windows, without flash attention, of rows that are no whole number of elements.
+
+    groups: cache tensors (name -> address) of each buffer. skip: switches a node off until it was reported.
+    """
+    if settings.n_sequences == 1:
+        return None
+    try:
+        cache = find_cache(groups, file, model)
+    except ModelError:
+        return None
+    parts = [part for layer in cache.layers.values() for part in layer.parts]
+    if len(cache.filterable) < len(cache.layers) or any(part.row_bytes % _ELEMENT_BYTES for part in parts):
+        return None
+    return SequenceAttention(settings, cache, skip)
+
+
+class SequenceAttention:
+    """A guest of passes over several sequences; `cells` has the cell of every position, sequence by sequence."""
+
+    def __init__(self, settings: Settings, cache: Cache, skip: Callable[[int], object]) -> None:
+        self.cells: dict[int, list[int]] = {}
+        self._skip = skip
+        self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
+        self._first = next(iter(cache.layers.values())).parts[K].root
+        self._cache = cache
+        self._pass = Pass(())
+        self._placed = False
+        self._asked: set[int] = set()
+        self._shape: tuple[bytes, ...] = ()  # of the nodes that the parts' tensors are made for
+        n_cells = max(layer.parts[K].n_cells for layer in cache.layers.values()) + _PADDED
+        row_bytes = [max(layer.parts[i].row_bytes for layer in cache.layers.values()) for i in (K, V)]
+        with ExitStack() as opened:
+            self._rows = [Region(n * n_cells) for n in row_bytes]
+            for region in self._rows:
+                opened.callback(region.free)
+            self.memory_bytes = sum(row_bytes) * n_cells + 2 * _HALF_BYTES * n_cells + _GRAPH_BYTES
+            self.memory_bytes += settings.n_threads * _THREAD_BYTES
+            # position p's mask: p + 1 zeros, then no logits: it begins p + 1 before the end of the zeros
+            self._mask = array.array("H", [0] * n_cells + [_NO_LOGIT] * n_cells)
+            self._zeros_end = self._mask.buffer_info()[0] + n_cells * _HALF_BYTES
+            self._numbers = array.array("i", [0])
+            self._from, self._copied = _tensors(2), _tensors(2)
+            self._which = abi.Tensor()
+            self._parts = [_Part() for _ in range(settings.n_sequences)]
+            for source, copied in zip(self._from, self._copied, strict=True):
+                operate(copied, abi.OP_GET_ROWS, source, self._which)
+            for part in self._parts:
+                operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
+            self._graph = OwnGraph(settings.n_threads, [*self._copied, *(part.out for part in self._parts)])
+            opened.callback(self._graph.close)
+            self._opened = opened.pop_all()
+
+    def truncate(self, n_past: int, sequence: int) -> None:
+        """A sequence's positions from n_past on are forgotten."""
+        del self.cells.get(sequence, [])[n_past:]
+
+    def close(self) -> None:
+        """Free everything."""
+        self._opened.close()
+
+    # --- a guest's calls ----------------------------------------------------------------------------------------
+
+    def begin(self, pass_: Pass) -> None:
+        """A pass comes."""
+        self._pass, self._placed, self._shape = pass_, False, ()
+        self._asked.clear()
+
+    def before(self, address: int) -> bool:
+        """A node is going to be computed; True: report when it is done."""
+        op = ctypes.c_int.from_address(address + abi.OP_OFFSET).value
+        if op == abi.OP_SET_ROWS and not self._placed:
+            node = abi.Tensor.from_address(address)
+            if node.view_src == self._first:
+                self._place(abi.Tensor.from_address(node.src[1]).data)
+        if op != abi.OP_FLASH_ATTN_EXT or not self._placed:
+            return False
+        alibi = ctypes.c_float.from_address(address + abi.Tensor.op_params.offset + _ELEMENT_BYTES).value
+        if alibi:
+            return False
+        self._skip(address)
+        self._asked.add(address)
+        return True
+
+    def after(self, address: int) -> None:
+        """Everything up to this node has been computed."""
+        if address in self._asked:
+            self._asked.remove(address)
+            self._attend(abi.Tensor.from_address(address))
+
+    def end(self, *, complete: bool) -> None:
+        """The pass is over; the engine takes one back that failed."""
+
+    # --- one pass -----------------------------------------------------------------------------------------------
+
+    def _place(self, numbers: int) -> None:
+        """Note the cells that llama.cpp has found for the pass, and which rows every part attends to."""
+        n = 0
+        copied: list[int] = []
+        found = (ctypes.c_int64 * self._pass.n_tokens).from_address(numbers)
+        for part, own in zip(self._pass.parts, self._parts, strict=False):
+            cells = self.cells.setdefault(part.sequence, [])
+            if len(cells) != part.first:
+                raise EngineError(f"sequence {part.sequence} has {len(cells)} positions, not {part.first}", _NEXT)
+            cells += found[n : n + len(part.tokens)]
+            own.place(part, n, len(copied), self._zeros_end)
+            copied += cells
+            n += len(part.tokens)
+        self._numbers = array.array("i", copied)
+        describe(self._which, self._numbers.buffer_info()[0], (len(copied),), _I32)
+        for i, own in enumerate(self._parts):
+            own.out.op = abi.OP_FLASH_ATTN_EXT if i < len(self._pass.parts) else abi.OP_NONE
+        self._placed = True
+
+    def _attend(self, node: abi.Tensor) -> None:
+        """Compute a layer's attention, part by part."""
+        query, keys, values = (abi.Tensor.from_address(node.src[i]) for i in range(3))
+        root = keys.view_src
+        if root not in self._part_of or keys.view_offs or values.view_offs:
+            raise EngineError("an attention node does not read the cache of keys and values", _NEXT)
+        layer = self._cache.layers[self._part_of[root][0]]
+        for part, source, copied, region in zip(layer.parts, self._from, self._copied, self._rows, strict=True):
+            width = part.row_bytes // _ELEMENT_BYTES
+            describe(source, part.data, (width, part.n_cells))
+            describe(copied, region.address, (width, len(self._numbers)))
+        shape = tuple(_shape(tensor) for tensor in (node, query, keys, values))
+        sizes = [part.row_bytes for part in layer.parts]
+        for own in self._parts[: len(self._pass.parts)]:
+            if shape != self._shape:
+                own.copy(node, query, (keys, values))
+                for rows, region, n_bytes in zip(own.rows, self._rows, sizes, strict=True):
+                    rows.data = region.address + own.row * n_bytes
+            own.query.data = query.data + own.n * query.nb[1]
+            own.out.data = node.data + own.n * node.nb[2]
+            own.out.src[4] = node.src[4]
+        self._shape = shape
+        self._graph.compute(_WHAT, _NEXT)
+
+
+class _Part:
+    """The tensors of one part of a pass: token n of the pass is its first, `row` the first of its rows copied."""
+
+    def __init__(self) -> None:
+        self.query, self.mask, self.out = abi.Tensor(), abi.Tensor(), abi.Tensor()
+        self.rows = _tensors(2)
+        self.n = self.row = self._n_tokens = self._n_rows = 0
+
+    def place(self, part: Part, n: int, row: int, zeros_end: int) -> None:
+        """What it attends to in a pass. As alone, where llama.cpp's own mask ends at a multiple of some cells.
+
+        A line of the mask is the one before it, begun one zero earlier: so all of them are one array.
+        """
+        self.n, self.row, self._n_tokens = n, row, len(part.tokens)
+        self._n_rows = -(-part.end // _PADDED) * _PADDED
+        describe(self.mask, zeros_end - (part.first + 1) * _HALF_BYTES, (self._n_rows, self._n_tokens))
+        self.mask.type = _HALF_TYPE
+        self.mask.nb[0], self.mask.nb[1] = _HALF_BYTES, -_HALF_BYTES  # a step back: it wraps around as in C
+        self.mask.nb[2] = self.mask.nb[3] = 0
+
+    def copy(self, node: abi.Tensor, query: abi.Tensor, rows: tuple[abi.Tensor, abi.Tensor]) -> None:
+        """Take shapes and parameters over from llama.cpp's node and its sources."""
+        flags = self.out.flags
+        for own, other in zip((self.query, *self.rows, self.out), (query, *rows, node), strict=True):
+            ctypes.memmove(ctypes.addressof(own), ctypes.addressof(other), abi.TENSOR_BYTES)
+            cut_off(own)
+        self.query.ne[1] = self.out.ne[2] = self._n_tokens
+        for tensor in self.rows:
+            tensor.ne[1] = self._n_rows
+        operate(self.out, abi.OP_FLASH_ATTN_EXT, self.query, *self.rows, self.mask)
+        self.out.flags = flags
+
+
+def _tensors(n: int) -> list[abi.Tensor]:
+    return [abi.Tensor() for _ in range(n)]
+
+
+_FROM, _TO = abi.Tensor.ne.offset, abi.Tensor.flags.offset
+
+
+def _shape(tensor: abi.Tensor) -> bytes:
+    """Sizes, strides and parameters of a tensor."""
+    return ctypes.string_at(ctypes.addressof(tensor) + _FROM, _TO - _FROM)

@@ -1,0 +1,98 @@
+"""Attention of sequences that share a cache: each has the bits that it has alone, wherever its positions lie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engines import engine
+
+from runtime.passes import Part, Pass
+from runtime.plans.plan import Plan
+from runtime.sizes import MB
+
+PLAN = Plan(0, 1, budget_bytes=1000 * MB)
+
+
+def tokens(seed, n):
+    return tuple(3 + (seed * 31 + i * 7) % 250 for i in range(n))
+
+
+def logits_alone(path, sequence, n_first, **settings):
+    """Of a block, and of each token behind it."""
+    with engine(path, PLAN, n_ctx=1024, n_ubatch=512, **settings) as opened:
+        opened.forward(sequence[:n_first])
+        found = [opened.logits().copy()]
+        for token in sequence[n_first:]:
+            opened.forward([token])
+            found.append(opened.logits().copy())
+        return found
+
+
+def compute(opened, *parts):
+    """The logits of the last token of every part: (sequence, first position, tokens)."""
+    opened.compute([Pass(tuple(Part(*part, 1) for part in parts))])
+    return [opened.logits(i).copy() for i in range(len(parts))]
+
+
+def shared(path, n_sequences, **settings):
+    several = {"n_sequences": n_sequences, "n_logits": n_sequences}
+    return engine(path, PLAN, n_ctx=1024, n_ubatch=512, **several, **settings)
+
+
+def assert_equal(found, wanted):
+    assert len(found) == len(wanted)
+    for step, (own, other) in enumerate(zip(found, wanted, strict=True)):
+        assert np.array_equal(own, other), f"step {step}: {np.abs(own - other).max()}"
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_cells_that_others_left_are_as_good_as_any(bundled_model, kv_type):
+    a, b = tokens(1, 40), tokens(2, 60)
+    wanted = logits_alone(bundled_model, b, 30, kv_type=kv_type)
+    with shared(bundled_model, 2, kv_type=kv_type) as opened:
+        assert opened.attention
+        found = compute(opened, (0, 0, a), (1, 0, b[:30]))[1:]
+        opened.truncate(0, 0)
+        for i in range(30, 60):
+            found += compute(opened, (1, i, b[i : i + 1]))
+        assert opened.attention.cells[1] == [*range(40, 70), *range(30)]
+    assert_equal(found, wanted)
+
+
+def test_long_and_short_blocks_and_answers_in_one_pass(bundled_model):
+    long, short, answer = tokens(3, 102), tokens(4, 10), tokens(5, 22)
+    with shared(bundled_model, 3) as opened:
+        compute(opened, (2, 0, answer[:20]))
+        steps = [compute(opened, (0, 0, long[:100]), (1, 0, short[:8]), (2, 20, answer[20:21]))]
+        steps += [compute(opened, (1, 8, short[8:9]), (0, 100, long[100:101]), (2, 21, answer[21:22]))]
+    assert_equal([steps[0][0], steps[1][1]], logits_alone(bundled_model, long, 100)[:2])
+    assert_equal([steps[0][1], steps[1][0]], logits_alone(bundled_model, short, 8)[:2])
+    assert_equal([steps[0][2], steps[1][2]], logits_alone(bundled_model, answer, 20)[1:])
+
+
+def test_many_positions_are_cut_over_threads_as_alone(bundled_model):
+    long = tokens(6, 273)
+    with shared(bundled_model, 2, n_threads=2) as opened:
+        compute(opened, (1, 0, tokens(7, 10)))
+        found = compute(opened, (0, 0, long[:270]))
+        for i in range(270, 273):
+            found += compute(opened, (1, i - 260, (9,)), (0, i, long[i : i + 1]))[1:]
+    assert_equal(found, logits_alone(bundled_model, long, 270, n_threads=2))
+
+
+def test_a_pass_that_failed_leaves_its_cells(bundled_model):
+    a = tokens(8, 12)
+    with shared(bundled_model, 2) as opened:
+        found = compute(opened, (0, 0, a[:10]), (1, 0, a))[:1]
+        opened.guests.stop = ValueError("stopped")
+        with pytest.raises(ValueError, match="stopped"):
+            compute(opened, (0, 10, a[10:11]))
+        for i in (10, 11):
+            found += compute(opened, (0, i, a[i : i + 1]))
+    assert_equal(found, logits_alone(bundled_model, a, 10))
+
+
+def test_a_model_with_windows_keeps_llama_cpps_attention(tiny_model):
+    with shared(tiny_model("gemma3"), 2) as opened:
+        assert opened.attention is None
+        compute(opened, (0, 0, tokens(1, 5)), (1, 0, tokens(2, 3)))
