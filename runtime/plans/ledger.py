@@ -23,8 +23,8 @@ class Ledger:
     """Bytes by part.
 
     process: measured after everything but weights was loaded, vocabulary included. draft: a draft model's weights, keys
-    and values, and buffers. filter: what filtering keys and values takes beside the cache. attention: the same of several
-    sequences' attention. cache: file pages of reads under way, where the file system has no direct ones.
+    and values, and buffers. filter, attention: what filtering keys and values, and the attention of several sequences,
+    take beside the cache. cache: file pages of reads under way, where the file system has no direct ones.
     """
 
     process_bytes: int
