@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from h2o_cli.cmd_bench_distributed import bench_distributed
 from h2o_cli.cmd_bench_kv import EPILOG as KV_EPILOG
 from h2o_cli.cmd_bench_kv import bench_kv
 from h2o_cli.cmd_bench_speculation import bench_speculation
@@ -89,12 +90,13 @@ def report_again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where a benchmark left its rows.")] = OUTPUT,
 ) -> None:
     """Write the report and plots of any benchmark again, from the rows in a folder; print the summary."""
+    from h2o_cli.bench.distributed.hops import HOPS
     from h2o_cli.bench.kv.report import KV
     from h2o_cli.bench.results import make_again
     from h2o_cli.bench.speed.report import SPEED
     from h2o_cli.bench.speed.speculation import SPECULATION
 
-    make_again(folder, (SPEED, SPECULATION, KV))
+    make_again(folder, (SPEED, SPECULATION, KV, HOPS))
 
 
 @app.command("make-model", epilog=EPILOG)
@@ -114,3 +116,4 @@ def make_model(
 
 app.command("kv", epilog=KV_EPILOG)(bench_kv)
 app.command("speculation")(bench_speculation)
+app.command("distributed")(bench_distributed)

@@ -336,7 +336,7 @@ def test_what_would_not_be_the_same_answer_is_refused(paths, addresses):
     for mine, reason in (
         (hello(model, what="another build"), "another build asks"),
         (hello(12345), "does not have that model"),
-        (hello(model, protocol=PROTOCOL + 1), "protocol 2"),
+        (hello(model, protocol=PROTOCOL + 1), f"protocol {PROTOCOL + 1}"),
     ):
         with pytest.raises(WorkerError, match=reason):
             Link(addresses[0], None, mine)

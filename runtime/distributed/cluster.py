@@ -45,6 +45,7 @@ class Link:
         self.address, self._keys, self._mine = address, keys, hello
         self.ranges: list[tuple[int, int]] = []
         self.bytes_read = self.peak_bytes = self._first_number = 0
+        self.compute_s = 0.0  # of the last step
         self._first_bytes: int | None = None  # read until the first pass that reads what every pass does
         self.ready: Ready | None = None
         self.number = 0
@@ -100,7 +101,7 @@ class Link:
                 self.peak_bytes = max(answer.peak_bytes, self.peak_bytes)
                 if answer.number > self._first_number + 1 and self._first_bytes is None:
                     self._first_number, self._first_bytes = answer.number, answer.bytes_read
-                self.bytes_read = answer.bytes_read
+                self.bytes_read, self.compute_s = answer.bytes_read, answer.compute_s
                 return answer.hidden
 
     @property

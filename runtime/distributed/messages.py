@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 MOST_LAYERS = 4096
 MOST_TOKENS = 65536  # of one step
 MOST_CONTEXT = 2**24
@@ -110,13 +110,18 @@ class Step(Message, frozen=True):
 
 
 class Result(Message, frozen=True):
-    """Worker: what the last layer of the range gave. bytes_read: by its process; peak_bytes: of its memory."""
+    """Worker: what the last layer of the range gave.
+
+    bytes_read: by its process; peak_bytes: of its memory; compute_s: seconds from the step to this, waits for reads
+    included, hand-overs not.
+    """
 
     number: Positive
     part: Part
     hidden: Hidden
     bytes_read: Count = 0
     peak_bytes: Count = 0
+    compute_s: Rate = 0.0
 
 
 class Progress(Message, frozen=True):

@@ -79,6 +79,7 @@ class Worker:
         self._seat = threading.Lock()
         self._part: OwnLayers | None = None
         self._step: Step | None = None
+        self._began_s = 0.0  # with it
         self._peak_bytes = 0
         self._stopped = 0
         self._told: set[str] = set()
@@ -245,7 +246,7 @@ class Worker:
         if part is None or talk.side.is_shortening or talk.side.state != COMPUTING:
             return
         part.engine.forget_cancel()
-        self._step = step
+        self._step, self._began_s = step, time.perf_counter()
         try:
             part.compute(step)
         finally:
@@ -281,6 +282,7 @@ class Worker:
             if job.talk is not self._talk and job.talk is not None:
                 continue
             if isinstance(job.event, Step):
+                self._began_s = time.perf_counter()
                 return job.event
             self._held = job
             raise Cancelled(self._stopped)
@@ -289,11 +291,12 @@ class Worker:
         """The result of the step at hand."""
         talk, part = self._talk, self._part
         assert talk and part
+        n_read, seconds = part.engine.counters.bytes_read, time.perf_counter() - self._began_s
         with talk.lock:
             if talk.side.state != COMPUTING:
                 raise Cancelled(GIVEN_UP)
             talk.send(
-                talk.side.result(bytes(hidden), bytes_read=part.engine.counters.bytes_read, peak_bytes=self._peak_bytes)
+                talk.side.result(bytes(hidden), bytes_read=n_read, peak_bytes=self._peak_bytes, compute_s=seconds)
             )
 
 
