@@ -12,7 +12,7 @@ import typer
 from h2o_cli.floor_run import smallest_budget
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import emit, note, print_json, table
-from h2o_cli.session.defaults import CONVERSATION_CONTEXT, PROMPT_CONTEXT
+from h2o_cli.session.defaults import CONVERSATION_CONTEXT, PROMPT_CONTEXT, default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, find_profile, resolve_model
 from h2o_cli.session.smallest import CONVERSATION, PROMPT
 from runtime.errors import EngineError, H2OError, ModelError, ProfileError, UsageError
@@ -72,12 +72,16 @@ def find_budget(file: ModelFile, ctx: int | None) -> Budget:
     try:
         return replace(
             budget,
-            floor_bytes=smallest_budget(file, PROMPT, Settings(n_ctx=budget.ctx_tokens)),
-            conversation_bytes=smallest_budget(file, CONVERSATION, Settings(n_ctx=budget.conversation_tokens)),
+            floor_bytes=smallest_budget(file, PROMPT, _settings(budget.ctx_tokens)),
+            conversation_bytes=smallest_budget(file, CONVERSATION, _settings(budget.conversation_tokens)),
             kv_bytes_per_token=_kv_bytes_per_token(file),
         )
     except (ModelError, EngineError) as error:
         return replace(budget, error=error)
+
+
+def _settings(n_ctx: int) -> Settings:
+    return Settings(n_ctx=n_ctx, n_threads=default_threads())
 
 
 def _kv_bytes_per_token(file: ModelFile) -> int:

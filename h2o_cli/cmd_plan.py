@@ -15,7 +15,7 @@ from h2o_cli.cmd_devices import show as show_devices
 from h2o_cli.output import emit, note, print_json
 from h2o_cli.plan_report import Outlook, as_json, explain_choice, outlook_of, report
 from h2o_cli.plan_source import SourceSearch, check_layers, plan_as_source, set_by_hand, write, written_text
-from h2o_cli.session.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT
+from h2o_cli.session.defaults import CONVERSATION_CONTEXT, LEAST_UBATCH, N_PREDICT, default_threads
 from h2o_cli.session.kv_filter import KvChoice, KvFlags, choose_filter, read_kv_config
 from h2o_cli.session.models import DEFAULT_MODEL, ROOT, find_profile, need_profile, resolve_model
 from h2o_cli.session.team import Flags
@@ -286,7 +286,8 @@ def _floor(options: PlanOptions, profile: ModelProfile) -> int:
         if file.hash != profile.model.hash:
             return 0
         kv = _kv_use(options, file.hash)
-        settings = Settings(n_ctx=_context(options, profile), kv_type=kv.kv_type, kv=kv.filter)
+        n_ctx, n_threads = _context(options, profile), default_threads()
+        settings = Settings(n_ctx=n_ctx, n_threads=n_threads, kv_type=kv.kv_type, kv=kv.filter)
         flags = ["--kv-type", kv.kv_type, "-n", str(options.n_predict), *options.kv_flags.as_arguments()]
         return smallest_budget(file, PROMPT, settings, flags)
     except (ModelError, EngineError, DiskError):

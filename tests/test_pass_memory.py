@@ -17,7 +17,7 @@ from runtime.passes import Part
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.settings import SHORT_PASS
-from runtime.sizes import MB, page_down, page_up
+from runtime.sizes import MB, PAGE, page_down, page_up
 
 PROMPT = [3 + i * 7 % 250 for i in range(300)]
 
@@ -75,6 +75,48 @@ def test_after_a_prompt_short_passes_stay_within_their_share(tiny_model, arch, n
                 opened._context.drop_scratch()
             opened.forward([5] * n, min(n, n_logits))
             assert touched_bytes(scratch) <= memory.compute(Use(long=False, rows=rows if n <= 4 else n_logits)), n
+
+
+def ggmls_scratch(opened):
+    """The pages of ggml's scratch."""
+    return [(page_down(b.work_data), page_up(b.work_data + b.work_size)) for b in opened._context._backends()]
+
+
+SHAPE = "llama:layers=2,dim=512,ffn=1024,heads=4,kv_heads=2,vocab=4000,ctx=512"  # its head has tiles
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("model", "file_type"),
+    [(SHAPE, "f16"), (SHAPE, "q8_0"), (SHAPE, "q4_0"), (SHAPE, "q4_k"), (SHAPE, "iq4_xs"), ("qwen3moe", "q4_k")],
+)
+def test_scratch_of_every_thread_is_counted(model, file_type, n_threads, tiny_model):
+    """Inputs of products, tiles of products from 8 tokens on, tiles of attention from 64."""
+    with engine(tiny_model(model, file_type), n_threads=n_threads, n_ubatch=200, n_logits=9, repack=False) as opened:
+        memory, planned = opened.layout.needs.passes, ggmls_scratch(opened)
+        budget = opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * smallest_window(opened.file), budget_bytes=budget))
+        for n, rows in ((8, 1), (7, 1), (9, 9), (1, 1), (16, 1), (64, 1), (128, 1), (1, 1)):
+            opened._context.drop_scratch()
+            opened.truncate(0)
+            opened.forward(PROMPT[:n], rows)
+            touched, counted = bytes_in_memory(ggmls_scratch(opened)), memory.scratch.bytes_for(n, rows)
+            assert touched <= counted <= 2 * touched + n_threads * 4 * PAGE, (n, rows)
+            assert counted <= opened.ledger.compute_bytes
+        assert ggmls_scratch(opened) == planned  # ggml needed no other
+
+
+def test_tiles_of_products_do_not_stay(tiny_model):
+    """A pass of 8 tokens is as short as one of a token and its drafts, but not where threads compute in tiles."""
+    with engine(tiny_model(SHAPE, "q4_k"), n_threads=8, n_ubatch=64, repack=False) as opened:
+        budget = opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2 + 2 * smallest_window(opened.file)
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=2 * smallest_window(opened.file), budget_bytes=budget))
+        opened.forward(PROMPT[:8])
+        tiles = bytes_in_memory(ggmls_scratch(opened))
+        assert opened.ledger.compute_bytes > tiles > 8 * 256 * 1024
+        opened.forward([5])
+        assert bytes_in_memory(ggmls_scratch(opened)) < tiles // 20
+        assert opened.ledger.compute_bytes < tiles
 
 
 def test_weights_make_room_for_a_prompt_and_come_back(bundled_model):

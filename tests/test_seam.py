@@ -64,8 +64,24 @@ def test_types_that_weights_are_multiplied_with():
     rows = {"q4_0": "q8_0", "q8_0": "q8_0", "q4_K": "q8_K", "q6_K": "q8_K", "f16": "f16"}
     ids = {abi.ggml_type_name(i).decode(): i for i in range(31) if abi.ggml_type_name(i)}
     for name, other in rows.items():
-        assert abi.input_row_bytes(name, 512) == abi.ggml_row_size(ids[other], 512)
-    assert abi.input_row_bytes("f32", 512) == 0
+        planned, tiles = planned_product(ids[name], 512, 3)
+        rest = planned - tiles - 3 * abi.ggml_row_size(ids[other], 512)
+        assert 0 <= rest <= 2 * abi.CACHE_LINE
+        assert tiles == 0 or name.endswith("_K")
+    assert planned_product(ids["f32"], 512, 3)[0] <= abi.CACHE_LINE
+
+
+def planned_product(type_id, n_in, n_tokens):
+    """ggml's plan for a product with weights of this type and one thread: scratch in bytes, and that of tiles."""
+    memory = abi.ggml_init(abi.GgmlInitParams(2**20, None, True))
+    weights = abi.ggml_new_tensor_2d(memory, type_id, n_in, 16)
+    product = abi.ggml_mul_mat(memory, weights, abi.ggml_new_tensor_2d(memory, 0, n_in, n_tokens))
+    graph = abi.ggml_new_graph(memory)
+    abi.ggml_build_forward_expand(graph, product)
+    plan, tiles = abi.ggml_graph_plan(graph, 1, None), abi.ggml_tiled_wdata_size(1, product)
+    assert (plan.n_threads, plan.use_ref, *plan.pointers) == (1, False, None, None, None)
+    abi.ggml_free(memory)
+    return plan.work_size, tiles
 
 
 def test_a_view_and_its_parameters_are_where_we_look():

@@ -118,8 +118,8 @@ class Engine:
             with ExitStack() as opened:
                 self._context = Context(self._model, self.settings, n_tokens, self.guests.filter)
                 opened.callback(self._context.close)
-                passes = PassMemory(self.file, self.settings, self._context, self._one_row_bytes(n_tokens))
-                self._context.align_scratch(passes.scratch_bytes)
+                one_row_bytes, scratch = self._one_row_bytes(n_tokens), self._context.plan_scratch()
+                passes = PassMemory(self.file, self.settings, self._context, scratch, one_row_bytes)
                 cache = CacheMemory.of(self._context.buffers, self.file)
                 self.kv = self._open_filter()
                 if self.kv:
@@ -134,6 +134,9 @@ class Engine:
                 room = usable_bytes(plan.budget_bytes) - needs.most_bytes >= _ROOM_PIECES * smallest_window(self.file)
                 if room or n_tokens <= FULL_TILES:
                     self._opened.enter_context(opened.pop_all())
+                    for guest in (self.weights, self.attention):
+                        if guest:
+                            guest.compute_on(self._context.backend)
                     return needs
             n_tokens = max(FULL_TILES, n_tokens // 2)
 

@@ -26,7 +26,6 @@ from runtime.plans.residency import (
     streamable_bytes,
     window_bytes,
 )
-from runtime.settings import SHORT_PASS
 from runtime.sizes import page_down
 from runtime.weights.store import LayerStore
 
@@ -142,7 +141,7 @@ class Layout:
         for pass_ in passes:
             n_tokens, n_outputs = max(n_tokens, pass_.n_tokens), max(n_outputs, pass_.n_outputs)
         rows = rows_for(n_outputs, self._settings.n_logits)
-        use = Use(long=n_tokens > max(SHORT_PASS, rows), rows=rows)
+        use = Use(long=n_tokens > self.needs.passes.short(rows), rows=rows)
         if use.long:
             use = PROMPT if rows == 1 else self._everything
         room = self._cache.steps(self._cells_after(passes))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.kv.cache_memory import CacheMemory
-from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.model_file import ModelFile, TensorInfo
+from runtime.llama.scratch import Scratch
 from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes, more_margin
 from runtime.settings import SHORT_PASS, Settings
 from runtime.sizes import MB, PAGE, page_up
@@ -31,7 +31,7 @@ _SPREAD = 1.25  # a short pass touches pages here and there: at most this times 
 class Use(NamedTuple):
     """What memory is laid out for.
 
-    long: passes of a prompt; else of at most SHORT_PASS tokens, or of a token and its drafts. rows: of logits.
+    long: passes of a prompt; else of a token and its drafts, or of a few tokens (PassMemory.short). rows: of logits.
     """
 
     long: bool
@@ -55,34 +55,30 @@ def rows_for(n_logits: int, most: int) -> int:
 class PassMemory:
     """Bytes that the passes of a context need.
 
-    one_row_bytes: of the buffers where the context makes one row of logits at most. Nothing else in them grows with the
-    rows, and rows that a pass does not make are not touched.
+    scratch: ggml's. one_row_bytes: of the buffers where the context makes one row of logits at most. Nothing else in
+    them grows with the rows, and rows that a pass does not make are not touched.
     """
 
     file: ModelFile
     settings: Settings
     context: Context
+    scratch: Scratch
     one_row_bytes: int
 
+    def short(self, rows: int) -> int:
+        """Tokens up to which a pass with so many rows of logits counts as short: products take no tiles, unless for as
+        many tokens as rows."""
+        return max(self.scratch.untiled(SHORT_PASS), rows)
+
     def compute(self, use: Use) -> int:
-        """Compute and output buffers."""
+        """Compute and output buffers, and scratch."""
         n_tokens, row_bytes = self.context.n_tokens, 4 * self.context.n_vocab
         logits, n_short = row_bytes * use.rows, max(SHORT_PASS, use.rows)
+        n_scratch = n_tokens if use.long else min(n_tokens, self.short(use.rows))
         others = max(0, self.one_row_bytes - row_bytes)
         share = 1.0 if use.long else _SPREAD * min(1.0, n_short / n_tokens)
         buffer = min(self.context.scratch_bytes, logits + int(share * others) + MB // 4)
-        return buffer + logits + self._work_bytes(n_tokens if use.long else min(n_tokens, n_short))
-
-    @property
-    def scratch_bytes(self) -> int:
-        """More than ggml's scratch takes in the longest pass."""
-        return page_up(2 * self._work_bytes(self.context.n_tokens) + MB)
-
-    def _work_bytes(self, n_tokens: int) -> int:
-        """ggml's scratch for a product: the input in the type the weights are multiplied with."""
-        tensors = (piece.tensor for layer in self.file.layers for piece in layer.pieces)
-        inputs = {(tensor.type_name, tensor.shape[0]) for tensor in tensors}
-        return n_tokens * max((abi.input_row_bytes(name, n) for name, n in inputs), default=0)
+        return buffer + logits + self.scratch.bytes_for(n_scratch, use.rows)
 
     def embedding(self, table: TensorInfo, *, long: bool) -> int:
         """An input embedding's rows: of one pass and some of the passes before; or all of it."""

@@ -56,6 +56,7 @@ class WeightsGuest:
         self._asked_bytes = self._boundary_bytes = 0
         self._repack = False
         self._product = TiledProduct(n_threads)
+        self.compute_on = self._product.compute_on
         self._repacker = Repacker()
 
     # --- plans --------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ _HALF_TYPE, _I32 = 1, 26
 _NO_LOGIT = 0xFC00  # minus infinity in 16 bits
 _PADDED = 256  # llama.cpp attends to a multiple of so many cells; those behind the positions are masked
 _GRAPH_BYTES = 2**20
-_THREAD_BYTES = 300_000  # of ggml's scratch, for heads of 256 values
 _WHAT, _NEXT = "the attention of a batch", "answer the prompts one by one with `h2o run`"
 
 
@@ -72,7 +71,6 @@ class SequenceAttention:
             for region in self._rows:
                 opened.callback(region.free)
             self.memory_bytes = sum(row_bytes) * n_cells + 2 * _HALF_BYTES * n_cells + _GRAPH_BYTES
-            self.memory_bytes += settings.n_threads * _THREAD_BYTES
             # position p's mask: p + 1 zeros, then no logits: it begins p + 1 before the end of the zeros
             self._mask = array.array("H", [0] * n_cells + [_NO_LOGIT] * n_cells)
             self._zeros_end = self._mask.buffer_info()[0] + n_cells * _HALF_BYTES
@@ -85,6 +83,7 @@ class SequenceAttention:
             for part in self._parts:
                 operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
             self._graph = OwnGraph(settings.n_threads, [*self._copied, *(part.out for part in self._parts)])
+            self.compute_on = self._graph.compute_on
             opened.callback(self._graph.close)
             self._opened = opened.pop_all()
 

@@ -203,6 +203,18 @@ class CpuBackend(ctypes.Structure):
     ]
 
 
+class GraphPlan(ctypes.Structure):
+    """struct ggml_cplan: what computing a graph takes; work_size is its scratch."""
+
+    _fields_ = [
+        ("work_size", ctypes.c_size_t),
+        ("work_data", POINTER),
+        ("n_threads", ctypes.c_int),
+        ("pointers", POINTER * 3),
+        ("use_ref", ctypes.c_bool),
+    ]
+
+
 class BufferTypeOverride(ctypes.Structure):
     """struct llama_model_tensor_buft_override."""
 
@@ -247,6 +259,12 @@ ggml_type_name = bind(ggml_base, "ggml_type_name", ctypes.c_char_p, ctypes.c_int
 ggml_mul_mat = bind(ggml_base, "ggml_mul_mat", POINTER, POINTER, POINTER, POINTER)
 ggml_new_graph = bind(ggml_base, "ggml_new_graph", POINTER, POINTER)
 ggml_build_forward_expand = bind(ggml_base, "ggml_build_forward_expand", None, POINTER, POINTER)
+ggml_graph_add_node = bind(ggml_base, "ggml_graph_add_node", None, POINTER, POINTER)
+ggml_graph_clear = bind(ggml_base, "ggml_graph_clear", None, POINTER)
+ggml_graph_n_nodes = bind(ggml_base, "ggml_graph_n_nodes", ctypes.c_int, POINTER)
+ggml_graph_nodes = bind(ggml_base, "ggml_graph_nodes", POINTER, POINTER)
+ggml_graph_plan = bind(ggml_cpu, "ggml_graph_plan", GraphPlan, POINTER, ctypes.c_int, POINTER)
+ggml_tiled_wdata_size = bind(ggml_cpu, "ggml_tiled_wdata_size", ctypes.c_size_t, ctypes.c_int, POINTER)
 ggml_get_first_tensor = bind(ggml_base, "ggml_get_first_tensor", POINTER, POINTER)
 ggml_get_next_tensor = bind(ggml_base, "ggml_get_next_tensor", POINTER, POINTER, POINTER)
 ggml_backend_graph_compute = bind(ggml_base, "ggml_backend_graph_compute", ctypes.c_int, POINTER, POINTER)
@@ -283,6 +301,9 @@ ggml_backend_sched_get_backend = bind(ggml_base, "ggml_backend_sched_get_backend
 ggml_backend_sched_set_eval_callback = bind(
     ggml_base, "ggml_backend_sched_set_eval_callback", None, POINTER, EvalCallback, POINTER
 )
+llama_graph_reserve = bind(
+    llama._lib, "_Z19llama_graph_reserveP13llama_contextjjj", POINTER, POINTER, *[ctypes.c_uint32] * 3
+)
 llama_context_get_sched = bind(llama._lib, "_ZNK13llama_context9get_schedEv", POINTER, POINTER)
 
 gguf_init_from_file = bind(ggml_base, "gguf_init_from_file", POINTER, ctypes.c_char_p, GgufInitParams)
@@ -302,9 +323,6 @@ gguf_get_arr_n = bind(ggml_base, "gguf_get_arr_n", ctypes.c_size_t, POINTER, cty
 gguf_get_arr_data = bind(ggml_base, "gguf_get_arr_data", POINTER, POINTER, ctypes.c_int64)
 
 
-_TYPE_F32, _MOST_TYPES = 0, 64
-
-
 def has_dot_product(type_id: int) -> bool:
     """Whether weights of this type can be multiplied on the CPU."""
     return TypeTraitsCpu.from_address(_type_traits_cpu(type_id)).vec_dot is not None
@@ -313,13 +331,6 @@ def has_dot_product(type_id: int) -> bool:
 def cpu_backend(address: int) -> CpuBackend:
     """What a CPU backend keeps."""
     return CpuBackend.from_address(Backend.from_address(address).context)
-
-
-def input_row_bytes(type_name: str, n: int) -> int:
-    """Scratch bytes for a row of n inputs (f32) in the type that weights of the named type are multiplied with."""
-    type_id = next(i for i in range(_MOST_TYPES) if ggml_type_name(i) == type_name.encode())
-    to_type = int(TypeTraitsCpu.from_address(_type_traits_cpu(type_id)).vec_dot_type)
-    return int(ggml_row_size(to_type, n)) if to_type != _TYPE_F32 else 0
 
 
 def op_code(name: bytes) -> int:
@@ -368,6 +379,7 @@ def _self_check() -> None:
 
 OP_NONE = op_code(b"NONE")
 OP_MUL_MAT = op_code(b"MUL_MAT")
+OP_MUL_MAT_ID = op_code(b"MUL_MAT_ID")
 OP_GET_ROWS = op_code(b"GET_ROWS")
 OP_SET_ROWS = op_code(b"SET_ROWS")
 OP_FLASH_ATTN_EXT = op_code(b"FLASH_ATTN_EXT")

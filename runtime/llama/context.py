@@ -11,9 +11,11 @@ from runtime.errors import EngineError
 from runtime.llama import abi
 from runtime.llama.hollow import ContextBuffers, HollowModel
 from runtime.llama.node_filter import NodeFilter
-from runtime.memory import drop_pages
+from runtime.llama.scratch import Scratch
+from runtime.memory import drop_pages, trim_heap
 from runtime.passes import Pass
 from runtime.settings import KV_TYPES, Settings
+from runtime.sizes import PAGE, page_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +51,7 @@ class Context:
             raise EngineError(f"llama.cpp could not create a context ({reason})", "lower --ctx or use --kv-type f16")
         self.pointer = int(pointer)
         self.n_tokens, self.n_sequences = n_tokens, settings.n_sequences
+        self._reserved_outputs, self._n_threads = min(n_tokens, settings.n_logits), settings.n_threads
         self._nodes = nodes  # llama.cpp has the addresses of its callback and data
         self._memory = abi.llama.llama_get_memory(self.pointer)
         self._scheduler = abi.llama_context_get_sched(self.pointer)
@@ -128,17 +131,21 @@ class Context:
         """All buffers but that of keys and values."""
         return self.buffers.n_bytes - self.buffers.kv_bytes
 
-    def align_scratch(self, n_bytes: int) -> None:
-        """Give ggml n_bytes for products' inputs (touched lazily) that begin at a cache line, before its first pass.
+    def plan_scratch(self) -> Scratch:
+        """What the nodes of passes need besides their results. ggml has it from now on; it is touched lazily.
 
-        What it takes itself begins 16 bytes behind a page: then half of all vector loads span two lines, and a prompt
-        in f16 takes 2 % longer. It frees this memory like its own (with delete[], which is free() in GNU's C++
-        library), and takes other memory where this is too little.
+        Before the first pass. ggml's own begins 16 bytes behind a page: then half of all vector loads span two lines,
+        and a prompt in f16 takes 2 % longer. It frees this memory like its own (with delete[], which is free() in
+        GNU's C++ library), and takes other memory where this is too little.
         """
+        scratch = Scratch.of(self.pointer, (self.n_tokens, self._reserved_outputs), self.n_sequences, self._n_threads)
+        n_bytes = page_up(scratch.planned_bytes)
+        trim_heap()  # what was used for the plan is no part of it
         for backend in self._backends():
-            address = abi.aligned_alloc(abi.CACHE_LINE, n_bytes) if not backend.work_data else None
+            address = abi.aligned_alloc(PAGE, n_bytes) if not backend.work_data else None
             if address:
                 backend.work_data, backend.work_size = address, n_bytes
+        return scratch
 
     def drop_scratch(self) -> None:
         """Give back the memory the last pass computed in. Its logits are gone; keys and values stay.
@@ -153,6 +160,11 @@ class Context:
         for backend in self._backends():
             if backend.work_data:
                 drop_pages(backend.work_data, backend.work_data + backend.work_size)
+
+    @property
+    def backend(self) -> int:
+        """The CPU backend that computes passes."""
+        return int(abi.ggml_backend_sched_get_backend(self._scheduler, 0))
 
     def _backends(self) -> Iterator[abi.CpuBackend]:
         for i in range(abi.ggml_backend_sched_get_n_backends(self._scheduler)):

@@ -1,4 +1,4 @@
-"""A small ggml graph over tensor structs of ours, computed by a CPU backend of its own between llama.cpp's nodes."""
+"""A small ggml graph over tensor structs of ours, computed between llama.cpp's nodes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,43 @@ _F32, _FLOAT_BYTES = 0, 4
 
 
 class OwnGraph:
-    """Computes `outputs`; their sources, addresses and sizes may change between two computations, their number not."""
+    """Computes `outputs`, on a CPU backend of its own with n_threads, until it gets another one.
+
+    Their sources, addresses and sizes may change between two computations, their number not.
+    """
 
     def __init__(self, n_threads: int, outputs: Sequence[abi.Tensor]) -> None:
         self._outputs = tuple(outputs)  # the graph has their addresses
-        self._backend = abi.ggml_backend_cpu_init()
+        self._backend = self._own_backend = abi.ggml_backend_cpu_init()
         abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
         self._context = abi.ggml_init(abi.GgmlInitParams(_GRAPH_MEMORY, None, True))
         self._graph = abi.ggml_new_graph(self._context)
         for output in self._outputs:
             abi.ggml_build_forward_expand(self._graph, ctypes.addressof(output))
 
+    def compute_on(self, backend: int) -> None:
+        """Compute on the backend of a context from now on, in its scratch: no node needs it between two nodes."""
+        self._free_backend()
+        self._backend = backend
+
     def compute(self, what: str, next_step: str) -> None:
         """Compute everything. Raises EngineError with what could not be computed, and what to do then.
 
-        Between two nodes of llama.cpp, whose threads wait for the callback: backends share nothing but the cores.
+        Between two nodes of llama.cpp, whose threads wait for the callback.
         """
         status = abi.ggml_backend_graph_compute(self._backend, self._graph)
         if status != 0:
             raise EngineError(f"llama.cpp could not compute {what} (status {status})", next_step)
 
     def close(self) -> None:
-        """Free the backend."""
+        """Free the graph, and its own backend."""
         abi.ggml_free(self._context)
-        abi.ggml_backend_free(self._backend)
+        self._free_backend()
+
+    def _free_backend(self) -> None:
+        if self._own_backend:
+            abi.ggml_backend_free(self._own_backend)
+            self._own_backend = 0
 
 
 def operate(output: abi.Tensor, op: int, *sources: abi.Tensor) -> None:

@@ -17,12 +17,13 @@ _FLOAT_ROWS = 4  # ggml has a kernel for products of these with several tokens, 
 
 
 class TiledProduct:
-    """Computes row ranges of MUL_MAT nodes on a CPU backend of its own."""
+    """Computes row ranges of MUL_MAT nodes, on a CPU backend of its own until it gets another one."""
 
     def __init__(self, n_threads: int) -> None:
         self._weights, self._input, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
         operate(self._output, abi.OP_MUL_MAT, self._weights, self._input)
         self._graph = OwnGraph(n_threads, [self._output])
+        self.compute_on = self._graph.compute_on
 
     def begin(self, node_address: int) -> None:
         """Take over a MUL_MAT node: src[0] weights [n_in, n_rows], src[1] input [n_in, n_tokens].
@@ -53,5 +54,5 @@ class TiledProduct:
         self._graph.compute("a tile", "raise -m")
 
     def close(self) -> None:
-        """Free the backend."""
+        """Free the graph."""
         self._graph.close()
