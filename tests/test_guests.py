@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 from engines import assert_same, engine, greedy
 
@@ -103,6 +105,22 @@ def test_a_guest_that_fails_ends_the_pass_for_all(tiny_model, place):
         assert first.ends == failing.ends == [complete]
         assert last.ends == ([] if place == "begin" else [complete])
         assert_same(greedy(opened, PROMPT, 3), expected)
+
+
+@pytest.mark.parametrize("ended_by", ["report", "end"])
+def test_a_node_that_was_switched_off_gets_its_operation_back(ended_by):
+    """However often guests switched it off, and also where the pass ended before it was reported."""
+    node = (ctypes.c_int * (abi.OP_OFFSET // 4 + 1))(*range(100, 101 + abi.OP_OFFSET // 4))
+    whole = list(node)
+    guests = Guests()
+    guests.begin(PASS)
+    for _ in range(2):
+        guests.skip(ctypes.addressof(node))
+        assert node[-1] == abi.OP_NONE
+    if ended_by == "report":
+        guests._on_node(ctypes.addressof(node), False, 0)
+    guests.end(complete=False)
+    assert list(node) == whole
 
 
 def test_guests_end_in_the_order_of_a_stack():
