@@ -10,7 +10,6 @@ from runtime.engine.engine import Engine
 from runtime.errors import BudgetError, EngineError, H2OError, PlanError
 from runtime.memory import memory_bytes
 from runtime.plans.plan import Plan
-from runtime.plans.residency import k_layers_worth, streamable_bytes, window_bytes
 from runtime.plans.watcher import PlanWatcher
 from runtime.sizes import MB, format_size
 
@@ -85,9 +84,7 @@ def check_budget(engine: Engine, plan: Plan, budget_bytes: int) -> None:
     """Raise BudgetError when a plan that names no budget of its own does not fit the process's."""
     if plan.budget_bytes or not budget_bytes:
         return
-    file, total = engine.file, streamable_bytes(engine.file)
-    pinned = min(total, plan.pinned_bytes or k_layers_worth(file, plan.k, plan.layout))
-    need = engine.layout.fixed_bytes + pinned + min(window_bytes(file, plan), total - pinned)
+    need = engine.layout.needed_bytes(plan)
     if need > budget_bytes:
         raise BudgetError(
             f"k={plan.k}, w={plan.w} needs {format_size(need)}, the budget is {format_size(budget_bytes)}",

@@ -19,6 +19,7 @@ from runtime.passes import Pass
 from runtime.plans.ledger import Ledger, usable_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import (
+    k_layers_worth,
     layers_in,
     overlapping_window,
     resident_pieces,
@@ -209,6 +210,12 @@ class Layout:
     def fixed_bytes(self) -> int:
         """What this process needs besides streamable weights, at its most: for a prompt or for drafts."""
         return self._largest_ledger.fixed_bytes
+
+    def needed_bytes(self, plan: Plan) -> int:
+        """What a plan without a budget of its own takes of this process, at its most."""
+        total = streamable_bytes(self._file)
+        pinned = min(total, plan.pinned_bytes or k_layers_worth(self._file, plan.k, plan.layout))
+        return self.fixed_bytes + pinned + min(window_bytes(self._file, plan), total - pinned)
 
     @property
     def _largest_ledger(self) -> Ledger:
