@@ -13,7 +13,12 @@ WAITING = st.lists(
     max_size=20,
 )
 LIMITS = st.builds(
-    Limits, st.integers(150, 900), st.integers(1, 20), st.integers(2 * LONG, 200), st.sampled_from([64, 128, 256])
+    Limits,
+    st.integers(150, 900),
+    st.integers(1, 20),
+    st.integers(2 * LONG, 200),
+    st.sampled_from([64, 128, 256]),
+    st.booleans(),
 )
 
 
@@ -53,17 +58,19 @@ def check_pass(jobs, counts, limits):
     assert any(counts)
     assert sum(job.n_cached for job in jobs) + sum(counts) <= limits.n_cells
     total = sum(counts)
-    if total >= LONG:
-        assert total <= limits.n_long
-        for job, n in zip(jobs, counts, strict=True):
-            if n:
-                block, long = job.block(limits.n_block)
-                assert long
-                assert n >= LONG or n == block
+    assert total <= limits.n_long
     for job, n in zip(jobs, counts, strict=True):
-        if n and job.n_unread and job.block(limits.n_block)[1]:
-            assert total >= LONG
-        assert n <= max(1, job.n_unread)
+        block, long = job.block(limits.n_block) if job.n_unread else (1, False)
+        assert n <= block
+        if not n:
+            continue
+        if limits.apart:
+            assert n == block or (long and n >= LONG and block - n >= LONG)
+        elif total >= LONG:
+            assert long
+            assert n >= LONG or n == block
+        else:
+            assert not long
 
 
 def limits(n_cells=1000, n_sequences=8):
@@ -88,6 +95,20 @@ def test_short_blocks_come_beside_answers_and_long_ones_alone():
     assert next_pass([answering, rest, long, short], limits()) == [1, 22, 0, 33]
     assert next_pass([answering, long, short, rest], limits()) == [0, 100, 0, 0]
     assert next_pass([answering, Job(64, 0, 5), Job(64, 0, 5), short], limits()) == [0, 64, 64, 0]
+
+
+def test_apart_everything_goes_together():
+    apart = Limits(1000, 8, 256, 128, True)
+    answering, rest, long, short = Job(10, 10, 5), Job(150, 128, 5), Job(100, 0, 5), Job(40, 0, 5)
+    assert next_pass([answering, rest, long, short], apart) == [1, 22, 100, 40]
+    assert next_pass([answering, long, long, short], apart) == [1, 100, 100, 40]
+    assert next_pass([answering, long, long, long, short], apart) == [1, 100, 100, 0, 40]
+    assert next_pass([answering, Job(128, 0, 5), Job(128, 0, 5), Job(128, 0, 5)], apart) == [1, 128, 64, 0]
+
+
+def test_apart_a_block_that_leaves_no_room_for_answers_goes_without():
+    assert next_pass([Job(10, 10, 5), Job(126, 0, 5)], Limits(1000, 8, 128, 128, True)) == [0, 126]
+    assert next_pass([Job(10, 10, 5), Job(128, 0, 5)], Limits(1000, 8, 128, 128, True)) == [1, 64]
 
 
 def test_a_block_longer_than_any_pass_leaves_a_long_part():

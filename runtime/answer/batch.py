@@ -48,7 +48,8 @@ class Batch:
         settings = engine.settings
         self._free = list(reversed(range(settings.n_sequences)))
         n_block = min(settings.n_ubatch, settings.n_ctx)
-        self._limits = Limits(settings.n_ctx, settings.n_sequences, engine.pass_tokens, n_block)
+        apart = engine.attention is not None
+        self._limits = Limits(settings.n_ctx, settings.n_sequences, engine.pass_tokens, n_block, apart)
         self._running: list[_Running] = []
 
     @property

@@ -1,9 +1,10 @@
 """Which sequences run, and what the next pass computes: pure functions of what is running, waiting and free.
 
-llama.cpp computes attention by one kernel in passes of up to 63 tokens and by another in longer ones, and they round
-differently. So that every sequence gets the bits that it gets alone, its tokens go through the same kernel: prompts are
-cut into blocks as they are alone. Blocks of 64 tokens and more go together into long passes. Everything else goes into
-short passes: shorter blocks, cut as it suits, and one token of every sequence that is being answered.
+llama.cpp computes attention by one kernel for up to 63 tokens and by another for more, and they round differently. So
+that every sequence gets the bits that it gets alone, its tokens go through the same kernel: prompts are cut into
+blocks as they are alone. Where the attention of each sequence is computed apart, a pass has blocks of any length, and
+one token of every sequence that is being answered. Where it is not, blocks of 64 tokens and more go together into
+long passes, and everything else into short ones.
 
 Prompts come first, in the order of their admission, and how they come does not depend on who is being answered. So the
 cells of the cache that are taken at any later time can be said beforehand, or more, as answers may end early. What is
@@ -20,12 +21,16 @@ LONG = 64  # tokens of a pass, from which on the other kernel computes
 
 @dataclass(frozen=True)
 class Limits:
-    """Cells of the cache; sequences at once, at most LONG - 2; tokens of a long pass, at least 2 LONG, of a block."""
+    """Cells of the cache; sequences at once, at most LONG - 2; tokens of a long pass, at least 2 LONG, of a block.
+
+    apart: the attention of each sequence is computed apart.
+    """
 
     n_cells: int
     n_sequences: int
     n_long: int
     n_block: int
+    apart: bool = False
 
     @property
     def n_short(self) -> int:
@@ -68,23 +73,30 @@ class Job:
 def next_pass(jobs: Sequence[Job], limits: Limits) -> list[int]:
     """How many tokens of each job, in the order of their admission, the next pass computes."""
     blocks = [job.block(limits.n_block) if job.n_unread else (0, False) for job in jobs]
-    is_long = next((long for n, long in blocks if n), False)
-    left, counts = limits.n_long if is_long else limits.n_short, []
+    first, is_long = next(((n, long) for n, long in blocks if n), (0, False))
+    left = limits.n_long - limits.n_sequences if limits.apart else limits.n_short
+    prompts_only = is_long and not (limits.apart and _part(first, left))
+    if prompts_only:
+        left = limits.n_long
+    counts = []
     for job, (block, long) in zip(jobs, blocks, strict=True):
         if not job.n_unread:
-            counts.append(0 if is_long else 1)
+            counts.append(0 if prompts_only else 1)
             continue
-        n = 0 if long != is_long else _long_part(block, left, limits) if is_long else min(block, left)
+        n = _part(block, left) if long else min(block, left)
+        if limits.apart and n < block and not long:
+            n = 0  # one token of several would be computed as one alone
+        elif not limits.apart and (long != is_long or (long and n < block and left < limits.n_long)):
+            n = 0
         left -= n
         counts.append(n)
     return counts
 
 
-def _long_part(block: int, left: int, limits: Limits) -> int:
-    """How much of a block fits a long pass: all; or, where it is too long for any, a part that leaves a long one."""
-    if block <= left:
-        return block
-    return min(left, block - LONG) if left == limits.n_long else 0
+def _part(block: int, left: int) -> int:
+    """How much of a long block fits: all, or a long part that leaves a long one, or nothing."""
+    n = min(left, block - LONG)
+    return block if block <= left else n if n >= LONG else 0
 
 
 def peak_cells(jobs: Sequence[Job], limits: Limits) -> int:

@@ -219,6 +219,8 @@ class Layout:
 
     @property
     def _largest_ledger(self) -> Ledger:
+        if self._settings.n_sequences > 1:  # one may read its prompt while others are being answered
+            return self._ledgers[self._everything]
         return max(self._ledgers[PROMPT], self._ledgers[self._drafts], key=lambda ledger: ledger.fixed_bytes)
 
     @property

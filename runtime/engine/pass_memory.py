@@ -125,6 +125,9 @@ class Needs(NamedTuple):
 
     @property
     def most_bytes(self) -> int:
-        """For a prompt or for drafts, whichever takes more."""
-        drafts = Use(long=False, rows=self.passes.settings.n_logits)
-        return max(self.ledger(use).fixed_bytes for use in (PROMPT, drafts))
+        """For a prompt or for drafts, whichever takes more; several sequences may have both in one pass."""
+        most = self.passes.settings.n_logits
+        uses = [PROMPT, Use(long=False, rows=most)]
+        if self.passes.settings.n_sequences > 1:
+            uses = [Use(long=True, rows=most)]
+        return max(self.ledger(use).fixed_bytes for use in uses)
