@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from h2o_cli.cmd_bench_batch import bench_batch
 from h2o_cli.cmd_bench_distributed import bench_distributed
 from h2o_cli.cmd_bench_kv import EPILOG as KV_EPILOG
 from h2o_cli.cmd_bench_kv import bench_kv
@@ -24,6 +25,7 @@ EPILOG = """Examples:
   h2o bench --model qwen2.5-0.5b --budget 734 --suite budgets --add    more rows for the same report
   h2o bench report                          the report again, from the rows
   h2o bench kv --quick                      filtered keys and values: right answers, speed, memory
+  h2o bench batch --quick                   many texts at once, beside llama.cpp
   h2o bench make-model qwen2.5-0.5b -o model.gguf
   h2o bench make-model llama-7b -o model.gguf --type q4_0
   h2o bench make-model llama:layers=4,dim=256,ffn=512,heads=4,vocab=512 -o tiny.gguf
@@ -90,13 +92,14 @@ def report_again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where a benchmark left its rows.")] = OUTPUT,
 ) -> None:
     """Write the report and plots of any benchmark again, from the rows in a folder; print the summary."""
+    from h2o_cli.bench.batch.report import BATCH
     from h2o_cli.bench.distributed.hops import HOPS
     from h2o_cli.bench.kv.report import KV
     from h2o_cli.bench.results import make_again
     from h2o_cli.bench.speed.report import SPEED
     from h2o_cli.bench.speed.speculation import SPECULATION
 
-    make_again(folder, (SPEED, SPECULATION, KV, HOPS))
+    make_again(folder, (SPEED, SPECULATION, KV, HOPS, BATCH))
 
 
 @app.command("make-model", epilog=EPILOG)
@@ -117,3 +120,4 @@ def make_model(
 app.command("kv", epilog=KV_EPILOG)(bench_kv)
 app.command("speculation")(bench_speculation)
 app.command("distributed")(bench_distributed)
+app.command("batch")(bench_batch)

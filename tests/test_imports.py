@@ -25,7 +25,7 @@ HEAVY = {
     "gguf": (set(), {"h2o_cli/bench/models/make_model.py"}),
     "matplotlib": (
         set(),
-        {"h2o_cli/bench/plots.py", "h2o_cli/bench/speed/plots.py", "h2o_cli/bench/kv/plots.py"},
+        {f"h2o_cli/bench/{name}plots.py" for name in ("", "speed/", "kv/", "batch/")},
     ),
     "torch": (set(), set()),
     "grpc": ({"runtime/distributed/wire.py"}, set()),

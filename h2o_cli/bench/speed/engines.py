@@ -100,10 +100,8 @@ def command(engine: str, job: Job) -> list[str]:
 
 def read_result(engine: str, outcome: Outcome) -> Result:
     """What an engine's command came to."""
-    if outcome.timed_out:
-        return Result("timeout", f"ended after {outcome.wall_s:.0f} s")
-    if outcome.rc != 0:
-        return _failure(outcome)
+    if outcome.timed_out or outcome.rc != 0:
+        return failure(outcome)
     try:
         figures = msgspec.json.decode(outcome.stdout)
         return _h2o_result(figures) if engine == H2O else _llama_cpp_result(figures, outcome)
@@ -111,7 +109,10 @@ def read_result(engine: str, outcome: Outcome) -> Result:
         return Result("failed", f"its output cannot be read: {error}")
 
 
-def _failure(outcome: Outcome) -> Result:
+def failure(outcome: Outcome) -> Result:
+    """How a command failed."""
+    if outcome.timed_out:
+        return Result("timeout", f"ended after {outcome.wall_s:.0f} s")
     if outcome.oom_killed and outcome.rc in (-9, 137):
         return Result("oom", "killed: out of memory")
     floor = _FLOOR.search(outcome.stderr)

@@ -1,8 +1,9 @@
 """llama.cpp alone, as its own low-level API runs it: one prompt, greedy, one JSON object with the figures.
 
-With --turns it does rounds instead (see rounds.py). It is a process of its own, so that nothing of this program is in
-it: `python -m h2o_cli.bench.speed.llama_cpp_run`. It imports only the ctypes bindings of llama-cpp-python, because the
-whole package would take 23 MB of a small budget, and time before the first token.
+With --turns it does rounds instead (see rounds.py), with --streams several texts at once (see ../batch/streams.py). It
+is a process of its own, so that nothing of this program is in it: `python -m h2o_cli.bench.speed.llama_cpp_run`. It
+imports only the ctypes bindings of llama-cpp-python, because the whole package would take 23 MB of a small budget, and
+time before the first token.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import sys
 import time
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from h2o_cli.bench.batch import streams
 from h2o_cli.bench.speed.rounds import serve
 
 
@@ -42,6 +45,9 @@ def main() -> None:
     arguments = _arguments()
     model = _load(arguments)
     context = _context(model, arguments)
+    if arguments.streams:
+        print(json.dumps(_streams(model, context, arguments)), flush=True)
+        return
     if arguments.turns:
         serve(PlainAnswer(model, context, arguments.prompt))
         return
@@ -52,12 +58,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--load", choices=LOADS, default="default")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--prompt", default="")
     parser.add_argument("--predict", type=int, default=8)
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--ubatch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", action="store_true", help="do rounds as standard input asks for them")
+    streams.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -83,6 +90,7 @@ _kept: list[object] = []  # callbacks that C code still has
 def _context(model: Any, arguments: argparse.Namespace) -> Any:
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = arguments.ctx
+    parameters.n_seq_max = max(1, arguments.streams)  # streams of a cache, as its own batched decoding has them
     parameters.n_ubatch = arguments.ubatch
     parameters.n_threads = parameters.n_threads_batch = arguments.threads
     context = llama_cpp.llama_init_from_model(model, parameters)
@@ -132,6 +140,44 @@ def _answer(model: Any, context: Any, arguments: argparse.Namespace) -> dict[str
         "decode_ms_per_token": 1000 * (last_s - first_s) / n if n else None,
         "bytes_read_per_token": (last_bytes - first_bytes) / n if n else None,
     }
+
+
+def _streams(model: Any, context: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Answer several texts together: their prompts, then steps of one token of each."""
+    n_streams, n_prompt = arguments.streams, arguments.prompt_len
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    n_vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
+    sampler = llama_cpp.llama_sampler_init_greedy()
+    ahead = [streams.prompt(i, n_prompt, n_vocab) for i in range(n_streams)]
+    position, seconds, read = 0, [time.perf_counter()], _bytes_read()
+    for step in range(arguments.steps + 1):
+        ahead = [[token] for token in _decode_together(context, sampler, ahead, position)]
+        seconds.append(time.perf_counter())
+        position = n_prompt + step
+        read = read if step else _bytes_read()
+    steps_s = [end - begin for begin, end in pairwise(seconds[1:])]
+    return streams.answer(seconds[1] - seconds[0], steps_s, _bytes_read() - read)
+
+
+def _decode_together(context: Any, sampler: Any, texts: list[list[int]], position: int) -> list[int]:
+    """Compute the tokens of every text, all from one position on; the likeliest next one of each."""
+    batch = llama_cpp.llama_batch_init(sum(map(len, texts)), 0, 1)
+    try:
+        last = []
+        for number, tokens in enumerate(texts):
+            for i, token in enumerate(tokens):
+                at = batch.n_tokens
+                batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position + i, 1
+                batch.seq_id[at][0] = number
+                batch.logits[at] = i == len(tokens) - 1
+                batch.n_tokens = at + 1
+            last.append(batch.n_tokens - 1)
+        status = llama_cpp.llama_decode(context, batch)
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    if status != 0:
+        raise SystemExit(f"llama_decode returned {status}")
+    return [int(llama_cpp.llama_sampler_sample(sampler, context, at)) for at in last]
 
 
 def _tokenize(vocabulary: Any, text: str) -> list[int]:
