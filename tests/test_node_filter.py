@@ -62,6 +62,22 @@ def test_a_node_with_a_watched_source_is_always_passed_on(steps, sources, answer
     assert ask(filter_, node, ask=False) == answer and len(seen) == 1  # a report goes to Python always
 
 
+@needs_compiled
+def test_nodes_of_watched_operations_are_passed_on():
+    seen = []
+    filter_ = NodeFilter(lambda address, asked, _: seen.append(address) or False)
+    filter_.pass_on_everything(False)
+    assert not filter_.is_watching
+    if not filter_.watch_ops([3, 5]):
+        pytest.skip("compiled before it knew operations")
+    assert filter_.is_watching
+    nodes = [abi.Tensor() for _ in range(7)]
+    for op, node in enumerate(nodes):
+        node.op = op
+        ask(filter_, node)
+    assert seen == [ctypes.addressof(nodes[i]) for i in (3, 5)]
+
+
 def questions(monkeypatch):
     """Counts the nodes that reach Python."""
     counted = []

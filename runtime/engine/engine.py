@@ -101,9 +101,10 @@ class Engine:
         needs = self._open_context(plan)
         self.n_vocab = self._context.n_vocab
         self.guests.add(self.weights, every_node=False)
-        for guest in (self.kv, self.attention):
-            if guest:
-                self.guests.add(guest)
+        if self.kv:
+            self.guests.add(self.kv)
+        if self.attention:
+            self.guests.add(self.attention, every_node=False, ops=self.attention.ops)
         self.layout = Layout(needs, self._store, self.weights, self.forget_cancel)
         self.apply(self.layout.with_fitting_window(plan) if self.settings.fit_window else plan)
         if self.settings.prefetch_input:

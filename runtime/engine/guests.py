@@ -7,7 +7,7 @@ answers: it calls the guests, switches nodes off and on again, and ends a pass t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -49,13 +49,14 @@ class Guests:
         self._skipped: dict[int, int] = {}  # nodes that are switched off -> their operation
         self._stop: BaseException | None = None
 
-    def add(self, guest: Guest, *, every_node: bool = True) -> None:
+    def add(self, guest: Guest, *, every_node: bool = True, ops: Sequence[int] = ()) -> None:
         """Take part in all passes from the next one on, behind the guests that are there.
 
-        every_node: it is asked about each; else about those with a tensor among their sources that the filter watches.
+        every_node: it is asked about each; else about those of the operations `ops`, which one guest may name, and
+        those with a tensor among their sources that the filter watches.
         """
         self._guests.append(guest)
-        if every_node:
+        if every_node or (ops and not self.filter.watch_ops(ops)):
             self._everywhere.append(guest)
 
     def remove(self, guest: Guest) -> None:

@@ -54,6 +54,8 @@ def open_attention(
 class SequenceAttention:
     """A guest of passes over several sequences; `cells` has the cell of every position, sequence by sequence."""
 
+    ops = (abi.OP_SET_ROWS, abi.OP_FLASH_ATTN_EXT)  # it looks at nodes of these
+
     def __init__(self, settings: Settings, cache: Cache, skip: Callable[[int], object]) -> None:
         self.cells: dict[int, list[int]] = {}
         self._skip = skip

@@ -1,4 +1,4 @@
-/* Which nodes of llama.cpp's graph Python hears of: those with a marked source, or all.
+/* Which nodes of llama.cpp's graph Python hears of: those with a marked source, those of some operations, or all.
  *
  * llama.cpp asks about every node before it computes it, some thousand times for a token, and most nodes use no weight
  * that anybody waits for. This function answers for those. It knows no struct of llama.cpp: where the sources of a node
@@ -15,11 +15,20 @@ struct h2o_filter {
     size_t source_offset;  /* bytes from the beginning of a node to its first source */
     size_t n_sources;
     int32_t everything;    /* not 0: Python hears of every node; any thread may set it, the next node sees it */
+    size_t op_offset;      /* bytes from the beginning of a node to its operation */
+    int32_t n_ops;
+    int32_t ops[4];        /* Python hears of nodes of these operations */
 };
+
+const int32_t h2o_node_filter_ops = 4; /* who loads this library can tell that it knows operations */
 
 bool h2o_node_filter(void *node, bool ask, void *data) {
     const struct h2o_filter *filter = data;
     bool wanted = !ask || filter->everything;
+    const int32_t op = *(const int32_t *)((const char *)node + filter->op_offset);
+    for (int32_t i = 0; !wanted && i < filter->n_ops; i++) {
+        wanted = filter->ops[i] == op;
+    }
     void *const *sources = (void *const *)((const char *)node + filter->source_offset);
     for (size_t i = 0; !wanted && i < filter->n_sources; i++) {
         wanted = sources[i] && filter->marks[((uintptr_t)sources[i] >> 4) & (filter->n_marks - 1)];

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runtime.llama import abi
@@ -28,6 +28,9 @@ class _Filter(ctypes.Structure):
         ("source_offset", ctypes.c_size_t),
         ("n_sources", ctypes.c_size_t),
         ("everything", ctypes.c_int32),
+        ("op_offset", ctypes.c_size_t),
+        ("n_ops", ctypes.c_int32),
+        ("ops", ctypes.c_int32 * 4),
     ]
 
 
@@ -45,10 +48,12 @@ def _compiled() -> ctypes.CDLL | None:
 
 
 _LIBRARY = _compiled()
+_KNOWS_OPS = _LIBRARY is not None and hasattr(_LIBRARY, "h2o_node_filter_ops")  # older ones do not
 
 
 class NodeFilter:
-    """llama.cpp's callback: `callback` with `data`. It passes on the nodes with a watched tensor among their sources.
+    """llama.cpp's callback: `callback` with `data`. It passes on the nodes with a watched tensor among their sources,
+    and those of watched operations.
 
     A mark is a slot of a table, and two tensors may share one: then a node too many is passed on, never one too few.
     """
@@ -64,6 +69,7 @@ class NodeFilter:
             abi.SRC_OFFSET,
             abi.SRC_BYTES // ctypes.sizeof(abi.POINTER),
             1,
+            abi.OP_OFFSET,
         )
         self.callback = self._struct.python
         if _LIBRARY is not None:
@@ -74,10 +80,17 @@ class NodeFilter:
         """Whether nodes are passed on whatever their sources are. Any thread may say it: nodes read it one by one."""
         self._struct.everything = wanted
 
+    def watch_ops(self, ops: Sequence[int]) -> bool:
+        """Pass nodes of these operations on, at most four; False where only pass_on_everything() does that."""
+        if _KNOWS_OPS:
+            self._struct.n_ops = len(ops)
+            self._struct.ops[: len(ops)] = ops
+        return _KNOWS_OPS
+
     @property
     def is_watching(self) -> bool:
-        """Whether any tensor is watched."""
-        return bool(self._watched)
+        """Whether any tensor or operation is watched."""
+        return bool(self._watched) or self._struct.n_ops > 0
 
     def watch(self, address: int) -> None:
         """Pass nodes on that use the tensor at address."""
