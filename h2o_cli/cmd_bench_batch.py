@@ -16,7 +16,8 @@ MODEL = "qwen2.5-0.5b/f16"
 BUDGETS = ("419", "60%", "112%")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 CUT, DISK_MB_PER_S = 6, 400.0
-QUICK_BUDGETS, QUICK_SIZES, QUICK_GEN, QUICK_DISK = ("floor", "200"), (1, 4, 16), 16, 16.0
+QUICK_BUDGETS, QUICK_SIZES, QUICK_DISK = ("floor", "200"), (1, 4, 16), 16.0
+GEN_LEN = 64
 
 
 def bench_batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -35,9 +36,7 @@ def bench_batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[str] | None, typer.Option("--engine", metavar="NAME", help="h2o or 'llama.cpp mmap'; repeatable.")
     ] = None,
     prompt_len: Annotated[int, typer.Option("--prompt-len", metavar="N", min=1, help="Tokens of each prompt.")] = 32,
-    gen_len: Annotated[
-        int | None, typer.Option("--gen-len", metavar="N", min=2, help="Tokens of each answer. [default: 64]")
-    ] = None,
+    gen_len: Annotated[int, typer.Option("--gen-len", metavar="N", min=2, help="Tokens of each answer.")] = GEN_LEN,
     cut_gen_len: Annotated[
         int | None,
         typer.Option(
@@ -70,7 +69,6 @@ def bench_batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     check_names("engine", engine, ENGINES)
     for text in budget or ():
         check_budget(text)
-    n_made = gen_len or (QUICK_GEN if quick else 64)
     cut = (0 if quick else CUT) if cut_gen_len is None else cut_gen_len
     if cut == 1:
         raise UsageError("--cut-gen-len 1 is not possible", "give 0, or 2 or more")
@@ -81,8 +79,8 @@ def bench_batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         tuple(batch_size or (QUICK_SIZES if quick else BATCH_SIZES)),
         tuple(name for name in ENGINES if not engine or name in engine),
         prompt_len,
-        n_made,
-        cut if cut < n_made else 0,
+        gen_len,
+        cut if cut < gen_len else 0,
         int(rate * MB),
         default_threads(),
     )

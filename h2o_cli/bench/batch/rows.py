@@ -20,7 +20,7 @@ class BatchRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     breakdown: ms of a step, function by function. None: not known.
     """
 
-    suite: Literal["batch"] = "batch"
+    suite: Literal["batch"]
     file_bytes: int
     budget: str
     budget_bytes: int

@@ -79,6 +79,7 @@ class BatchBench:
         command = self._command(engine, size, n_streams)
         outcome = self._start(command, size)
         row = BatchRow(
+            suite="batch",
             model=settings.model.name,
             file_bytes=settings.model.file_bytes,
             budget=budget,
