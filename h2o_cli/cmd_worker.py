@@ -79,7 +79,7 @@ def _serve(model: str | None, listen: str, tls: Path | None, limits: tuple[int, 
             file = ModelFile.open(resolve_model(model))
             offer = measure(file, *limits)
         worker = Worker(_finder(file, is_named=model is not None), offer, note)
-        listener = Listener(listen, keys, worker.converse)
+        listener = Listener(listen, keys, worker.begin)
         try:
             _say(listener.address, file.hash, json)
             note(f"{file.path.name} at {listener.address}, at most {format_size(limits[0])}; Ctrl-C ends it")

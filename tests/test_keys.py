@@ -101,15 +101,20 @@ def test_addresses():
 # --- who gets in ----------------------------------------------------------------------------------------------------
 
 
-def echo(messages, send):
-    for message in messages:
-        send(message)
+class Echo:
+    """A conversation that says everything again."""
+
+    def __init__(self, send):
+        self.take = send
+
+    def leave(self):
+        self.take(None)
 
 
 @pytest.fixture(scope="module")
 def listener(cluster):
     """A worker's port that says everything again."""
-    opened = Listener("127.0.0.1:0", Keys.load(cluster["worker"]), echo)
+    opened = Listener("127.0.0.1:0", Keys.load(cluster["worker"]), Echo)
     yield opened
     opened.close()
 
@@ -143,7 +148,7 @@ def test_others_do_not_and_the_port_stays_open(cluster, listener):
 
 
 def test_a_worker_has_to_have_the_name_it_is_called_by(cluster):
-    opened = Listener("127.0.0.1:0", Keys.load(cluster["elsewhere"]), echo)
+    opened = Listener("127.0.0.1:0", Keys.load(cluster["elsewhere"]), Echo)
     try:
         with pytest.raises(WorkerError, match="another name"):
             heard(opened.address, Keys.load(cluster["me"]))
@@ -175,7 +180,7 @@ def test_a_long_message_is_refused_and_the_port_stays_open(listener, cluster):
 
 def test_an_address_in_use_is_refused(listener):
     with pytest.raises(WorkerError, match="cannot be listened on"):
-        Listener(listener.address, None, echo)
+        Listener(listener.address, None, Echo)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def main(budget_bytes, listen, paths):
         Offer(budget_bytes, 1, budget_bytes, 1e9, 1e-9),
         lambda text: print(text, file=sys.stderr, flush=True),
     )
-    listener = Listener(listen, None, worker.converse)
+    listener = Listener(listen, None, worker.begin)
     signal.signal(signal.SIGTERM, lambda number, _: worker.stop(number))
     print(listener.address, flush=True)
     worker.work()

@@ -12,8 +12,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runtime.distributed.keys import INSTALL, Keys
 from runtime.distributed.messages import MOST_MESSAGE_BYTES
@@ -21,14 +22,18 @@ from runtime.errors import UsageError, WorkerError
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # a child of ours renders a template and ends: no call is in it
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what went wrong is said here, in one line
+_ENGINE_OFF = "-event_engine_client,-event_engine_listener"  # it hands every message to one more thread, of a pool
+_ENGINE_KNOWN = (1, 85)  # releases up to this one have these switches; another would say so on standard error
 
 try:
+    if tuple(int(part) for part in version("grpcio").split(".")[:2]) <= _ENGINE_KNOWN:
+        os.environ.setdefault("GRPC_EXPERIMENTS", _ENGINE_OFF)
     import grpc
 except ImportError:
     raise UsageError("the package `grpcio` is not installed, which workers need", INSTALL) from None
 
 SERVICE = "h2o.Worker"
-_METHOD = "Converse"
+_PATH = f"/{SERVICE}/Converse"
 _PORTS = 65535
 _QUIET_S, _ANSWER_S = 3.0, 3.0  # without data until a ping is sent; for its answer
 _CONNECT_S = 5.0
@@ -87,27 +92,29 @@ def _joined(host: str, port: int) -> str:
 # --- a worker's side ------------------------------------------------------------------------------------------------
 
 
-class Listener:
-    """Takes conversations: `converse(messages, send)` is called in a thread of its own for each.
+class Visitor(Protocol):
+    """A conversation at the worker's side."""
 
-    messages are those that come, until the other side is gone; send(bytes) sends, send(None) closes.
-    """
+    def take(self, message: bytes, /) -> None:
+        """A message came. Called one after the other, in gRPC's own thread: what takes long is for another one."""
+
+    def leave(self) -> None:
+        """The other side is gone, or all was said."""
+
+
+class Listener:
+    """Takes conversations: `begin(send)` is called for each. send(bytes) sends, send(None) closes."""
 
     def __init__(
-        self,
-        address: str,
-        keys: Keys | None,
-        converse: Callable[[Iterator[bytes], Callable[[bytes | None], None]], None],
+        self, address: str, keys: Keys | None, begin: Callable[[Callable[[bytes | None], None]], Visitor]
     ) -> None:
         """Listen. Raises WorkerError where the address cannot be taken."""
-        self._converse = converse
         self._server = grpc.server(
             ThreadPoolExecutor(_CONVERSATIONS, "conversation"),
             options=_SIZES + _PINGS + _SERVER,
             maximum_concurrent_rpcs=_CONVERSATIONS,
         )
-        handler = grpc.stream_stream_rpc_method_handler(self._handle)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {_METHOD: handler}),))
+        self._server.add_generic_rpc_handlers((_Handler(begin),))
         self._add_services()
         host, port = parse_address(address)
         try:
@@ -139,33 +146,49 @@ class Listener:
             servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
-    def _handle(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        context.add_callback(lambda: answers.put(None))
-
-        def read() -> None:
-            try:
-                self._converse(_until_gone(requests), answers.put)
-            finally:
-                answers.put(None)
-
-        threading.Thread(target=read, name="conversation", daemon=True).start()
-        while (answer := answers.get()) is not None:
-            yield answer
-
     def close(self) -> None:
         """Take no more conversations and end those that go on."""
         self._server.stop(0).wait(1)
 
 
-def _until_gone(requests: Iterable[bytes]) -> Iterator[bytes]:
+class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Makes a conversation of every call. Its messages are taken where gRPC would decode them: that is in its thread
+    that they arrive in, one thread less on the way to the one that computes."""
+
+    def __init__(self, begin: Callable[[Callable[[bytes | None], None]], Visitor]) -> None:
+        self._begin = begin
+
+    def service(self, handler_call_details: Any) -> Any:
+        """How a call is handled."""
+        if handler_call_details.method != _PATH:
+            return None
+        answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        visitor = self._begin(answers.put)
+
+        def handle(requests: Iterator[None], context: Any) -> Iterator[bytes]:
+            context.add_callback(lambda: answers.put(None))
+            threading.Thread(target=_listen, args=(requests, visitor), name="conversation", daemon=True).start()
+            return iter(answers.get, None)
+
+        def take(message: bytes) -> bytes:
+            visitor.take(message)
+            return message
+
+        return grpc.stream_stream_rpc_method_handler(handle, take)
+
+
+def _listen(requests: Iterable[object], visitor: Visitor) -> None:
+    """Ask for message after message until the other side is gone."""
     try:
-        yield from requests
+        for _ in requests:
+            pass
     except grpc.RpcError:
         return
     except Exception as error:
         if type(error) is not Exception:
             raise
+    finally:
+        visitor.leave()
 
 
 # --- a root's side --------------------------------------------------------------------------------------------------
@@ -186,13 +209,20 @@ class Wire:
             self._channel = grpc.secure_channel(target, credentials, options)
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[bytes | str] = queue.SimpleQueue()
-        self._call = self._channel.stream_stream(f"/{SERVICE}/{_METHOD}")(iter(self._out.get, None))
+        converse = self._channel.stream_stream(_PATH, None, self._take)
+        self._call = converse(iter(self._out.get, None))
         threading.Thread(target=self._read, name=f"from {address}", daemon=True).start()
 
+    def _take(self, message: bytes) -> bytes:
+        """A message arrived; where gRPC would decode it is one thread less on its way than where it is read."""
+        self._in.put(message)
+        return message
+
     def _read(self) -> None:
+        """Ask for message after message until the worker is gone."""
         try:
-            for message in self._call:
-                self._in.put(message)
+            for _ in self._call:
+                pass
             self._in.put("it closed the connection")
         except grpc.RpcError as error:
             self._in.put(_reason(error))

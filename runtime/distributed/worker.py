@@ -1,7 +1,7 @@
 """A worker: computes some layers of a model for one root at a time, inside its own budget.
 
-Threads of the listener take what comes and answer what needs no model; everything that computes is a job for the main
-thread, where signals arrive. Weights stay when a root leaves: the next one that asks for the same layers finds them.
+gRPC's thread takes what comes and answers what needs no model; everything that computes is a job for the main thread,
+where signals arrive. Weights stay when a root leaves: the next one that asks for the same layers finds them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from runtime.distributed.messages import (
@@ -63,6 +63,22 @@ class Job:
     event: Message | None
 
 
+@dataclass(frozen=True)
+class Visit:
+    """A conversation, as the listener sees it."""
+
+    worker: Worker
+    talk: Talk
+
+    def take(self, message: bytes) -> None:
+        """A message came."""
+        self.worker.take(self.talk, message)
+
+    def leave(self) -> None:
+        """The other side is gone, or all was said."""
+        self.worker.leave(self.talk)
+
+
 class Worker:
     """What a worker has and does. `find` gives the model file with a hash, or None; notes go to `log`."""
 
@@ -87,42 +103,46 @@ class Worker:
 
     # --- threads of the listener --------------------------------------------------------------------------------
 
-    def converse(self, messages: Iterator[bytes], send: Callable[[bytes | None], None]) -> None:
-        """Serve one conversation until it is over."""
-        talk = Talk(send)
-        try:
-            for data in messages:
-                if not self._take(talk, data):
-                    break
-        finally:
-            send(None)
-            with self._seat:
-                mine = self._talk is talk
-            if mine:
-                self._cancel()
-                self._jobs.put(Job(talk, None))
+    def begin(self, send: Callable[[bytes | None], None]) -> Visit:
+        """A conversation begins."""
+        return Visit(self, Talk(send))
 
-    def _take(self, talk: Talk, data: bytes) -> bool:
-        """One message; False when it was the last."""
+    def leave(self, talk: Talk) -> None:
+        """It is over."""
         with talk.lock:
-            event = talk.side.receive(data)
-            if isinstance(event, Again):
-                if event.answer:
-                    talk.send(event.answer)
-            elif isinstance(event, Hello):
-                talk.send(self._welcome(talk, event))
-            elif isinstance(event, Probe):
-                talk.send(talk.side.probe(event))
-            elif isinstance(event, Setup) and not self._take_seat(talk):
-                talk.send(talk.side.error("this worker computes for another root", "wait, or take another worker"))
-            elif isinstance(event, Refusal):
-                self._log_once(f"refused: {event.reason}")
+            talk.side.state = CLOSED
+        talk.send(None)
+        with self._seat:
+            mine = self._talk is talk
+        if mine:
+            self._cancel()
+            self._jobs.put(Job(talk, None))
+
+    def take(self, talk: Talk, data: bytes) -> None:
+        """One message of it."""
+        with talk.lock:
+            if talk.side.state != CLOSED:
+                self._take(talk, talk.side.receive(data))
+            if talk.side.state == CLOSED:
+                talk.send(None)
+
+    def _take(self, talk: Talk, event: Message | Again | Refusal) -> None:
+        if isinstance(event, Again):
+            if event.answer:
                 talk.send(event.answer)
-            elif isinstance(event, Setup | Step | Truncate):
-                if isinstance(event, Truncate) and talk.side.state == COMPUTING:
-                    self._cancel()  # a pass whose last result was sent is left to end: its positions count
-                self._jobs.put(Job(talk, event))
-            return talk.side.state != CLOSED
+        elif isinstance(event, Hello):
+            talk.send(self._welcome(talk, event))
+        elif isinstance(event, Probe):
+            talk.send(talk.side.probe(event))
+        elif isinstance(event, Setup) and not self._take_seat(talk):
+            talk.send(talk.side.error("this worker computes for another root", "wait, or take another worker"))
+        elif isinstance(event, Refusal):
+            self._log_once(f"refused: {event.reason}")
+            talk.send(event.answer)
+        elif isinstance(event, Setup | Step | Truncate):
+            if isinstance(event, Truncate) and talk.side.state == COMPUTING:
+                self._cancel()  # a pass whose last result was sent is left to end: its positions count
+            self._jobs.put(Job(talk, event))
 
     def _welcome(self, talk: Talk, theirs: Hello) -> bytes:
         mine = Hello(PROTOCOL, build(), theirs.model, cpu_class(), **asdict(self._offer))
