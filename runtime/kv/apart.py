@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from runtime.errors import EngineError, ModelError
-from runtime.kv.cache import Cache, K, V, find_cache
+from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
 from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
@@ -66,6 +66,7 @@ class SequenceAttention:
         self._placed = False
         self._asked: set[int] = set()
         self._shape: tuple[bytes, ...] = ()  # of the nodes that the parts' tensors are made for
+        self._ends = 0, 0  # addresses of the queries and results that they point into
         n_cells = max(layer.parts[K].n_cells for layer in cache.layers.values()) + _PADDED
         row_bytes = [max(layer.parts[i].row_bytes for layer in cache.layers.values()) for i in (K, V)]
         with ExitStack() as opened:
@@ -157,22 +158,32 @@ class SequenceAttention:
         if root not in self._part_of or keys.view_offs or values.view_offs:
             raise EngineError("an attention node does not read the cache of keys and values", _NEXT)
         layer = self._cache.layers[self._part_of[root][0]]
-        for part, source, copied, region in zip(layer.parts, self._from, self._copied, self._rows, strict=True):
-            width = part.row_bytes // _ELEMENT_BYTES
-            describe(source, part.data, (width, part.n_cells))
-            describe(copied, region.address, (width, len(self._numbers)))
         shape = tuple(_shape(tensor) for tensor in (node, query, keys, values))
-        sizes = [part.row_bytes for part in layer.parts]
-        for own in self._parts[: len(self._pass.parts)]:
-            if shape != self._shape:
+        if shape != self._shape:
+            self._shape, self._ends = shape, (0, 0)
+            for own in self._parts[: len(self._pass.parts)]:
                 own.copy(node, query, (keys, values))
-                for rows, region, n_bytes in zip(own.rows, self._rows, sizes, strict=True):
-                    rows.data = region.address + own.row * n_bytes
-            own.query.data = query.data + own.n * query.nb[1]
-            own.out.data = node.data + own.n * node.nb[2]
-            own.out.src[4] = node.src[4]
-        self._shape = shape
+            self._point_at_rows(layer)
+        for part, source in zip(layer.parts, self._from, strict=True):
+            source.data = part.data
+        if (query.data, node.data) != self._ends:  # mostly they are those of the layer before
+            self._ends = query.data, node.data
+            for own in self._parts[: len(self._pass.parts)]:
+                own.query.data = query.data + own.n * query.nb[1]
+                own.out.data = node.data + own.n * node.nb[2]
+        if node.src[4] or self._parts[0].out.src[4]:
+            for own in self._parts[: len(self._pass.parts)]:
+                own.out.src[4] = node.src[4]
         self._graph.compute(_WHAT, _NEXT)
+
+    def _point_at_rows(self, layer: CacheLayer) -> None:
+        """Have the rows of layers like this one copied, and every part find its own."""
+        for i, part in enumerate(layer.parts):
+            width, address = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address
+            describe(self._from[i], part.data, (width, part.n_cells))
+            describe(self._copied[i], address, (width, len(self._numbers)))
+            for own in self._parts[: len(self._pass.parts)]:
+                own.rows[i].data = address + own.row * part.row_bytes
 
 
 class _Part:
