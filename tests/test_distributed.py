@@ -14,6 +14,7 @@ pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 
 from cluster import MB, WorkerProcess, shared_engine, workers
 from engines import assert_same, engine, greedy
+from skip_models import skip_model
 
 from runtime.distributed import wire
 from runtime.distributed.cluster import Link
@@ -37,6 +38,7 @@ CUTS = {
     "root behind": [0, 1, 1, None],
 }
 PROMPT = [int(token) for token in np.random.default_rng(1).integers(1, 500, 18)]
+SHORT = [1, 7, 8, 9, 250, 3, 99]
 LONG = [int(token) for token in np.random.default_rng(2).integers(1, 500, 220)]
 
 
@@ -176,6 +178,21 @@ def test_a_model_without_borders_is_refused(paths, monkeypatch):
             borders.check_cut(part, hollow, Settings())
     finally:
         hollow.free()
+
+
+def test_layers_that_read_the_embedding_are_not_cut_from_it(tmp_path):
+    """Of a real architecture; on one worker it computes as on one machine."""
+    path = skip_model(tmp_path)
+    with workers(1, [path]) as (worker,):
+        link = Link(worker.address, None, hello(ModelFile.open(path).hash))
+        link.set_up(Setup([(2, 4)], 64, 16, 1, "f16"))
+        with pytest.raises(WorkerError, match=r"tied to each other beyond their borders \(embd_skip-2\)"):
+            link.wait_ready(lambda: None)
+        link.close()
+        with engine(path, repack=False, n_ubatch=64, n_threads=1, n_ctx=64) as opened:
+            expected = greedy(opened, SHORT, 4)
+        with shared_engine(path, [0] * 4, [worker.address], n_ubatch=64, n_ctx=64) as opened:
+            assert_same(greedy(opened, SHORT, 4), expected)
 
 
 def test_where_something_comes_in_and_goes_out():

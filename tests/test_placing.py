@@ -14,7 +14,9 @@ from h2o_cli.main import run_command as h2o
 from h2o_cli.session.members import Devices, survey
 from h2o_cli.session.placing import given, place
 from planner.placement import Device
+from runtime.distributed import offer
 from runtime.distributed.offer import measure
+from runtime.engine.engine import Engine
 from runtime.errors import UsageError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.residency import layer_bytes
@@ -53,6 +55,19 @@ def test_what_a_worker_offers_is_measured(file):
     assert 500 * MB < offer.weights_bytes < 2000 * MB
     assert offer.disk_bytes_per_s > 1e6
     assert 1e-13 < offer.compute_s_per_byte < 1e-6
+
+
+def test_measuring_ends_on_a_machine_that_has_no_time(file, monkeypatch):
+    passes, forward = [], Engine.forward
+
+    def counted(engine, tokens):
+        passes.append(tokens)
+        forward(engine, tokens)
+
+    monkeypatch.setattr(Engine, "forward", counted)
+    monkeypatch.setattr(offer, "_MOST_S", -1.0)
+    assert measure(file, 2000 * MB, 1).disk_bytes_per_s > 1e6
+    assert len(passes) == 1
 
 
 def test_devices_are_shown(file, capsys):

@@ -20,7 +20,7 @@ from runtime.sizes import MB
 _MOST_BYTES = 64 * MB  # of weights to measure with
 _SHARE = 4  # of the budget, at most
 _RAMP_S, _MEASURED_S = 0.3, 0.5  # of reading: not looked at, looked at
-_MOST_PASSES = 100
+_MOST_PASSES, _MOST_S = 100, 3.0
 _TYPICAL_CONTEXT = 512
 
 
@@ -79,12 +79,15 @@ def _rates(engine: Engine) -> tuple[float, float]:
     What comes first comes too fast: a disk that is throttled has saved something up, and caches have something.
     """
     counters, token_s, start = engine.counters, [], (0, 0.0)
+    end_s = time.perf_counter() + _MOST_S
     while counters.passes < _MOST_PASSES and counters.busy_s < _RAMP_S + _MEASURED_S:
         before_s, waited_s = time.perf_counter(), engine.waited_s
         engine.truncate(0)
         engine.forward([0])
         token_s.append(time.perf_counter() - before_s - (engine.waited_s - waited_s))
-        if counters.busy_s < _RAMP_S:
+        if counters.busy_s < _RAMP_S and before_s < end_s - _MOST_S / 2:
             start = counters.bytes_read, counters.busy_s
+        if before_s > end_s:
+            break
     seconds = counters.busy_s - start[1]
     return (counters.bytes_read - start[0]) / seconds if seconds > 0 else 0.0, min(token_s)
