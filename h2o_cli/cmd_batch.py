@@ -243,6 +243,7 @@ class _Work:
             "skipped": self._totals.skipped,
             "generated_tokens": self._batch.n_tokens,
             "prompt_tokens": self._batch.n_prompt_tokens,
+            "shared_prompt_tokens": self._batch.n_shared_tokens,
             "seconds": self._seconds,
             "tokens_per_s": self._batch.n_tokens / self._seconds if self._seconds else 0.0,
             "passes": counters.passes,

@@ -92,6 +92,22 @@ def test_a_pass_that_failed_leaves_its_cells(bundled_model):
     assert_equal(found, logits_alone(bundled_model, a, 10))
 
 
+def test_a_shared_beginning_is_as_good_as_ones_own(bundled_model):
+    begin, ends = tokens(9, 100), [tokens(10, 30), tokens(11, 3), tokens(12, 70)]
+    with shared(bundled_model, 4) as opened:
+        compute(opened, (0, 0, begin + ends[0]))
+        opened.share(0, 4, 100)
+        opened.truncate(0, 0)
+        found = []
+        for sequence, end in enumerate(ends):
+            opened.share(4, sequence, 100)
+            opened.compute([Pass((Part(sequence, 100, end[:-1], 1, long=True), Part(3, sequence, (5,), 1)))])
+            found.append([opened.logits(0).copy(), *compute(opened, (sequence, 99 + len(end), end[-1:]))])
+        assert opened.attention.n_cells == 3 + 100 + sum(map(len, ends))
+    for end, own in zip(ends, found, strict=True):
+        assert_equal(own, logits_alone(bundled_model, begin + end, 99 + len(end)))
+
+
 def test_a_model_with_windows_keeps_llama_cpps_attention(tiny_model):
     with shared(tiny_model("gemma3"), 2) as opened:
         assert opened.attention is None

@@ -42,12 +42,19 @@ class Limits:
 class Job:
     """A sequence: tokens of its prompt, tokens (of prompt and answer) in the cache, and how many may still be chosen.
 
-    The token chosen last is computed in the next pass; the very last one is not computed.
+    The token chosen last is computed in the next pass; the very last one is not computed. n_shared: tokens whose cells
+    are others' too, and counted elsewhere.
     """
 
     n_prompt: int
     n_cached: int
     n_left: int
+    n_shared: int = 0
+
+    @property
+    def n_cells(self) -> int:
+        """Cells that it has alone."""
+        return self.n_cached - self.n_shared
 
     @property
     def n_unread(self) -> int:
@@ -56,8 +63,8 @@ class Job:
 
     @property
     def most_cells(self) -> int:
-        """Cells that it takes at its end."""
-        return self.n_prompt + self.n_left - 1 if self.n_unread else self.n_cached + self.n_left
+        """Cells that it takes alone at its end."""
+        return (self.n_prompt + self.n_left - 1 if self.n_unread else self.n_cached + self.n_left) - self.n_shared
 
     def block(self, n_block: int) -> tuple[int, bool]:
         """What is left of the block of the prompt that comes next, and whether that is a block for a long pass."""
@@ -104,10 +111,10 @@ def peak_cells(jobs: Sequence[Job], limits: Limits) -> int:
     peak, jobs = 0, list(jobs)
     while any(job.n_unread for job in jobs):
         jobs = [job.after(n) for job, n in zip(jobs, next_pass(jobs, limits), strict=True)]
-        peak = max(peak, sum(job.n_cached for job in jobs))
+        peak = max(peak, sum(job.n_cells for job in jobs))
         jobs = [job for job in jobs if job.n_left]
     ends = sorted({job.n_left for job in jobs})
-    return max([peak, *(sum(job.n_cached + end for job in jobs if job.n_left >= end) for end in ends)])
+    return max([peak, *(sum(job.n_cells + end for job in jobs if job.n_left >= end) for end in ends)])
 
 
 def may_join(jobs: Sequence[Job], new: Job, limits: Limits) -> bool:

@@ -167,7 +167,7 @@ class Layout:
         """
         if self._settings.n_sequences == 1:
             return max(pass_.only.end for pass_ in passes)
-        taken = self.needs.passes.context.n_cells
+        taken = (self.needs.attention or self.needs.passes.context).n_cells
         after = taken + sum(pass_.n_tokens for pass_ in passes)
         self._most_cells = max(self._most_cells, after) if taken else after
         return self._most_cells

@@ -95,6 +95,13 @@ class Context:
         """Cells of the cache that are taken, by all sequences."""
         return sum(self.n_past(sequence) for sequence in range(self.n_sequences))
 
+    def share(self, source: int, target: int, n: int) -> None:
+        """Have another sequence, which has no positions, begin with the first n of one: in the same cells.
+
+        llama.cpp keeps cells under numbers that no pass may have, too.
+        """
+        abi.llama.llama_memory_seq_cp(self._memory, source, target, 0, n)
+
     def truncate(self, n_past: int, sequence: int = 0) -> None:
         """Forget a sequence's positions from n_past on. Raises EngineError where the model's memory cannot do that."""
         if not abi.llama.llama_memory_seq_rm(self._memory, sequence, n_past, -1):
