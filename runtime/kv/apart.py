@@ -12,6 +12,7 @@ import array
 import ctypes
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from runtime.errors import EngineError, ModelError
 from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
@@ -84,7 +85,8 @@ class SequenceAttention:
             # position p's mask: p + 1 zeros, then no logits: it begins p + 1 before the end of the zeros
             self._mask = array.array("H", [0] * n_cells + [_NO_LOGIT] * n_cells)
             self._zeros_end = self._mask.buffer_info()[0] + n_cells * _HALF_BYTES
-            self._numbers = array.array("i", [0])
+            self._copies: list[_Copied] = []  # of the pass at hand: several where its rows do not fit at once
+            self._most_rows = n_cells - _PADDED
             self._from, self._copied = _tensors(2), _tensors(2)
             self._which = abi.Tensor()
             self._parts = [_Part() for _ in range(settings.n_sequences)]
@@ -158,22 +160,36 @@ class SequenceAttention:
 
     def _place(self, numbers: int) -> None:
         """Note the cells that llama.cpp has found for the pass, and which rows every part attends to."""
-        n = 0
-        copied: list[int] = []
+        n, copied = 0, _Copied([], array.array("i"))
+        self._copies = [copied]
         found = (ctypes.c_int64 * self._pass.n_tokens).from_address(numbers)
         for part, own in zip(self._pass.parts, self._parts, strict=False):
             cells = self.cells.setdefault(part.sequence, [])
             if len(cells) != part.first:
                 raise EngineError(f"sequence {part.sequence} has {len(cells)} positions, not {part.first}", _NEXT)
             cells += found[n : n + len(part.tokens)]
-            own.place(part, n, len(copied), self._zeros_end)
-            copied += cells
+            if len(copied.cells) + len(cells) > self._most_rows:  # what texts share is copied for each of them
+                copied = _Copied([], array.array("i"))
+                self._copies.append(copied)
+            own.place(part, n, len(copied.cells), self._zeros_end)
+            copied.parts.append(own)
+            copied.cells.extend(cells)
             n += len(part.tokens)
-        self._numbers = array.array("i", copied)
-        describe(self._which, self._numbers.buffer_info()[0], (len(copied),), _I32)
-        for i, own in enumerate(self._parts):
-            own.out.op = abi.OP_FLASH_ATTN_EXT if i < len(self._pass.parts) and not own.is_padded else abi.OP_NONE
+        for own in self._parts:
+            own.out.op = abi.OP_NONE
+        self._copy_next(self._copies[0])
         self._placed = True
+
+    def _copy_next(self, copied: _Copied) -> None:
+        """Have the graph copy these rows, and compute the parts that attend to them."""
+        describe(self._which, copied.cells.buffer_info()[0], (len(copied.cells),), _I32)
+        for tensor in self._copied:
+            describe(tensor, tensor.data, (tensor.ne[0], len(copied.cells)))
+        if len(self._copies) > 1:
+            for own in self._parts:
+                own.out.op = abi.OP_NONE
+        for own in copied.parts:
+            own.out.op = abi.OP_NONE if own.is_padded else abi.OP_FLASH_ATTN_EXT
 
     def _attend(self, node: abi.Tensor) -> None:
         """Compute a layer's attention, part by part."""
@@ -182,10 +198,13 @@ class SequenceAttention:
         if root not in self._part_of or keys.view_offs or values.view_offs:
             raise EngineError("an attention node does not read the cache of keys and values", _NEXT)
         self._aim(self._cache.layers[self._part_of[root][0]], node, query, (keys, values))
-        self._graph.compute(_WHAT, _NEXT)
-        for own in self._parts[: len(self._pass.parts)]:
-            if own.is_padded:
-                self._attend_long(own, node, query, (keys, values))
+        for copied in self._copies:
+            if len(self._copies) > 1:
+                self._copy_next(copied)
+            self._graph.compute(_WHAT, _NEXT)
+            for own in copied.parts:
+                if own.is_padded:
+                    self._attend_long(own, node, query, (keys, values))
 
     def _aim(self, layer: CacheLayer, node: abi.Tensor, query: abi.Tensor, rows: tuple[abi.Tensor, abi.Tensor]) -> None:
         """Have the graph compute a layer's node."""
@@ -225,9 +244,16 @@ class SequenceAttention:
         for i, part in enumerate(layer.parts):
             width, address = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address
             describe(self._from[i], part.data, (width, part.n_cells))
-            describe(self._copied[i], address, (width, len(self._numbers)))
+            describe(self._copied[i], address, (width, self._which.ne[0]))
             for own in self._parts[: len(self._pass.parts)]:
                 own.rows[i].data = address + own.row * part.row_bytes
+
+
+class _Copied(NamedTuple):
+    """Rows that are copied at once, by their cells, and the parts that attend to them."""
+
+    parts: list[_Part]
+    cells: array.array[int]
 
 
 class _Part:
