@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from runtime.answer.beginning import Beginning
 from runtime.answer.generate import LENGTH, Answer, Request, no_numbers
+from runtime.answer.pool import Counts
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler, Sampling
 from runtime.answer.scheduler import Job, Limits, may_join, next_pass, peak_cells
 from runtime.engine.engine import Engine
@@ -41,10 +42,13 @@ class Batch:
     A text that begins as the one before it takes that beginning over.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, between_passes: Callable[[], None]) -> None:
-        """between_passes: the place to adopt a new plan."""
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, between_passes: Callable[[], None], *, shares: bool = True
+    ) -> None:
+        """between_passes: the place to adopt a new plan. shares: texts may have cells in common."""
         self.engine = engine
-        self.largest = 0  # sequences in one pass
+        self.largest = self.n_joined = 0  # sequences in one pass, and in all
+        self.counts = Counts()  # of what was swapped
         self.n_tokens = self.n_prompt_tokens = self.n_shared_tokens = 0
         self._tokenizer, self._between = tokenizer, between_passes
         settings = engine.settings
@@ -52,8 +56,8 @@ class Batch:
         n_block = min(settings.n_ubatch, settings.n_ctx)
         apart = engine.attention is not None
         self._limits = Limits(settings.n_ctx, settings.n_sequences, engine.pass_tokens, n_block, apart)
-        self._running: list[_Running] = []
-        self._beginning = Beginning(engine, n_block)
+        self._running: list[Running] = []
+        self._beginning = Beginning(engine, n_block, is_possible=shares and engine.attention is not None)
 
     @property
     def n_running(self) -> int:
@@ -107,21 +111,23 @@ class Batch:
         limits = replace(self._limits, n_cells=self._limits.n_cells - len(self._beginning.tokens))
         return may_join(jobs, Job(len(request.prompt), n, request.n_predict, n), limits)
 
-    def _join(self, wanted: Wanted) -> None:
+    def _join(self, wanted: Wanted) -> Running:
         answer = Answer(self._tokenizer, wanted.request, self.engine.settings.n_ctx)
         sampler = Sampler(wanted.sampling, self.engine.n_vocab, self._tokenizer.suppressed)
         sampler.accept(wanted.request.prompt[-PENALTY_TOKENS:])
-        running = _Running(self._free.pop(), wanted, answer, sampler)
+        running = Running(self.n_joined, self._free.pop(), wanted, answer, sampler)
+        self.n_joined += 1
         n = running.n_cached = running.n_shared = self._beginning.of(wanted.request.prompt)
         if n:
             self._beginning.give(running.sequence, n)
         self.n_prompt_tokens += n
         self.n_shared_tokens += n
         self._running.append(running)
+        return running
 
     def _step(self) -> Iterator[Finished]:
         """One pass, and what is chosen after it."""
-        counts = next_pass([running.job for running in self._running], self._limits)
+        counts = self._counts()
         taking = [(running, n) for running, n in zip(self._running, counts, strict=True) if n]
         n_block = self._limits.n_block
         pass_ = Pass(
@@ -140,7 +146,11 @@ class Batch:
             if finish:
                 yield self._leave(running, finish)
 
-    def _choose(self, running: _Running, place: int) -> str:
+    def _counts(self) -> list[int]:
+        """How many tokens of each the next pass computes."""
+        return next_pass([running.job for running in self._running], self._limits)
+
+    def _choose(self, running: Running, place: int) -> str:
         """Choose the next token of an answer; why it is the last, if it is."""
         token = running.sampler.sample(self.engine, place)
         if not self.engine.is_number(token, place):
@@ -151,7 +161,7 @@ class Batch:
         self.n_tokens += step.token is not None
         return step.finish
 
-    def _leave(self, running: _Running, finish: str) -> Finished:
+    def _leave(self, running: Running, finish: str) -> Finished:
         self.engine.truncate(0, running.sequence)
         self._running.remove(running)
         self._free.append(running.sequence)
@@ -161,10 +171,11 @@ class Batch:
         return Finished(wanted.key, text, finish, len(wanted.request.prompt), running.n_chosen)
 
 
-class _Running:
-    """An answer under way: `sequence` is its number in the cache, which has n_cached of its tokens."""
+class Running:
+    """An answer under way, the number-th: `sequence` is its number in the cache, which has n_cached of its tokens."""
 
-    def __init__(self, sequence: int, wanted: Wanted, answer: Answer, sampler: Sampler) -> None:
+    def __init__(self, number: int, sequence: int, wanted: Wanted, answer: Answer, sampler: Sampler) -> None:
+        self.number = number
         self.sequence, self.wanted, self.answer, self.sampler = sequence, wanted, answer, sampler
         self.n_cached = self.n_shared = self.n_chosen = 0
         self.parts: list[str] = []

@@ -11,12 +11,12 @@ from runtime.engine.engine import Engine
 class Beginning:
     """The beginning that is kept, in a sequence of its own: `tokens`, none at first."""
 
-    def __init__(self, engine: Engine, n_block: int) -> None:
-        """n_block: tokens of the blocks that prompts are cut into."""
+    def __init__(self, engine: Engine, n_block: int, *, is_possible: bool) -> None:
+        """n_block: tokens of the blocks that prompts are cut into. is_possible: else nothing is ever taken over."""
         self.tokens: tuple[int, ...] = ()
         self._engine, self._n_block = engine, n_block
         self._sequence = engine.settings.n_sequences
-        self.is_possible = engine.attention is not None
+        self.is_possible = is_possible
 
     def of(self, prompt: Sequence[int]) -> int:
         """How many of its first tokens are kept; 0: too few."""

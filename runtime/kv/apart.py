@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import array
 import ctypes
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
 from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
-from runtime.memory import Region
+from runtime.memory import Region, view
 from runtime.passes import Part, Pass
 from runtime.settings import Settings
 
@@ -63,6 +64,7 @@ class SequenceAttention:
     def __init__(self, settings: Settings, cache: Cache, query_bytes: int, skip: Callable[[int], object]) -> None:
         """query_bytes: of a token, in all heads. skip: see open_attention."""
         self.cells: dict[int, list[int]] = {}
+        self._head = 0  # where llama.cpp looks for the next empty cell
         self._skip = skip
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
         self._first = next(iter(cache.layers.values())).parts[K].root
@@ -118,7 +120,27 @@ class SequenceAttention:
 
     def truncate(self, n_past: int, sequence: int) -> None:
         """A sequence's positions from n_past on are forgotten."""
-        del self.cells.get(sequence, [])[n_past:]
+        cells = self.cells.get(sequence, [])
+        self._head = min([self._head, *cells[n_past:]])
+        del cells[n_past:]
+
+    def next_cells(self, n: int) -> list[int]:
+        """The cells that llama.cpp will give to the next n positions."""
+        used = {cell for cells in self.cells.values() for cell in cells}
+        head = 0 if self._head > len(used) + 2 * n else self._head
+        n_cells = next(iter(self._cache.layers.values())).parts[K].n_cells
+        return [cell for cell in (*range(head, n_cells), *range(head)) if cell not in used][:n]
+
+    def put_back(self, sequence: int, positions: Sequence[int], cells: Sequence[int]) -> None:
+        """llama.cpp has put positions of a sequence, those behind its others, into these cells, in this order."""
+        cell_of = dict(zip(positions, cells, strict=True))
+        self.cells.setdefault(sequence, []).extend(cell_of[position] for position in sorted(positions))
+        self._head = cells[-1] + 1
+
+    def check_of(self, cell: int) -> int:
+        """A checksum of the keys of one layer in a cell."""
+        part = next(iter(self._cache.layers.values())).parts[K]
+        return zlib.crc32(view(part.data + cell * part.row_bytes, part.row_bytes))
 
     def close(self) -> None:
         """Free everything."""
@@ -175,6 +197,7 @@ class SequenceAttention:
             copied.parts.append(own)
             copied.cells.extend(cells)
             n += len(part.tokens)
+        self._head = found[n - 1] + 1
         for own in self._parts:
             own.out.op = abi.OP_NONE
         self._copy_next(self._copies[0])
