@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,7 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
     workers: flags.Workers = None,
     device_file: flags.File = None,
+    cluster: flags.Cluster = None,
     priority: flags.Priority = None,
     prioritize_by_memory: flags.ByMemory = False,
     memory: Memory = None,
@@ -46,20 +48,27 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
     as_json: Json = False,
 ) -> None:
     """Show what workers offer for a model, and which of them would take part in a run."""
-    show(model, Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory), memory, threads, as_json)
+    named = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory, cluster)
+    show(model, named, memory, threads, as_json)
 
 
 def show(model: str | None, named: Flags, memory: str | None, threads: int | None, as_json: bool) -> None:
     """Print what the named devices offer and the placement on them. Raises H2OError."""
     named.check()
     if not named.are_given:
-        raise UsageError("no devices were named", "name some with --workers or --devices")
+        raise UsageError("no devices were named", "name some with --workers, --devices or --cluster")
     from h2o_cli.session.members import Devices, survey
     from runtime.llama.model_file import ModelFile
 
     file = ModelFile.open(resolve_model(model))
-    budget = Budget.parse(memory).n_bytes
-    found = survey(file, Devices(named.addresses(), None, named.tls), budget, threads or default_threads(), note)
+    limits = Budget.parse(memory).n_bytes, threads or default_threads()
+    if named.cluster is None:
+        found = survey(file, Devices(named.addresses(), None, named.tls), *limits, note)
+    else:
+        from h2o_cli.session.ray_workers import RayWorkers
+
+        with closing(RayWorkers(named.cluster, file.path, file.n_bytes, limits[1])) as nodes:
+            found = survey(file, Devices(",".join(nodes.addresses), None, nodes.keys), *limits, note)
     print_json(found) if as_json else emit(_text(found) + "\n")
 
 

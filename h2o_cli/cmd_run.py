@@ -154,6 +154,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     repack: Repack = "auto",
     workers: devices.Workers = None,
     device_file: devices.File = None,
+    cluster: devices.Cluster = None,
     priority: devices.Priority = None,
     prioritize_by_memory: devices.ByMemory = False,
     spare: devices.Spare = None,
@@ -185,14 +186,13 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     session = SessionOptions.of(
         given,
         sequences=1,
-        swap_bytes=0,
         model=resolve_model(named),
         is_named=named is not None,
         budget=budget,
         kind=CONVERSATION if text is None else CHAT if chat else PROMPT,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
         kv=choose_filter(KvFlags.of(given), config),
-        devices=Flags(workers, device_file, spare, split, tls, priority, prioritize_by_memory),
+        devices=Flags(workers, device_file, spare, split, tls, priority, prioritize_by_memory, cluster),
     )
     options = RunOptions(session, n_predict, tuple(stop or ()), chat, json, config.max_context if config else 0)
     _check(options)

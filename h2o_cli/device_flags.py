@@ -20,6 +20,15 @@ File = Annotated[
     Path | None,
     typer.Option("--devices", metavar="FILE", show_default=False, help="The same from a file: devices.json."),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="auto|ADDRESS",
+        show_default=False,
+        help="Start a worker on every node of a Ray cluster, for this run.",
+    ),
+]
 Priority = Annotated[
     str | None,
     typer.Option("--priority", metavar="A,B,...", show_default=False, help="Devices of the file to use first."),

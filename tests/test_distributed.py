@@ -259,6 +259,33 @@ def test_a_worker_that_comes_back_can_take_over(paths, alone):
             assert [link.address for link in opened.cluster.links] == addresses[1:]
 
 
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_worker_that_somebody_starts_again_elsewhere(comes, paths, alone):
+    """Where it does not come, the others take over."""
+    notes = []
+    with workers(3, [paths["llama"]]) as found:
+        addresses = [worker.address for worker in found]
+        with shared_engine(paths["llama"], CUTS["halves"], addresses[:2], n_ubatch=64) as opened:
+
+            def restarted(link):
+                assert link.address == addresses[1]
+                if not comes:
+                    raise WorkerError("nobody starts it again")
+                return link.again(addresses[2])
+
+            opened.cluster.restarted, opened.cluster.note = restarted, notes.append
+
+            def die(i):
+                if i == 2:
+                    found[1].process.kill()
+
+            assert_same(greedy(opened, PROMPT, 6, before_token=die), alone("llama", PROMPT, 6))
+            expected = [addresses[0], addresses[2]] if comes else addresses[:1]
+            assert [link.address for link in opened.cluster.links] == expected
+            assert len(opened.cluster._lost) == (not comes)
+    assert ("nobody starts it again" in notes) == (not comes)
+
+
 def test_workers_die_one_after_the_other_at_any_moment(paths, alone):
     expected = alone("gemma3", PROMPT, 40)
     with workers(4, [paths["gemma3"]]) as found:

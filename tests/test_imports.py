@@ -30,11 +30,13 @@ HEAVY = {
     "torch": (set(), set()),
     "grpc": ({"runtime/distributed/wire.py"}, set()),
     "cryptography": (set(), {"runtime/distributed/keys.py"}),
+    "ray": (set(), {"h2o_cli/session/ray_workers.py"}),
     "sentencepiece": (set(), set()),
 }
 NEVER_ON_THE_RUN_PATH = (
     "grpc",
     "cryptography",
+    "ray",
     "gguf",
     "matplotlib",
     "torch",

@@ -67,11 +67,12 @@ class Devices:
 
 @dataclass
 class Team:
-    """Workers that have been greeted; `part` is what this machine computes itself."""
+    """Workers that have been greeted; `part` is what this machine computes itself. leave: ends what was started."""
 
     part: ModelFile
     place: Place
     cluster: Cluster
+    leave: Callable[[], None] = lambda: None
 
     @classmethod
     def join(
@@ -156,6 +157,7 @@ class Team:
     def close(self) -> None:
         """Leave the workers."""
         self.cluster.close()
+        self.leave()
 
 
 def _figures(

@@ -31,16 +31,21 @@ class Flags:
     tls: Path | None = None
     priority: str | None = None
     by_memory: bool = False
+    cluster: str | None = None
 
     @property
     def are_given(self) -> bool:
         """Whether there are workers."""
-        return self.workers is not None or self.devices is not None
+        return self.workers is not None or self.devices is not None or self.cluster is not None
 
     def check(self, others: bool = False) -> None:
         """Raise UsageError for what goes not together. others: flags of a filter or of a draft model are given."""
-        if self.workers is not None and self.devices is not None:
-            raise UsageError("the devices were named twice", "give one of --workers and --devices")
+        if sum(named is not None for named in (self.workers, self.devices, self.cluster)) > 1:
+            raise UsageError("the devices were named twice", "give one of --workers, --devices and --cluster")
+        if self.cluster is not None and (self.spare is not None or self.tls is not None):
+            raise UsageError(
+                "--cluster starts its workers itself, with keys of their own", "leave --spare and --tls out"
+            )
         if self.devices is None and (self.priority is not None or self.by_memory):
             raise UsageError("an order of devices is for --devices", "--workers names them in their order")
         flags = (("--spare", self.spare), ("--split", self.split), ("--tls", self.tls))
@@ -71,11 +76,16 @@ def join(
         return None
     from h2o_cli.session.members import Devices, Team
 
+    n_threads = n_threads or default_threads()
+    if flags.cluster is not None:
+        from h2o_cli.session.ray_workers import join_cluster
+
+        return join_cluster(flags.cluster, flags.split, file, budget.n_bytes, n_threads, note)
     addresses = flags.addresses()
     if flags.devices is not None:
         note(f"order of the devices: {addresses}")
     devices = Devices(addresses, flags.spare, flags.tls, flags.split)
-    return Team.join(file, devices, budget.n_bytes, n_threads or default_threads(), note)
+    return Team.join(file, devices, budget.n_bytes, n_threads, note)
 
 
 def set_up(team: Team, engine: Engine, hollow: HollowModel, cleanup: ExitStack, caller: Caller) -> None:

@@ -29,7 +29,7 @@ from runtime.distributed.messages import (
 )
 from runtime.distributed.protocol import CLOSED, FLOAT_BYTES, PLANNING, READY, WAITING, Refusal, RootSide, Stale
 from runtime.distributed.wire import Wire
-from runtime.errors import WorkerError
+from runtime.errors import H2OError, WorkerError
 from runtime.passes import Pass
 
 CONNECT_S = 5.0  # for the answer to a greeting
@@ -63,9 +63,9 @@ class Link:
             raise
         self.hello = answer
 
-    def again(self) -> Link:
-        """A new conversation with the same worker."""
-        return Link(self.address, self._keys, self._mine)
+    def again(self, address: str = "") -> Link:
+        """A new conversation with the same worker, which may be at another address now."""
+        return Link(address or self.address, self._keys, self._mine)
 
     def round_trip_s(self, n_bytes: int) -> float:
         """Seconds until n_bytes were there and back."""
@@ -176,6 +176,7 @@ class Cluster:
         self.width = 0
         self.check: Callable[[], object] = lambda: None
         self.note: Callable[[str], None] = lambda _: None
+        self.restarted: Callable[[Link], Link] | None = None  # who starts workers again, and waits until they are
         self._spares = list(spares)
         self._lost: list[Link] = []
         self.window_bytes: dict[str, int] = {}  # by address, for streamed weights; others choose their own
@@ -285,7 +286,6 @@ class Cluster:
             fresh = [self._successor(link, error) for link in lost]
             for link in lost:
                 link.close()
-            self._lost += lost
             fresh = list(dict.fromkeys(fresh))
             try:
                 for link in fresh:
@@ -305,19 +305,24 @@ class Cluster:
     def _welcome_back(self, link: Link) -> None:
         """A worker that was lost may be there again: then it is a spare one."""
         try:
-            self._spares.append(link.again())
-        except WorkerError:
+            self._spares.append(self.restarted(link) if self.restarted else link.again())
+        except H2OError:
             self._lost.append(link)
 
     def _successor(self, lost: Link, error: WorkerError) -> Link:
-        """Who takes over the layers of a lost worker: a spare one, or the one with most memory for each layer."""
+        """Who takes over a lost worker's layers: a spare one, itself if it is started again, or who has most memory."""
         others = [link for link in self.links if not link.is_lost]
-        if not self._spares and not others:
+        fresh = None if self._spares else self._started_again(lost)
+        if not self._spares and not fresh and not others:
             raise error
         if self._spares:
             link = self._spares.pop(0)
+        elif fresh:
+            link = fresh
         else:
             link = max(others, key=lambda link: link.hello.weights_bytes / self._n_layers_of(link))
+        if link is not fresh:
+            self._lost.append(lost)
         ranges = ", ".join(f"{s.first}-{s.last - 1}" for s in self.stages if s.link is lost)
         self.note(f"{error.message}; its layers {ranges} go to {link.address}")
         moved = [replace(s, link=link) if s.link is lost else replace(s) for s in self.stages]
@@ -329,6 +334,13 @@ class Cluster:
             else:
                 self.stages.append(stage)
         return link
+
+    def _started_again(self, lost: Link) -> Link | None:
+        try:
+            return self.restarted(lost) if self.restarted else None
+        except WorkerError as error:
+            self.note(str(error))
+            return None
 
     def _n_layers_of(self, link: Link) -> int:
         return sum(stage.last - stage.first for stage in self.stages if stage.link is link)

@@ -1,0 +1,123 @@
+"""`--cluster`: workers that Ray places, watches and restarts. Most of it needs the extra `cluster`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("grpc", reason="the extra `workers` is not installed")
+
+from test_cli_worker import H2O, ROOT, run
+
+from h2o_cli.main import run_command as h2o
+from runtime.sizes import MB
+
+NODES = 3
+PROMPT = ("-p", "Once upon a time", "-n", "64", "--temp", "0", "--ctx", "256", "-t", "1", "--speculate", "off")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of three nodes on this machine."""
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONPATH"] = str(ROOT)  # of the nodes' processes
+    node = {"num_cpus": 1, "memory": 1000 * MB, "object_store_memory": 80 * MB}
+    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    for _ in range(NODES - 1):
+        made.add_node(**node)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def text(bundled_model):
+    """The answer of one machine."""
+    code, found, _ = run("run", bundled_model, *PROMPT, "--repack", "off")
+    assert code == 0
+    return found
+
+
+def workers_of(cluster):
+    """Processes of workers that listen on an address of this cluster's nodes."""
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in found.splitlines() if "h2o_cli.start worker" in line and "--tls /tmp/h2o-" in line]
+
+
+def test_one_command_gives_the_same_tokens(cluster, bundled_model, text):
+    command = ["run", bundled_model, *PROMPT, "--cluster", cluster.address, "--split", "3,3,2", "--json"]
+    code, found, said = run(*command)
+    assert code == 0, said
+    found = json.loads(found)
+    assert found["text"] + "\n" == text
+    local, *others = found["devices"]
+    assert (local["address"], local["layers"]) == ("local", [])
+    assert [device["layers"] for device in others] == [[[0, 3]], [[3, 6]], [[6, 8]]]
+    assert gone(lambda: workers_of(cluster))
+
+
+def gone(what, limit_s=5):
+    """Whether something is empty soon."""
+    end = time.monotonic() + limit_s
+    while what() and time.monotonic() < end:
+        time.sleep(0.1)
+    return not what()
+
+
+def test_devices_shows_the_nodes(cluster, bundled_model):
+    code, found, said = run("devices", bundled_model, "--cluster", cluster.address, "-t", "1", "--json")
+    assert code == 0, said
+    assert len(json.loads(found)["devices"]) == NODES
+
+
+def test_a_node_that_is_removed_is_replaced_and_the_text_goes_on(cluster, bundled_model, text):
+    command = ["run", bundled_model, *PROMPT, "--cluster", cluster.address, "--split", "3,3,2"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*H2O, *map(str, command)], cwd=ROOT, stdout=pipe, stderr=pipe, bufsize=0) as process:
+        begun = process.stdout.read(1)
+        cluster.remove_node(cluster.worker_nodes.copy().pop())
+        rest, said = process.communicate(timeout=90)
+    said = said.decode()
+
+    assert process.returncode == 0, said
+    assert (begun + rest).decode() == text
+    (line,) = [line for line in said.splitlines() if " go to " in line]
+    gone_at, now_at = line.split("worker ")[1].split(" is gone")[0], line.rsplit(" ", 1)[1]
+    assert gone_at != now_at
+    assert said.count(f"h2o: {now_at}: layers") == 0  # no other one of the three
+
+
+# --- without a cluster -----------------------------------------------------------------------------------------------
+
+
+def test_without_ray(bundled_model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert h2o(["run", str(bundled_model), "-p", "a", "--cluster", "auto"]) == 2
+    said = capsys.readouterr().err
+    assert "the package `ray` is not installed" in said and "pip install '.[cluster]'" in said
+
+
+def test_no_cluster_there(bundled_model, capsys):
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    assert h2o(["run", str(bundled_model), "-p", "a", "--cluster", "127.0.0.1:1"]) == 2
+    assert "there is no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "127.0.0.1:1"], "the devices were named twice"),
+        (["--spare", "127.0.0.1:1"], "--cluster starts its workers itself"),
+        (["--tls", "x"], "--cluster starts its workers itself"),
+        (["--draft", "auto"], "does not work with --kv-filter or --draft"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, message, capsys):
+    assert h2o(["run", "-p", "a", "--cluster", "auto", *arguments]) == 2
+    assert message in capsys.readouterr().err
