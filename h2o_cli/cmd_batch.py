@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,6 +14,7 @@ from h2o_cli.console import CONSOLE
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, note, print_json
 from h2o_cli.session.batch_files import Answers, BadLine, BatchRequest, answered, read_requests, refused
+from h2o_cli.session.batch_pool import PoolChoice, open_batch
 from h2o_cli.session.defaults import N_PREDICT
 from h2o_cli.session.model import OpenModel
 from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
@@ -26,23 +27,18 @@ from runtime.answer.generate import Request
 from runtime.answer.sampler import Sampling
 from runtime.errors import Cancelled, ModelError, PromptError, UsageError
 from runtime.llama.chat import Chat
-from runtime.llama.model_file import ModelFile
 from runtime.memory import peak_bytes
 from runtime.plans.budget import Budget
 from runtime.sizes import MB
-from runtime.weights.head_start import guessed_room
 
 MOST_SEQUENCES = 32
-TOKENS_EACH = 256  # positions for each answer, where --ctx does not say how many there are for all
-LEAST_POSITIONS, POSITIONS_STEP = 512, 256
-KV_SHARE = 4  # keys and values take at most such a part of what is left for weights then
-BYTES_OF_VALUE = 2  # f16
 
 EPILOG = """Examples:
 
 \b
   h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400
   h2o batch model.gguf -f questions.txt -o answers.jsonl -n 64 --temp 0
+  h2o batch model.gguf -f prompts.jsonl -o answers.jsonl --kv-pool 50 --admission reserve:1 --trace trace.jsonl
 
 A line of prompts is an OpenAI batch request, {"prompt": "..."}, {"messages": [...]}, or plain text. Answers are
 appended as they are finished. Run the same command again to go on where it stopped.
@@ -70,6 +66,28 @@ Threads = Annotated[
 ]
 Temp = Annotated[float, typer.Option("--temp", metavar="T", help="0: always the likeliest token.")]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="S", show_default=False, help="Of each answer.")]
+Kv = Annotated[
+    str | None,
+    typer.Option("--kv-pool", metavar="SIZE", help="Memory of all keys and values, instead of --ctx: 50 (MB), 64MiB."),
+]
+Admit = Annotated[
+    str,
+    typer.Option(
+        "--admission",
+        metavar="HOW",
+        help="simulate: nothing is ever swapped out. none, reserve:O, average:A, watermark:P: see docs/throughput.md.",
+    ),
+]
+Swap = Annotated[
+    str | None,
+    typer.Option("--swap", metavar="WHERE", help="Where texts wait meanwhile: ram or disk. [default: disk]"),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace", metavar="FILE", show_default=False, help="Write what happens to blocks of keys and values."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the totals as one JSON object.")]
 
 
@@ -84,6 +102,10 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     threads: Threads = None,
     temp: Temp = Sampling.temp,
     seed: Seed = None,
+    kv_pool: Kv = None,
+    admission: Admit = "simulate",
+    swap: Swap = None,
+    trace: Trace = None,
     json: Json = False,
 ) -> None:
     """Answer the prompts of a file, many at once: each pass over the weights computes a token of all of them.
@@ -94,6 +116,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(f"--batch-size {batch_size} is not possible", f"give 1 to {MOST_SEQUENCES}")
     if n_predict < 1:
         raise UsageError(f"-n {n_predict} is not possible", "give 1 or more")
+    choice = PoolChoice.parse(admission, kv_pool, swap, trace, output.absolute().parent)
     options = SessionOptions(
         model=resolve_model(model),
         sequences=batch_size,
@@ -105,13 +128,18 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         speculate="off",
     )
     with Answers(output) as answers:
-        code = _batch(options, prompts, answers, n_predict, json)
+        code = _batch(options, choice, _Files(prompts, answers), n_predict, json)
     raise typer.Exit(code)
 
 
-def _batch(options: SessionOptions, prompts: Path, answers: Answers, n_predict: int, json: bool) -> int:
+class _Files(NamedTuple):
+    prompts: Path
+    answers: Answers
+
+
+def _batch(options: SessionOptions, choice: PoolChoice, files: _Files, n_predict: int, json: bool) -> int:
     """Answer what is not answered yet; the exit code."""
-    n_lines = sum(1 for _ in read_requests(prompts, options.sampling))
+    n_lines = sum(1 for _ in read_requests(files.prompts, options.sampling))
     model = OpenModel(options, CONSOLE)
     try:
         if not can_take_back(model.hollow):
@@ -119,27 +147,18 @@ def _batch(options: SessionOptions, prompts: Path, answers: Answers, n_predict: 
                 f"{options.model.name} keeps a state without positions, which answers cannot share",
                 "answer the prompts one by one with `h2o run`",
             )
-        n_ctx = options.ctx or default_positions(model.file, options)
-        session = open_session(model, options, n_ctx, n_ctx)
+        options = choice.options_for(model.file, options)
+        session = open_session(model, options, options.ctx or 0, options.ctx or 0)
         try:
-            work = _Work(session, prompts, answers, options, n_predict)
-            signal_number = work.run(n_lines)
-            work.tell(json)
+            with open_batch(session, choice, options) as batch:
+                work = _Work(session, batch, files, options.sampling, n_predict)
+                signal_number = work.run(n_lines)
+                work.tell(choice, json)
             return 128 + signal_number if signal_number else 0
         finally:
             session.close()
     finally:
         model.close()
-
-
-def default_positions(file: ModelFile, options: SessionOptions) -> int:
-    """Positions for all answers at once: some for each, as far as they take no more than a share of weights' room."""
-    heads = max(1, file.hyper_parameter("attention.head_count"))
-    width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // heads
-    heads = file.hyper_parameter("attention.head_count_kv") or heads
-    position_bytes = 2 * BYTES_OF_VALUE * file.n_layers * heads * width
-    most = guessed_room(file, options.budget.n_bytes) // KV_SHARE // position_bytes
-    return max(LEAST_POSITIONS, min(options.sequences * TOKENS_EACH, most) // POSITIONS_STEP * POSITIONS_STEP)
 
 
 @dataclass
@@ -152,12 +171,10 @@ class _Totals:
 class _Work:
     """The prompts of a file on their way to answers."""
 
-    def __init__(
-        self, session: Session, prompts: Path, answers: Answers, options: SessionOptions, n_predict: int
-    ) -> None:
-        self._session, self._prompts, self._answers = session, prompts, answers
-        self._sampling, self._n_predict = options.sampling, n_predict
-        self._batch = Batch(session.engine, session.model.tokenizer, session.follower)
+    def __init__(self, session: Session, batch: Batch, files: _Files, sampling: Sampling, n_predict: int) -> None:
+        self._session, self._batch = session, batch
+        self._prompts, self._answers = files
+        self._sampling, self._n_predict = sampling, n_predict
         self._chat: Chat | None = None
         self._requests: dict[int, BatchRequest] = {}  # those under way
         self._totals = _Totals()
@@ -223,19 +240,21 @@ class _Work:
         self._answers.add(answered(item, done.text, finish_reason(done.finish), done.n_prompt, done.n_tokens, name))
         self._totals.answers += 1
 
-    def tell(self, json: bool) -> None:
+    def tell(self, choice: PoolChoice, json: bool) -> None:
         """The totals, for programs or for people."""
-        found = self.figures()
+        found = self.figures(choice)
         if json:
             print_json(found)
             return
         speed = f"{found['generated_tokens']} tokens, {found['tokens_per_s']:.1f} tokens/s"
         skipped = f", {found['skipped']} were there already" if found["skipped"] else ""
+        swaps = f", {found['swaps_out']} times swapped out" if found["swaps_out"] else ""
         memory = f"peak {found['peak_memory_bytes'] / MB:.0f} of {found['budget_bytes'] / MB:.0f} MB"
-        note(f"{found['answers']} answers, {found['errors']} errors{skipped}; {speed}, {memory}")
+        note(f"{found['answers']} answers, {found['errors']} errors{skipped}; {speed}{swaps}, {memory}")
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self, choice: PoolChoice) -> dict[str, Any]:
         """The figures of --json."""
+        counts = self._batch.counts
         counters, session = self._session.engine.counters, self._session
         return {
             "answers": self._totals.answers,
@@ -243,6 +262,7 @@ class _Work:
             "skipped": self._totals.skipped,
             "generated_tokens": self._batch.n_tokens,
             "prompt_tokens": self._batch.n_prompt_tokens,
+            "shared_prompt_tokens": self._batch.n_shared_tokens,
             "seconds": self._seconds,
             "tokens_per_s": self._batch.n_tokens / self._seconds if self._seconds else 0.0,
             "passes": counters.passes,
@@ -250,8 +270,12 @@ class _Work:
             "peak_memory_bytes": peak_bytes(),
             "budget_bytes": session.budget_bytes,
             "largest_batch": self._batch.largest,
-            "preemptions": 0,
-            "admission": "simulate",
+            "preemptions": counts.swaps_out,
+            "swaps_in": counts.swaps_in,
+            "swaps_out": counts.swaps_out,
+            "blocks_in": counts.blocks_in,
+            "blocks_out": counts.blocks_out,
+            "admission": str(choice.admission),
             "schedule": "continuous",
             "ledger": session.engine.ledger.as_dict(),
         }

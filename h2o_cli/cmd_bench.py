@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from h2o_cli.cmd_bench_admission import bench_admission
 from h2o_cli.cmd_bench_batch import bench_batch
 from h2o_cli.cmd_bench_distributed import bench_distributed
 from h2o_cli.cmd_bench_kv import EPILOG as KV_EPILOG
@@ -121,3 +122,4 @@ app.command("kv", epilog=KV_EPILOG)(bench_kv)
 app.command("speculation")(bench_speculation)
 app.command("distributed")(bench_distributed)
 app.command("batch")(bench_batch)
+app.command("admission")(bench_admission)

@@ -43,6 +43,7 @@ EPILOG = """Examples:
   h2o plan -c profile.json -m 1GB --json
   h2o plan -m 400 --ctx 16384 --kv-filter --kv-store disk    for a run with the same flags
   h2o plan model.gguf --workers local,192.168.1.7:9999 --tls cluster/me      placement over devices
+  h2o plan -m 419 --batch         how many texts `h2o batch` should answer at once
   h2o plan --source -c four-keys.json -m 400 -s kw.bin --compat    as the source system plans, in its file
 """
 
@@ -89,6 +90,7 @@ Seed = Annotated[
 ]
 Show = Annotated[bool, typer.Option("--show", help="Show the plan in the plan file, write nothing.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Show the plans that were compared.")]
+Batch = Annotated[bool, typer.Option("--batch", help="Predict batch sizes for `h2o batch`, write nothing.")]
 Live = Annotated[bool, typer.Option("--live", help="Try plans on the running process, keep the fastest.")]
 LayoutName = Annotated[
     str,
@@ -118,6 +120,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     show: Show = False,
     explain: Explain = False,
     live: Live = False,
+    batch: Batch = False,
     layout: LayoutName = "auto",
     ctx: Ctx = None,
     predict: Predict = N_PREDICT,
@@ -158,6 +161,10 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         return
     flags = KvFlags.of(locals())
     _check_flags(locals())
+    if batch and (show or live or by_hand or source or explain or kv_filter):
+        raise UsageError(
+            "--batch predicts batch sizes and chooses no plan", "leave out the other ways, and --kv-filter"
+        )
     options = PlanOptions(
         budget=Budget.parse(memory),
         plan_file=plan_file or default_plan_path(),
@@ -175,6 +182,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         plan_as_source(search, options.plan_file, compat=compat, json=json)
     elif show:
         _show(options, profile, model, json=json)
+    elif batch:
+        _batches(options, _load(profile, model), json=json)
     elif live:
         _live(options, _load(profile, model), explain=explain, json=json)
     elif options.by_hand and profile is None and not _has_profile(model, compat=compat):
@@ -235,6 +244,15 @@ def _live(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: b
     if options.kv or options.kv_type != PlanOptions.kv_type or options.ctx:
         raise UsageError("--live takes the running process as it is", "leave out --ctx, --kv-type and --kv-filter")
     plan_live(profile, options.plan_file, options.budget.cap_bytes, options.layout, show_arms=explain, json=json)
+
+
+def _batches(options: PlanOptions, profile: ModelProfile, *, json: bool) -> None:
+    """Predict how fast `h2o batch` is with each batch size; --ctx is for each text."""
+    from h2o_cli.plan_batches import show
+
+    if not profile.knows_memory:
+        raise ProfileError("this profile has no memory figures", "measure the model with `h2o profile`")
+    show(profile, options.budget.n_bytes, options.ctx, json=json)
 
 
 def _parse_set(text: str) -> tuple[int, int]:

@@ -186,6 +186,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     session = SessionOptions.of(
         given,
         sequences=1,
+        swap_bytes=0,
         model=resolve_model(named),
         is_named=named is not None,
         budget=budget,

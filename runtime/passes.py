@@ -12,12 +12,16 @@ from runtime.errors import EngineError
 
 
 class Part(NamedTuple):
-    """Tokens of one sequence, at positions from `first` on. The logits of the last n_outputs of them are wanted."""
+    """Tokens of one sequence, at positions from `first` on. The logits of the last n_outputs of them are wanted.
+
+    long: they are a piece of a block of 64 tokens or more, whose attention another kernel computes (see cut).
+    """
 
     sequence: int
     first: int
     tokens: tuple[int, ...]
     n_outputs: int = 0
+    long: bool = False
 
     @property
     def end(self) -> int:

@@ -29,6 +29,7 @@ class Settings:
     margin_bytes: what is kept free for all that nothing else in the ledger counts.
     kv: which keys and values a decode pass attends to (None: all).
     n_sequences: texts in the cache at once; they share its n_ctx positions.
+    swap_bytes: what keys and values outside the cache may take.
     """
 
     n_ctx: int = 512
@@ -45,6 +46,7 @@ class Settings:
     margin_bytes: int = MARGIN_BYTES
     kv: KvFilter | None = None
     n_sequences: int = 1
+    swap_bytes: int = 0
 
 
 @dataclass(frozen=True)

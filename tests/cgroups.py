@@ -45,6 +45,12 @@ class MemoryGroup:
         return int((self.folder / ("memory.max_usage_in_bytes" if self.v1 else "memory.peak")).read_text())
 
     @property
+    def cached_bytes(self) -> int:
+        """Page cache that is charged to the group now."""
+        rows = dict(row.split() for row in (self.folder / "memory.stat").read_text().splitlines())
+        return int(rows["cache" if self.v1 else "file"])
+
+    @property
     def kills(self) -> int:
         """Processes the kernel killed for the limit's sake."""
         name = "memory.oom_control" if self.v1 else "memory.events"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from engines import engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from runtime.answer.batch import Batch, Wanted
 from runtime.answer.generate import Request, generate
@@ -82,6 +84,58 @@ def test_sequences_wait_for_cells(bundled_model):
     found, batch = batched(bundled_model, requests, 12, n_ctx=160, n_ubatch=128)
     assert found == alone(bundled_model, requests)
     assert 1 < batch.largest < 12
+
+
+BEGIN = "You are a teller of stories for children. " * 12
+
+
+def with_beginning(path, ends, lengths, begin=BEGIN):
+    with engine(path) as opened:
+        tokenizer = Tokenizer(opened._model, opened.file)
+        prompts = [tuple(tokenizer.encode(begin + end)) for end in ends]
+        return [Request(prompt, n, ()) for prompt, n in zip(prompts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("n_ctx", [300, 1024])
+def test_what_prompts_begin_with_is_computed_once(bundled_model, n_ctx):
+    ends = [f"Tell me about {name}." for name in ("a dog", "the big cat and its friends", "Tom", "rain", "a boy")]
+    requests = with_beginning(bundled_model, ends, [12, 3, 20, 9, 15])
+    found, batch = batched(bundled_model, requests, 4, n_ctx=n_ctx, n_ubatch=128)
+    assert found == alone(bundled_model, requests)
+    assert batch.n_shared_tokens >= 4 * 64
+    assert batch.engine.counters.tokens < sum(len(r.prompt) + r.n_predict for r in requests) - 3 * 64
+    assert batch.largest == 4
+
+
+def test_texts_with_other_beginnings_are_answered_as_well(bundled_model):
+    requests = []
+    for begin in (BEGIN, "It was a rainy day and the girl felt sad. " * 10, ""):
+        requests += with_beginning(bundled_model, ["Who?", "Why?", "Where?"], [8, 12, 5], begin)
+    requests += requests[1:3]
+    found, batch = batched(bundled_model, requests, 3, n_ctx=512, n_ubatch=128)
+    assert found == alone(bundled_model, requests)
+    assert batch.n_shared_tokens
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 70, 130]), st.integers(1, 90), st.integers(1, 40)), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.integers(200, 500),
+)
+@settings(max_examples=15, deadline=None)
+def test_cells_suffice_whatever_texts_have_in_common(bundled_model, texts, n_sequences, n_ctx):
+    begin = tuple(3 + i * 7 % 250 for i in range(130))
+    ends = [tuple(4 + (i * 31 + j * 11) % 240 for j in range(more)) for i, (_, more, _) in enumerate(texts)]
+    prompts = [begin[:n] + end for (n, _, _), end in zip(texts, ends, strict=True)]
+    wanted = [Request(prompt, n, ()) for prompt, (_, _, n) in zip(prompts, texts, strict=True)]
+    several = {"n_sequences": n_sequences, "n_logits": n_sequences}
+    sizes = {"n_threads": 1, "n_ctx": n_ctx, "n_ubatch": 128}
+    with engine(bundled_model, Plan(0, 1, budget_bytes=10**9), **sizes, **several) as opened:
+        batch = Batch(opened, Tokenizer(opened._model, opened.file), lambda: None)
+        wanted = [request for request in wanted if batch.can_ever_run(request)]
+        done = list(batch.answer(Wanted(i, request, GREEDY) for i, request in enumerate(wanted)))
+        assert {one.key for one in done} == set(range(len(wanted)))
+        assert opened._context.n_cells == 0
 
 
 def test_what_can_never_fit_is_known_beforehand(bundled_model):

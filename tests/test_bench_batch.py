@@ -62,7 +62,7 @@ def test_what_became_of_a_command():
 
 def test_the_report_compares_and_marks_what_is_projected(tmp_path):
     rows = [with_figures(row(n_streams=1, status="ok"), figures(63))]
-    rows += [with_figures(row(status="ok", cut_gen_len=6), figures())]
+    rows += [with_figures(row(status="ok", cut_gen_len=6, predicted_decode_tokens_per_s=9.0), figures())]
     rows += [with_figures(row(MMAP, status="ok"), figures(63, step_s=1.0)), row(MMAP, 1, status="oom")]
     results = Results(BATCH, tmp_path, json=True)
     results.begin()
@@ -71,13 +71,15 @@ def test_the_report_compares_and_marks_what_is_projected(tmp_path):
     results.finish(rows)
     text = (tmp_path / "batch.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| 419 MB | h2o | 4")]
-    assert "| ~7.83 | 4.0 x | 1.95 x |" in lines[0]
+    assert "| ~7.83 | 4.0 x | 1.95 x | 9.00 |" in lines[0]
     assert "OOM" in text and "cut-gen-len" in text
 
 
 @pytest.mark.parametrize("engine", [H2O, MMAP])
 def test_both_sides_do_all_steps(bundled_model, tmp_path, engine, monkeypatch):
-    settings = Settings(bench_model(str(bundled_model)), ("300",), (3,), (engine,), prompt_len=40, gen_len=4, threads=1)
+    settings = Settings(
+        bench_model(str(bundled_model)), ("300",), (3,), (engine,), prompt_len=40, gen_len=4, threads=1, predict=False
+    )
 
     def start(self, command, size):
         done = subprocess.run(command, env=self._env, capture_output=True, text=True, check=False, timeout=60)

@@ -89,6 +89,19 @@ def test_answers_are_those_of_single_runs(bundled_model, prompts, tmp_path, caps
         assert usage["completion_tokens"] == len(single["tokens"])
 
 
+def test_a_system_prompt_is_computed_once(bundled_model, tmp_path, capsys):
+    prompts, answers = tmp_path / "p", tmp_path / "a"
+    system = {"role": "system", "content": "You tell short stories to children, and you are always kind. " * 6}
+    lines = [{"messages": [system, {"role": "user", "content": f"Tell me of {name}."}]} for name in ("Tom", "a dog")]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
+    assert run_command(batch(bundled_model, prompts, answers, "--json")) == 0
+    totals = json.loads(capsys.readouterr().out)
+    assert totals["shared_prompt_tokens"] >= 3 * 64
+    assert totals["prompt_tokens"] > totals["shared_prompt_tokens"]
+    found = read(answers)
+    assert text_of(found["line-1"]) == text_of(found["line-3"])
+
+
 def test_a_second_run_repeats_nothing(bundled_model, prompts, tmp_path, capsys):
     answers = tmp_path / "answers.jsonl"
     assert run_command(batch(bundled_model, prompts, answers)) == 0

@@ -99,6 +99,20 @@ def test_json_has_every_key_of_the_contract(plan_json, profile, plan_file):
     assert found["predicted_ms_per_token"] >= found["limit_ms_per_token"] > 0
 
 
+def test_batch_sizes_are_predicted(plan, plan_json, profile, plan_file):
+    found = plan_json("-c", profile, "-m", 300, "--batch", "--ctx", 64)
+    sizes = {one["n_texts"]: one for one in found["batch_sizes"]}
+    assert list(sizes) == [1, 2, 4, 8, 16, 32]
+    assert found["predicted_tokens_per_s"] == sizes[found["batch_size"]]["tokens_per_s"]
+    assert sizes[1]["ms_per_token"] == sizes[1]["read_ms"] > sizes[1]["compute_ms"]
+    assert not plan_file.exists()
+    code, out, _ = plan("-c", profile, "-m", 300, "--batch", "--ctx", 64)
+    assert code == 0
+    assert out.splitlines()[-1] == f"h2o batch -m 300 --batch-size {found['batch_size']}"
+    assert plan("-c", profile, "-m", 300, "--batch", "--show")[0] == 2
+    assert plan("-c", profile, "-m", 5, "--batch")[0] == 1
+
+
 def test_plan_goes_into_the_plan_file(plan, profile, plan_file, tmp_path):
     code, out, err = plan("-c", profile, "-m", 300)
     assert code == 0

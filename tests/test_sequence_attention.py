@@ -92,6 +92,40 @@ def test_a_pass_that_failed_leaves_its_cells(bundled_model):
     assert_equal(found, logits_alone(bundled_model, a, 10))
 
 
+def test_a_shared_beginning_is_as_good_as_ones_own(bundled_model):
+    begin, ends = tokens(9, 100), [tokens(10, 30), tokens(11, 3), tokens(12, 70)]
+    with shared(bundled_model, 4) as opened:
+        compute(opened, (0, 0, begin + ends[0]))
+        opened.share(0, 4, 100)
+        opened.truncate(0, 0)
+        found = []
+        for sequence, end in enumerate(ends):
+            opened.share(4, sequence, 100)
+            opened.compute([Pass((Part(sequence, 100, end[:-1], 1, long=True), Part(3, sequence, (5,), 1)))])
+            found.append([opened.logits(0).copy(), *compute(opened, (sequence, 99 + len(end), end[-1:]))])
+        assert opened.attention.n_cells == 3 + 100 + sum(map(len, ends))
+    for end, own in zip(ends, found, strict=True):
+        assert_equal(own, logits_alone(bundled_model, begin + end, 99 + len(end)))
+
+
+def test_texts_that_share_more_than_the_cache_holds(bundled_model):
+    begin, ends = tokens(13, 230), [tokens(14 + i, 3) for i in range(6)]
+    several = {"n_sequences": 6, "n_logits": 6}
+    with engine(bundled_model, PLAN, n_ctx=256, n_ubatch=256, **several) as opened:
+        compute(opened, (0, 0, begin + ends[0][:1]))
+        opened.share(0, 6, 230)
+        opened.truncate(0, 0)
+        for sequence in range(6):
+            opened.share(6, sequence, 230)
+        parts = [Part(sequence, 230, end[:2], 1, long=sequence % 2 == 0) for sequence, end in enumerate(ends)]
+        opened.compute([Pass(tuple(parts))])
+        found = [opened.logits(sequence).copy() for sequence in range(6)]
+        assert len(opened.attention._copies) == 6
+        last = compute(opened, *((sequence, 232, end[2:]) for sequence, end in enumerate(ends)))
+    for i in (0, 2, 4):
+        assert_equal([found[i], last[i]], logits_alone(bundled_model, begin + ends[i], 232))
+
+
 def test_a_model_with_windows_keeps_llama_cpps_attention(tiny_model):
     with shared(tiny_model("gemma3"), 2) as opened:
         assert opened.attention is None

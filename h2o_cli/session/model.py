@@ -117,6 +117,7 @@ def settings_for(
         n_ubatch=options.ubatch or max(SHORT_PASS, n_logits, min(UBATCH, n_prompt)),
         n_logits=max(n_logits, options.sequences),
         n_sequences=options.sequences,
+        swap_bytes=options.swap_bytes,
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,
         prefetch_input=options.prefetch_input,

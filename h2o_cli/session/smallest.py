@@ -70,6 +70,7 @@ def _key(model_hash: int, settings: Settings, kind: str) -> str:
     facts = [margin, settings.n_ctx, settings.n_ubatch, settings.kv_type, settings.prefetch_input, kv]
     facts += [f"{settings.n_threads} threads"]  # each has tiles of its own
     facts += [settings.n_sequences] if settings.n_sequences > 1 else []
+    facts += [f"{settings.swap_bytes} swapped"] if settings.swap_bytes else []
     return " ".join(map(str, [PINNED_VERSION, sys.hexversion, model_hash, kind, *facts]))
 
 

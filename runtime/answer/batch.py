@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from runtime.answer.beginning import Beginning
 from runtime.answer.generate import LENGTH, Answer, Request, no_numbers
+from runtime.answer.pool import Counts
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler, Sampling
-from runtime.answer.scheduler import Job, Limits, may_join, next_pass
+from runtime.answer.scheduler import Job, Limits, may_join, next_pass, peak_cells
 from runtime.engine.engine import Engine
 from runtime.llama.tokenizer import Tokenizer
 from runtime.passes import Part, Pass
@@ -37,20 +39,25 @@ class Batch:
     """Answers requests, as many at once as memory, the engine's sequences and the schedule allow.
 
     A sequence joins when it is certain that it can go on to its end, and leaves when it ends; others take its cells.
+    A text that begins as the one before it takes that beginning over.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, between_passes: Callable[[], None]) -> None:
-        """between_passes: the place to adopt a new plan."""
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, between_passes: Callable[[], None], *, shares: bool = True
+    ) -> None:
+        """between_passes: the place to adopt a new plan. shares: texts may have cells in common."""
         self.engine = engine
-        self.largest = 0  # sequences in one pass
-        self.n_tokens = self.n_prompt_tokens = 0
+        self.largest = self.n_joined = 0  # sequences in one pass, and in all
+        self.counts = Counts()  # of what was swapped
+        self.n_tokens = self.n_prompt_tokens = self.n_shared_tokens = 0
         self._tokenizer, self._between = tokenizer, between_passes
         settings = engine.settings
         self._free = list(reversed(range(settings.n_sequences)))
         n_block = min(settings.n_ubatch, settings.n_ctx)
         apart = engine.attention is not None
         self._limits = Limits(settings.n_ctx, settings.n_sequences, engine.pass_tokens, n_block, apart)
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
+        self._beginning = Beginning(engine, n_block, is_possible=shares and engine.attention is not None)
 
     @property
     def n_running(self) -> int:
@@ -59,7 +66,7 @@ class Batch:
 
     def can_ever_run(self, request: Request) -> bool:
         """Whether the cache is large enough for an answer when nothing else is in it."""
-        return self._may_join(request, [])
+        return may_join([], Job(len(request.prompt), 0, request.n_predict), self._limits)
 
     def answer(self, wanted: Iterator[Wanted]) -> Iterator[Finished]:
         """Answer all that is wanted, each taken when there is room for it; in the order in which they end.
@@ -69,29 +76,63 @@ class Batch:
         try:
             waiting = next(wanted, None)
             while waiting or self._running:
-                while waiting and self._may_join(waiting.request, [running.job for running in self._running]):
+                while waiting and self._may_join(waiting.request):
                     self._join(waiting)
                     waiting = next(wanted, None)
                 self._between()
                 yield from self._step()
         finally:
+            self._beginning.drop()
             for running in self._running:
                 running.sampler.close()
 
-    def _may_join(self, request: Request, jobs: list[Job]) -> bool:
-        return may_join(jobs, Job(len(request.prompt), 0, request.n_predict), self._limits)
+    def _may_join(self, request: Request) -> bool:
+        """Whether a text can join now. What it may take over is kept from then on."""
+        beginning, jobs = self._beginning, [running.job for running in self._running]
+        if not jobs:
+            if not beginning.of(request.prompt) or not self._fits(request, jobs):
+                beginning.drop()
+            return True
+        if beginning.is_possible and not beginning.of(request.prompt) and not any(job.n_shared for job in jobs):
+            last = self._running[-1]
+            n = beginning.common(last.wanted.request.prompt, request.prompt)
+            if n > last.n_cached:
+                return False  # soon it will be there
+            jobs[-1] = replace(jobs[-1], n_shared=n)
+            if n and peak_cells(jobs, self._limits) + n <= self._limits.n_cells:
+                beginning.keep(request.prompt, last.sequence, n)
+                last.n_shared = n
+            jobs[-1] = last.job
+        return self._fits(request, jobs)
 
-    def _join(self, wanted: Wanted) -> None:
+    def _fits(self, request: Request, jobs: Sequence[Job]) -> bool:
+        """Whether a text is certain to find its cells beside others, and beside the beginning that is kept."""
+        n = self._beginning.of(request.prompt)
+        limits = replace(self._limits, n_cells=self._limits.n_cells - len(self._beginning.tokens))
+        return may_join(jobs, Job(len(request.prompt), n, request.n_predict, n), limits)
+
+    def _join(self, wanted: Wanted) -> Running:
         answer = Answer(self._tokenizer, wanted.request, self.engine.settings.n_ctx)
         sampler = Sampler(wanted.sampling, self.engine.n_vocab, self._tokenizer.suppressed)
         sampler.accept(wanted.request.prompt[-PENALTY_TOKENS:])
-        self._running.append(_Running(self._free.pop(), wanted, answer, sampler))
+        running = Running(self.n_joined, self._free.pop(), wanted, answer, sampler)
+        self.n_joined += 1
+        n = running.n_cached = running.n_shared = self._beginning.of(wanted.request.prompt)
+        if n:
+            self._beginning.give(running.sequence, n)
+        self.n_prompt_tokens += n
+        self.n_shared_tokens += n
+        self._running.append(running)
+        return running
 
     def _step(self) -> Iterator[Finished]:
         """One pass, and what is chosen after it."""
-        counts = next_pass([running.job for running in self._running], self._limits)
+        counts = self._counts()
         taking = [(running, n) for running, n in zip(self._running, counts, strict=True) if n]
-        pass_ = Pass(tuple(running.part(n) for running, n in taking), all(not r.job.n_unread for r, _ in taking))
+        n_block = self._limits.n_block
+        pass_ = Pass(
+            tuple(running.part(n, n_block) for running, n in taking), all(not r.job.n_unread for r, _ in taking)
+        )
         self.engine.compute([pass_])
         self.largest = max(self.largest, len(taking))
         place = -pass_.n_outputs
@@ -105,7 +146,11 @@ class Batch:
             if finish:
                 yield self._leave(running, finish)
 
-    def _choose(self, running: _Running, place: int) -> str:
+    def _counts(self) -> list[int]:
+        """How many tokens of each the next pass computes."""
+        return next_pass([running.job for running in self._running], self._limits)
+
+    def _choose(self, running: Running, place: int) -> str:
         """Choose the next token of an answer; why it is the last, if it is."""
         token = running.sampler.sample(self.engine, place)
         if not self.engine.is_number(token, place):
@@ -116,7 +161,7 @@ class Batch:
         self.n_tokens += step.token is not None
         return step.finish
 
-    def _leave(self, running: _Running, finish: str) -> Finished:
+    def _leave(self, running: Running, finish: str) -> Finished:
         self.engine.truncate(0, running.sequence)
         self._running.remove(running)
         self._free.append(running.sequence)
@@ -126,24 +171,26 @@ class Batch:
         return Finished(wanted.key, text, finish, len(wanted.request.prompt), running.n_chosen)
 
 
-class _Running:
-    """An answer under way: `sequence` is its number in the cache, which has n_cached of its tokens."""
+class Running:
+    """An answer under way, the number-th: `sequence` is its number in the cache, which has n_cached of its tokens."""
 
-    def __init__(self, sequence: int, wanted: Wanted, answer: Answer, sampler: Sampler) -> None:
+    def __init__(self, number: int, sequence: int, wanted: Wanted, answer: Answer, sampler: Sampler) -> None:
+        self.number = number
         self.sequence, self.wanted, self.answer, self.sampler = sequence, wanted, answer, sampler
-        self.n_cached = self.n_chosen = 0
+        self.n_cached = self.n_shared = self.n_chosen = 0
         self.parts: list[str] = []
 
     @property
     def job(self) -> Job:
         """As the scheduler sees it."""
-        return Job(len(self.wanted.request.prompt), self.n_cached, self.answer.n_left)
+        return Job(len(self.wanted.request.prompt), self.n_cached, self.answer.n_left, self.n_shared)
 
-    def part(self, n_tokens: int) -> Part:
+    def part(self, n_tokens: int, n_block: int) -> Part:
         """The next n_tokens in a pass; logits are wanted where they are the last that are known."""
-        end = self.n_cached + n_tokens
+        end, job = self.n_cached + n_tokens, self.job
         tokens = tuple(self.answer.tokens[self.n_cached : end])
-        return Part(self.sequence, self.n_cached, tokens, int(end == len(self.answer.tokens)))
+        is_long = job.n_unread > 0 and job.block(n_block)[1]
+        return Part(self.sequence, self.n_cached, tokens, int(end == len(self.answer.tokens)), is_long)
 
 
 def finish_reason(finish: str) -> str:

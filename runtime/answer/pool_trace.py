@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 from runtime.answer.pool import ALLOCATE, APPEND, EVENTS, FAST, FREE, SLOW, SWAP_IN, SWAP_OUT, Event, Pool
-from runtime.errors import H2OError
+from runtime.errors import LIMITS, H2OError
 
 _OTHER = {FAST: SLOW, SLOW: FAST}
 _SOURCE_NAMES = {
@@ -149,6 +151,17 @@ class TraceWriter:
     def __call__(self, event: Event) -> None:
         """One more line."""
         self._file.write(json.dumps(event.as_dict()) + "\n")
+
+
+@contextmanager
+def open_trace(path: Path) -> Iterator[TraceWriter]:
+    """A trace in a file, written anew. Raises H2OError where it cannot be written."""
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            yield TraceWriter(file)
+    except OSError as error:
+        step = LIMITS.get(error.errno or 0, "give another --trace")
+        raise H2OError(f"the trace {path} cannot be written: {error.strerror}", step) from None
 
 
 def write_operations(trace: Iterable[Mapping[str, Any]], file: TextIO) -> None:

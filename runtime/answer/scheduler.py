@@ -13,7 +13,7 @@ admitted is never thrown out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 LONG = 64  # tokens of a pass, from which on the other kernel computes
@@ -23,7 +23,7 @@ LONG = 64  # tokens of a pass, from which on the other kernel computes
 class Limits:
     """Cells of the cache; sequences at once, at most LONG - 2; tokens of a long pass, at least 2 LONG, of a block.
 
-    apart: the attention of each sequence is computed apart.
+    apart: the attention of each sequence is computed apart. n_unit: a sequence takes cells in units of so many.
     """
 
     n_cells: int
@@ -31,6 +31,13 @@ class Limits:
     n_long: int
     n_block: int
     apart: bool = False
+    n_unit: int = 1
+
+    def taken(self, jobs: Iterable[Job], more: int = 0) -> int:
+        """Cells that jobs take alone with `more` tokens each."""
+        if self.n_unit == 1:
+            return sum(job.n_cells + more for job in jobs)
+        return sum(-(-(job.n_cells + more) // self.n_unit) * self.n_unit for job in jobs)
 
     @property
     def n_short(self) -> int:
@@ -42,12 +49,19 @@ class Limits:
 class Job:
     """A sequence: tokens of its prompt, tokens (of prompt and answer) in the cache, and how many may still be chosen.
 
-    The token chosen last is computed in the next pass; the very last one is not computed.
+    The token chosen last is computed in the next pass; the very last one is not computed. n_shared: tokens whose cells
+    are others' too, and counted elsewhere.
     """
 
     n_prompt: int
     n_cached: int
     n_left: int
+    n_shared: int = 0
+
+    @property
+    def n_cells(self) -> int:
+        """Cells that it has alone."""
+        return self.n_cached - self.n_shared
 
     @property
     def n_unread(self) -> int:
@@ -56,8 +70,8 @@ class Job:
 
     @property
     def most_cells(self) -> int:
-        """Cells that it takes at its end."""
-        return self.n_prompt + self.n_left - 1 if self.n_unread else self.n_cached + self.n_left
+        """Cells that it takes alone at its end."""
+        return (self.n_prompt + self.n_left - 1 if self.n_unread else self.n_cached + self.n_left) - self.n_shared
 
     def block(self, n_block: int) -> tuple[int, bool]:
         """What is left of the block of the prompt that comes next, and whether that is a block for a long pass."""
@@ -104,10 +118,10 @@ def peak_cells(jobs: Sequence[Job], limits: Limits) -> int:
     peak, jobs = 0, list(jobs)
     while any(job.n_unread for job in jobs):
         jobs = [job.after(n) for job, n in zip(jobs, next_pass(jobs, limits), strict=True)]
-        peak = max(peak, sum(job.n_cached for job in jobs))
+        peak = max(peak, limits.taken(jobs))
         jobs = [job for job in jobs if job.n_left]
     ends = sorted({job.n_left for job in jobs})
-    return max([peak, *(sum(job.n_cached + end for job in jobs if job.n_left >= end) for end in ends)])
+    return max([peak, *(limits.taken((job for job in jobs if job.n_left >= end), end) for end in ends)])
 
 
 def may_join(jobs: Sequence[Job], new: Job, limits: Limits) -> bool:

@@ -287,6 +287,15 @@ class Engine:
         """Positions in the cache; of the first sequence, where there are several."""
         return self._context.n_past()
 
+    def share(self, source: int, target: int, n: int) -> None:
+        """Have another sequence, which has no positions, begin with the first n of one, at no cost.
+
+        Sequence n_sequences is for what others begin with: no pass computes it. Only where `attention` is there.
+        """
+        assert self.attention
+        self._context.share(source, target, n)
+        self.attention.share(source, target, n)
+
     def truncate(self, n_past: int, sequence: int = 0) -> None:
         """Forget a sequence's positions from n_past on. Raises EngineError where the model's memory cannot do that."""
         self._context.truncate(n_past, sequence)

@@ -167,10 +167,18 @@ class Layout:
         """
         if self._settings.n_sequences == 1:
             return max(pass_.only.end for pass_ in passes)
-        taken = self.needs.passes.context.n_cells
+        taken = (self.needs.attention or self.needs.passes.context).n_cells
         after = taken + sum(pass_.n_tokens for pass_ in passes)
         self._most_cells = max(self._most_cells, after) if taken else after
         return self._most_cells
+
+    def make_cells(self, n: int) -> None:
+        """Between two passes: make room for n more positions of several sequences, which come from elsewhere."""
+        self._most_cells = max(self._most_cells, self.needs.passes.context.n_cells + n)
+        room = self._cache.steps(self._most_cells)
+        if room > self._room and self._asked_plan.budget_bytes and not (self._fits and self.streamed_bytes == 0):
+            self._lay_out(self._asked_plan, self._use, room, again=True)
+        self._room = max(room, self._room)
 
     # --- a draft model ------------------------------------------------------------------------------------------
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import array
 import ctypes
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from runtime.errors import EngineError, ModelError
 from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
 from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
-from runtime.memory import Region
+from runtime.memory import Region, view
 from runtime.passes import Part, Pass
 from runtime.settings import Settings
 
@@ -26,6 +28,7 @@ _ELEMENT_BYTES = 4  # rows are copied as 32-bit numbers, whatever they are
 _HALF_BYTES = 2
 _HALF_TYPE, _I32 = 1, 26
 _NO_LOGIT = 0xFC00  # minus infinity in 16 bits
+_LONG = 64  # tokens from which on the other kernel computes
 _PADDED = 256  # llama.cpp attends to a multiple of so many cells; those behind the positions are masked
 _GRAPH_BYTES = 2**20
 _WHAT, _NEXT = "the attention of a batch", "answer the prompts one by one with `h2o run`"
@@ -48,7 +51,9 @@ def open_attention(
     parts = [part for layer in cache.layers.values() for part in layer.parts]
     if len(cache.filterable) < len(cache.layers) or any(part.row_bytes % _ELEMENT_BYTES for part in parts):
         return None
-    return SequenceAttention(settings, cache, skip)
+    heads = file.hyper_parameter("attention.head_count")
+    width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // max(1, heads)
+    return SequenceAttention(settings, cache, heads * width * _ELEMENT_BYTES, skip)
 
 
 class SequenceAttention:
@@ -56,8 +61,10 @@ class SequenceAttention:
 
     ops = (abi.OP_SET_ROWS, abi.OP_FLASH_ATTN_EXT)  # it looks at nodes of these
 
-    def __init__(self, settings: Settings, cache: Cache, skip: Callable[[int], object]) -> None:
+    def __init__(self, settings: Settings, cache: Cache, query_bytes: int, skip: Callable[[int], object]) -> None:
+        """query_bytes: of a token, in all heads. skip: see open_attention."""
         self.cells: dict[int, list[int]] = {}
+        self._head = 0  # where llama.cpp looks for the next empty cell
         self._skip = skip
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
         self._first = next(iter(cache.layers.values())).parts[K].root
@@ -74,10 +81,14 @@ class SequenceAttention:
             for region in self._rows:
                 opened.callback(region.free)
             self.memory_bytes = sum(row_bytes) * n_cells + 2 * _HALF_BYTES * n_cells + _GRAPH_BYTES
+            self.memory_bytes += 2 * _LONG * query_bytes
+            self._few = Region(2 * _LONG * query_bytes)
+            opened.callback(self._few.free)
             # position p's mask: p + 1 zeros, then no logits: it begins p + 1 before the end of the zeros
             self._mask = array.array("H", [0] * n_cells + [_NO_LOGIT] * n_cells)
             self._zeros_end = self._mask.buffer_info()[0] + n_cells * _HALF_BYTES
-            self._numbers = array.array("i", [0])
+            self._copies: list[_Copied] = []  # of the pass at hand: several where its rows do not fit at once
+            self._most_rows = n_cells - _PADDED
             self._from, self._copied = _tensors(2), _tensors(2)
             self._which = abi.Tensor()
             self._parts = [_Part() for _ in range(settings.n_sequences)]
@@ -86,13 +97,50 @@ class SequenceAttention:
             for part in self._parts:
                 operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
             self._graph = OwnGraph(settings.n_threads, [*self._copied, *(part.out for part in self._parts)])
-            self.compute_on = self._graph.compute_on
             opened.callback(self._graph.close)
+            self._long = _Part()
+            operate(self._long.out, abi.OP_FLASH_ATTN_EXT, self._long.query, *self._long.rows, self._long.mask)
+            self._long_graph = OwnGraph(settings.n_threads, [self._long.out])
+            opened.callback(self._long_graph.close)
             self._opened = opened.pop_all()
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of the cache that are taken; those that sequences share count once."""
+        return len({cell for cells in self.cells.values() for cell in cells})
+
+    def compute_on(self, backend: int) -> None:
+        """Compute on another backend from now on."""
+        self._graph.compute_on(backend)
+        self._long_graph.compute_on(backend)
+
+    def share(self, source: int, target: int, n: int) -> None:
+        """Another sequence, which has no positions, begins with the first n of one."""
+        self.cells[target] = self.cells[source][:n]
 
     def truncate(self, n_past: int, sequence: int) -> None:
         """A sequence's positions from n_past on are forgotten."""
-        del self.cells.get(sequence, [])[n_past:]
+        cells = self.cells.get(sequence, [])
+        self._head = min([self._head, *cells[n_past:]])
+        del cells[n_past:]
+
+    def next_cells(self, n: int) -> list[int]:
+        """The cells that llama.cpp will give to the next n positions."""
+        used = {cell for cells in self.cells.values() for cell in cells}
+        head = 0 if self._head > len(used) + 2 * n else self._head
+        n_cells = next(iter(self._cache.layers.values())).parts[K].n_cells
+        return [cell for cell in (*range(head, n_cells), *range(head)) if cell not in used][:n]
+
+    def put_back(self, sequence: int, positions: Sequence[int], cells: Sequence[int]) -> None:
+        """llama.cpp has put positions of a sequence, those behind its others, into these cells, in this order."""
+        cell_of = dict(zip(positions, cells, strict=True))
+        self.cells.setdefault(sequence, []).extend(cell_of[position] for position in sorted(positions))
+        self._head = cells[-1] + 1
+
+    def check_of(self, cell: int) -> int:
+        """A checksum of the keys of one layer in a cell."""
+        part = next(iter(self._cache.layers.values())).parts[K]
+        return zlib.crc32(view(part.data + cell * part.row_bytes, part.row_bytes))
 
     def close(self) -> None:
         """Free everything."""
@@ -134,22 +182,37 @@ class SequenceAttention:
 
     def _place(self, numbers: int) -> None:
         """Note the cells that llama.cpp has found for the pass, and which rows every part attends to."""
-        n = 0
-        copied: list[int] = []
+        n, copied = 0, _Copied([], array.array("i"))
+        self._copies = [copied]
         found = (ctypes.c_int64 * self._pass.n_tokens).from_address(numbers)
         for part, own in zip(self._pass.parts, self._parts, strict=False):
             cells = self.cells.setdefault(part.sequence, [])
             if len(cells) != part.first:
                 raise EngineError(f"sequence {part.sequence} has {len(cells)} positions, not {part.first}", _NEXT)
             cells += found[n : n + len(part.tokens)]
-            own.place(part, n, len(copied), self._zeros_end)
-            copied += cells
+            if len(copied.cells) + len(cells) > self._most_rows:  # what texts share is copied for each of them
+                copied = _Copied([], array.array("i"))
+                self._copies.append(copied)
+            own.place(part, n, len(copied.cells), self._zeros_end)
+            copied.parts.append(own)
+            copied.cells.extend(cells)
             n += len(part.tokens)
-        self._numbers = array.array("i", copied)
-        describe(self._which, self._numbers.buffer_info()[0], (len(copied),), _I32)
-        for i, own in enumerate(self._parts):
-            own.out.op = abi.OP_FLASH_ATTN_EXT if i < len(self._pass.parts) else abi.OP_NONE
+        self._head = found[n - 1] + 1
+        for own in self._parts:
+            own.out.op = abi.OP_NONE
+        self._copy_next(self._copies[0])
         self._placed = True
+
+    def _copy_next(self, copied: _Copied) -> None:
+        """Have the graph copy these rows, and compute the parts that attend to them."""
+        describe(self._which, copied.cells.buffer_info()[0], (len(copied.cells),), _I32)
+        for tensor in self._copied:
+            describe(tensor, tensor.data, (tensor.ne[0], len(copied.cells)))
+        if len(self._copies) > 1:
+            for own in self._parts:
+                own.out.op = abi.OP_NONE
+        for own in copied.parts:
+            own.out.op = abi.OP_NONE if own.is_padded else abi.OP_FLASH_ATTN_EXT
 
     def _attend(self, node: abi.Tensor) -> None:
         """Compute a layer's attention, part by part."""
@@ -157,12 +220,22 @@ class SequenceAttention:
         root = keys.view_src
         if root not in self._part_of or keys.view_offs or values.view_offs:
             raise EngineError("an attention node does not read the cache of keys and values", _NEXT)
-        layer = self._cache.layers[self._part_of[root][0]]
-        shape = tuple(_shape(tensor) for tensor in (node, query, keys, values))
+        self._aim(self._cache.layers[self._part_of[root][0]], node, query, (keys, values))
+        for copied in self._copies:
+            if len(self._copies) > 1:
+                self._copy_next(copied)
+            self._graph.compute(_WHAT, _NEXT)
+            for own in copied.parts:
+                if own.is_padded:
+                    self._attend_long(own, node, query, (keys, values))
+
+    def _aim(self, layer: CacheLayer, node: abi.Tensor, query: abi.Tensor, rows: tuple[abi.Tensor, abi.Tensor]) -> None:
+        """Have the graph compute a layer's node."""
+        shape = tuple(_shape(tensor) for tensor in (node, query, *rows))
         if shape != self._shape:
             self._shape, self._ends = shape, (0, 0)
             for own in self._parts[: len(self._pass.parts)]:
-                own.copy(node, query, (keys, values))
+                own.copy(node, query, rows)
             self._point_at_rows(layer)
         for part, source in zip(layer.parts, self._from, strict=True):
             source.data = part.data
@@ -174,34 +247,65 @@ class SequenceAttention:
         if node.src[4] or self._parts[0].out.src[4]:
             for own in self._parts[: len(self._pass.parts)]:
                 own.out.src[4] = node.src[4]
-        self._graph.compute(_WHAT, _NEXT)
+
+    def _attend_long(
+        self, own: _Part, node: abi.Tensor, query: abi.Tensor, rows: tuple[abi.Tensor, abi.Tensor]
+    ) -> None:
+        """Compute the attention of few tokens by the kernel for many: others are added that nobody looks at."""
+        few, results = self._few.address, self._few.address + _LONG * query.nb[1]
+        ctypes.memmove(few, own.query.data, own.n_tokens * query.nb[1])
+        self._long.take(own)
+        self._long.copy(node, query, rows)
+        for i in (K, V):
+            self._long.rows[i].data = own.rows[i].data
+        self._long.query.data, self._long.out.data, self._long.out.src[4] = few, results, node.src[4]
+        self._long_graph.compute(_WHAT, _NEXT)
+        ctypes.memmove(own.out.data, results, own.n_tokens * node.nb[2])
 
     def _point_at_rows(self, layer: CacheLayer) -> None:
         """Have the rows of layers like this one copied, and every part find its own."""
         for i, part in enumerate(layer.parts):
             width, address = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address
             describe(self._from[i], part.data, (width, part.n_cells))
-            describe(self._copied[i], address, (width, len(self._numbers)))
+            describe(self._copied[i], address, (width, self._which.ne[0]))
             for own in self._parts[: len(self._pass.parts)]:
                 own.rows[i].data = address + own.row * part.row_bytes
 
 
+class _Copied(NamedTuple):
+    """Rows that are copied at once, by their cells, and the parts that attend to them."""
+
+    parts: list[_Part]
+    cells: array.array[int]
+
+
 class _Part:
-    """The tensors of one part of a pass: token n of the pass is its first, `row` the first of its rows copied."""
+    """The tensors of one part of a pass: token n of the pass is its first, `row` the first of its rows copied.
+
+    is_padded: it has too few tokens for the kernel that computes it alone.
+    """
 
     def __init__(self) -> None:
         self.query, self.mask, self.out = abi.Tensor(), abi.Tensor(), abi.Tensor()
         self.rows = _tensors(2)
-        self.n = self.row = self._n_tokens = self._n_rows = 0
+        self.n = self.row = self.n_tokens = self._n_rows = 0
+        self.is_padded = False
 
     def place(self, part: Part, n: int, row: int, zeros_end: int) -> None:
-        """What it attends to in a pass. As alone, where llama.cpp's own mask ends at a multiple of some cells.
-
-        A line of the mask is the one before it, begun one zero earlier: so all of them are one array.
-        """
-        self.n, self.row, self._n_tokens = n, row, len(part.tokens)
+        """What it attends to in a pass. As alone, where llama.cpp's own mask ends at a multiple of some cells."""
+        self.n, self.row, self.n_tokens = n, row, len(part.tokens)
+        self.is_padded = part.long and self.n_tokens < _LONG
         self._n_rows = -(-part.end // _PADDED) * _PADDED
-        describe(self.mask, zeros_end - (part.first + 1) * _HALF_BYTES, (self._n_rows, self._n_tokens))
+        self._see(zeros_end - (part.first + 1) * _HALF_BYTES)
+
+    def take(self, other: _Part) -> None:
+        """Be another part, with as many tokens as the kernel for many needs."""
+        self.n, self.row, self.n_tokens, self._n_rows = other.n, other.row, _LONG, other._n_rows
+        self._see(other.mask.data)
+
+    def _see(self, mask: int) -> None:
+        """A line of the mask is the one before it, begun one zero earlier: so all of them are one array."""
+        describe(self.mask, mask, (self._n_rows, self.n_tokens))
         self.mask.type = _HALF_TYPE
         self.mask.nb[0], self.mask.nb[1] = _HALF_BYTES, -_HALF_BYTES  # a step back: it wraps around as in C
         self.mask.nb[2] = self.mask.nb[3] = 0
@@ -212,10 +316,10 @@ class _Part:
         for own, other in zip((self.query, *self.rows, self.out), (query, *rows, node), strict=True):
             ctypes.memmove(ctypes.addressof(own), ctypes.addressof(other), abi.TENSOR_BYTES)
             cut_off(own)
-        self.query.ne[1] = self.out.ne[2] = self._n_tokens
+        self.query.ne[1] = self.out.ne[2] = self.n_tokens
         for tensor in self.rows:
             tensor.ne[1] = self._n_rows
-        operate(self.out, abi.OP_FLASH_ATTN_EXT, self.query, *self.rows, self.mask)
+        operate(self.out, abi.OP_NONE if self.is_padded else abi.OP_FLASH_ATTN_EXT, self.query, *self.rows, self.mask)
         self.out.flags = flags
 
 

@@ -33,9 +33,11 @@ class Context:
         parameters.n_ctx = settings.n_ctx
         parameters.n_batch = parameters.n_ubatch = n_tokens
         parameters.n_threads = parameters.n_threads_batch = settings.n_threads
-        parameters.n_outputs_max = settings.n_logits
-        parameters.n_seq_max = settings.n_sequences
-        parameters.kv_unified = settings.n_sequences > 1  # any mix of sequences is one pass then
+        several = settings.n_sequences > 1
+        swaps = several and settings.swap_bytes > 0  # one more sequence, whose state is saved (answer/swapping.py)
+        parameters.n_outputs_max = settings.n_logits + swaps
+        parameters.n_seq_max = settings.n_sequences + swaps
+        parameters.kv_unified = several  # any mix of sequences is one pass then
         parameters.type_k = parameters.type_v = KV_TYPES[settings.kv_type]
         if nodes:
             parameters.cb_eval, parameters.cb_eval_user_data = nodes.callback, nodes.data
@@ -94,6 +96,13 @@ class Context:
     def n_cells(self) -> int:
         """Cells of the cache that are taken, by all sequences."""
         return sum(self.n_past(sequence) for sequence in range(self.n_sequences))
+
+    def share(self, source: int, target: int, n: int) -> None:
+        """Have another sequence, which has no positions, begin with the first n of one: in the same cells.
+
+        llama.cpp keeps cells under numbers that no pass may have, too.
+        """
+        abi.llama.llama_memory_seq_cp(self._memory, source, target, 0, n)
 
     def truncate(self, n_past: int, sequence: int = 0) -> None:
         """Forget a sequence's positions from n_past on. Raises EngineError where the model's memory cannot do that."""

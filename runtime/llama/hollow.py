@@ -50,6 +50,7 @@ class _HeaderCopies:
         if not os.path.exists(self.paths[-1]):
             raise EngineError(*NO_PROC)
         with open(path, "rb", buffering=0) as source:
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead into the weights
             done = 0
             while done < header_bytes:
                 part = source.read(min(_CHUNK, header_bytes - done))

@@ -407,6 +407,7 @@ def _model_hash(paths: list[Path], sizes: list[int], data_offsets: list[int]) ->
         digest.update(size.to_bytes(8, "little"))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead into the weights
             for offset in range(0, start, 2**20):
                 digest.update(os.pread(fd, min(2**20, start - offset), offset))
             for i in range(8):

@@ -24,7 +24,8 @@ class Ledger:
 
     process: measured after everything but weights was loaded, vocabulary included. draft: a draft model's weights, keys
     and values, and buffers. filter, attention: what filtering keys and values, and the attention of several sequences,
-    take beside the cache. cache: file pages of reads under way, where the file system has no direct ones.
+    take beside the cache. swap: keys and values that were swapped out to memory, and a block on its way. cache: file
+    pages of reads under way, where the file system has no direct ones.
     """
 
     process_bytes: int
@@ -35,6 +36,7 @@ class Ledger:
     draft_bytes: int = 0
     filter_bytes: int = 0
     attention_bytes: int = 0
+    swap_bytes: int = 0
     cache_bytes: int = 0
     window_bytes: int = 0
     resident_bytes: int = 0
@@ -52,6 +54,7 @@ class Ledger:
             + self.draft_bytes
             + self.filter_bytes
             + self.attention_bytes
+            + self.swap_bytes
             + self.cache_bytes
             + self.margin_bytes
         )
@@ -67,6 +70,7 @@ class Ledger:
             "draft_bytes": self.draft_bytes,
             "filter_bytes": self.filter_bytes,
             "attention_bytes": self.attention_bytes,
+            "swap_bytes": self.swap_bytes,
             "cache_bytes": self.cache_bytes,
         }
         return {

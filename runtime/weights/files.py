@@ -83,6 +83,9 @@ class WeightFiles:
             return
         for start in range(0, n_bytes, CACHED_BYTES):
             part_bytes = min(CACHED_BYTES, n_bytes - start)
+            # Whoever reads the file with read-ahead leaves marks in its pages. A read that comes to one goes on reading
+            # ahead, in ever larger blocks of pages, which stay: they are larger than what is given back at a time.
+            os.posix_fadvise(self._fds[file], offset + start, part_bytes, os.POSIX_FADV_DONTNEED)
             self._read(file, offset + start, address + start, part_bytes)
             os.posix_fadvise(self._fds[file], offset + start, part_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -17,7 +17,7 @@ class BatchRow(Row, frozen=True, kw_only=True, omit_defaults=True):
 
     Lengths in tokens. cut_gen_len: the tokens that were really made, where the figures of gen_len are projected (0:
     all were). Rates are of all streams together; decode counts from the second token on. latency_ms: of a step, median.
-    breakdown: ms of a step, function by function. None: not known.
+    breakdown: ms of a step, function by function. predicted: by `h2o plan --batch`, before the run. None: not known.
     """
 
     suite: Literal["batch"]
@@ -38,6 +38,7 @@ class BatchRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     decode_tokens_per_s: float | None = None
     total_s: float | None = None
     total_tokens_per_s: float | None = None
+    predicted_decode_tokens_per_s: float | None = None
     latency_ms: float | None = None
     breakdown: dict[str, float] | None = None
     bytes_per_step: float | None = None

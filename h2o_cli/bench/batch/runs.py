@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from h2o_cli.bench.box import Device, Outcome, run_in_device
 from h2o_cli.bench.commands import environment, python, shown_command
 from h2o_cli.bench.models.named import BenchModel
 from h2o_cli.bench.rows import circumstances
+from h2o_cli.bench.speed.children import Children
 from h2o_cli.bench.speed.engines import H2O, failure
 from h2o_cli.bench.speed.runs import FLOOR, MMAP, budget_bytes
-from runtime.errors import EngineError
+from profiler.model_profile import ModelProfile
+from runtime.errors import BudgetError, EngineError
 from runtime.sizes import MB
 
 ENGINES = (H2O, MMAP)
@@ -25,7 +28,7 @@ _TIMEOUT_S = 900.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run. cut_gen_len: tokens that are really made of gen_len; 0: all."""
+    """What to run. cut_gen_len: tokens that are really made of gen_len; 0: all. predict: measure a profile first."""
 
     model: BenchModel
     budgets: tuple[str, ...]
@@ -36,6 +39,7 @@ class Settings:
     cut_gen_len: int = 0
     read_bytes_per_s: int = 0
     threads: int = 2
+    predict: bool = True
 
     @property
     def n_steps(self) -> int:
@@ -50,12 +54,17 @@ class BatchBench:
         """work: a folder for files of its own."""
         self.settings = settings
         self.share = 0.0
-        self._env = environment(H2O_PROFILES=str(work))
+        self._children = Children(work)
+        self._profile: ModelProfile | None = None
+        self._env = environment(H2O_PROFILES=str(work / "none"))  # the same plan as without a profile
         self._plan_file = work / "no-plan.bin"
 
     def run(self) -> Iterator[BatchRow]:
         """Measure. Raises H2OError where there is no device, or no smallest budget where that was asked for."""
         settings = self.settings
+        if H2O in settings.engines and settings.predict:
+            model = settings.model.path
+            self._profile = self._children.profile(model, Device(0, settings.read_bytes_per_s, model.parent), 1)
         floor = self._floor_bytes() if FLOOR in settings.budgets else 0
         n_done, n_all = 0, len(settings.budgets) * len(settings.batch_sizes) * len(settings.engines)
         for text in settings.budgets:
@@ -78,6 +87,7 @@ class BatchBench:
         settings = self.settings
         command = self._command(engine, size, n_streams)
         outcome = self._start(command, size)
+        ours = engine == H2O
         row = BatchRow(
             suite="batch",
             model=settings.model.name,
@@ -91,11 +101,23 @@ class BatchBench:
             gen_len=settings.gen_len,
             cut_gen_len=settings.cut_gen_len,
             commands=(shown_command(command),),
+            predicted_decode_tokens_per_s=self._predicted(size, n_streams) if ours else None,
             peak_bytes=outcome.peak_bytes,
             wall_s=outcome.wall_s,
             **circumstances(settings.model.path),
         )
         return finished(row, outcome)
+
+    def _predicted(self, size: int, n_streams: int) -> float | None:
+        """The planner's tokens per second; None without a profile, and where it has no such batch."""
+        from planner.batches import predict
+
+        if self._profile is None:
+            return None
+        positions = self.settings.prompt_len + self.settings.n_steps + 1
+        with suppress(BudgetError):
+            return predict(self._profile, size, [n_streams], positions)[0].tokens_per_s
+        return None
 
     def _start(self, command: list[str], size: int) -> Outcome:
         path = self.settings.model.path
