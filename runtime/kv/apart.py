@@ -96,7 +96,12 @@ class SequenceAttention:
                 operate(copied, abi.OP_GET_ROWS, source, self._which)
             for part in self._parts:
                 operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
-            self._graph = OwnGraph(settings.n_threads, [*self._copied, *(part.out for part in self._parts)])
+            self._active: list[_Part] = []  # in the pass at hand
+            self._joined, self._lines = _Part(), array.array("H", [0] * (_PADDED * settings.n_sequences))
+            joined = self._joined
+            operate(joined.out, abi.OP_FLASH_ATTN_EXT, joined.query, *joined.rows, joined.mask)
+            nodes = [*self._copied, joined.out, *(part.out for part in self._parts)]
+            self._graph = OwnGraph(settings.n_threads, nodes)
             opened.callback(self._graph.close)
             self._long = _Part()
             operate(self._long.out, abi.OP_FLASH_ATTN_EXT, self._long.query, *self._long.rows, self._long.mask)
@@ -198,10 +203,29 @@ class SequenceAttention:
             copied.cells.extend(cells)
             n += len(part.tokens)
         self._head = found[n - 1] + 1
-        for own in self._parts:
+        self._active = self._parts[: len(self._pass.parts)]
+        self._join_single_tokens()
+        for own in (*self._parts, self._joined):
             own.out.op = abi.OP_NONE
         self._copy_next(self._copies[0])
         self._placed = True
+
+    def _join_single_tokens(self) -> None:
+        """Where every part is one token that the same kernel computes, all of them are one node: a part is a sequence
+        of that, with as many rows as the longest."""
+        ends = [part.end for part in self._pass.parts]
+        n, n_rows = len(ends), max(ends)
+        if n == 1 or self._pass.n_tokens > n or n_rows > _PADDED or n * n_rows > self._most_rows:
+            return
+        rows = array.array("i")
+        for i, part in enumerate(self._pass.parts):
+            cells = self.cells[part.sequence]
+            rows.extend(cells)
+            rows.extend(cells[:1] * (n_rows - part.end))
+            line = self._lines.buffer_info()[0] + i * _PADDED * _HALF_BYTES
+            ctypes.memmove(line, self._zeros_end - part.end * _HALF_BYTES, _PADDED * _HALF_BYTES)
+        self._joined.join(n, n_rows, self._lines.buffer_info()[0])
+        self._active, self._copies = [self._joined], [_Copied([self._joined], rows)]
 
     def _copy_next(self, copied: _Copied) -> None:
         """Have the graph copy these rows, and compute the parts that attend to them."""
@@ -234,18 +258,18 @@ class SequenceAttention:
         shape = tuple(_shape(tensor) for tensor in (node, query, *rows))
         if shape != self._shape:
             self._shape, self._ends = shape, (0, 0)
-            for own in self._parts[: len(self._pass.parts)]:
+            for own in self._active:
                 own.copy(node, query, rows)
             self._point_at_rows(layer)
         for part, source in zip(layer.parts, self._from, strict=True):
             source.data = part.data
         if (query.data, node.data) != self._ends:  # mostly they are those of the layer before
             self._ends = query.data, node.data
-            for own in self._parts[: len(self._pass.parts)]:
+            for own in self._active:
                 own.query.data = query.data + own.n * query.nb[1]
                 own.out.data = node.data + own.n * node.nb[2]
-        if node.src[4] or self._parts[0].out.src[4]:
-            for own in self._parts[: len(self._pass.parts)]:
+        if node.src[4] or self._active[0].out.src[4]:
+            for own in self._active:
                 own.out.src[4] = node.src[4]
 
     def _attend_long(
@@ -268,7 +292,7 @@ class SequenceAttention:
             width, address = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address
             describe(self._from[i], part.data, (width, part.n_cells))
             describe(self._copied[i], address, (width, self._which.ne[0]))
-            for own in self._parts[: len(self._pass.parts)]:
+            for own in self._active:
                 own.rows[i].data = address + own.row * part.row_bytes
 
 
@@ -288,7 +312,7 @@ class _Part:
     def __init__(self) -> None:
         self.query, self.mask, self.out = abi.Tensor(), abi.Tensor(), abi.Tensor()
         self.rows = _tensors(2)
-        self.n = self.row = self.n_tokens = self._n_rows = 0
+        self.n = self.row = self.n_tokens = self._n_rows = self._n_joined = self._row_step = 0
         self.is_padded = False
 
     def place(self, part: Part, n: int, row: int, zeros_end: int) -> None:
@@ -302,6 +326,13 @@ class _Part:
         """Be another part, with as many tokens as the kernel for many needs."""
         self.n, self.row, self.n_tokens, self._n_rows = other.n, other.row, _LONG, other._n_rows
         self._see(other.mask.data)
+
+    def join(self, n_parts: int, n_rows: int, lines: int) -> None:
+        """Be single tokens of many sequences, each with n_rows rows. lines: of the mask."""
+        self.n, self.row, self.n_tokens, self._n_rows, self._n_joined = 0, 0, 1, _PADDED, n_parts
+        self._row_step = n_rows
+        self._see(lines)
+        self.mask.ne[3], self.mask.nb[3] = n_parts, _PADDED * _HALF_BYTES
 
     def _see(self, mask: int) -> None:
         """A line of the mask is the one before it, begun one zero earlier: so all of them are one array."""
@@ -319,6 +350,12 @@ class _Part:
         self.query.ne[1] = self.out.ne[2] = self.n_tokens
         for tensor in self.rows:
             tensor.ne[1] = self._n_rows
+        if self._n_joined:
+            self.query.nb[3], self.out.nb[3] = self.query.nb[1], self.out.nb[2]
+            for tensor in self.rows:
+                tensor.nb[3] = self._row_step * tensor.nb[1]
+            for tensor in (self.query, self.out, *self.rows):
+                tensor.ne[3] = self._n_joined
         operate(self.out, abi.OP_NONE if self.is_padded else abi.OP_FLASH_ATTN_EXT, self.query, *self.rows, self.mask)
         self.out.flags = flags
 
