@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from runtime.engine.borders import Borders
 from runtime.engine.engine import Engine
+from runtime.errors import BudgetError
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.passes import Pass
@@ -57,6 +59,16 @@ def measure(file: ModelFile, budget_bytes: int, n_threads: int) -> Offer:
         if n_bytes > min(_MOST_BYTES, budget_bytes // _SHARE):
             break
         layers.append(layer.index)
+    try:
+        return _measure(file, layers, budget_bytes, n_threads)
+    except BudgetError:
+        if len(layers) == 1:
+            raise
+    return _measure(file, layers[:1], budget_bytes, n_threads)  # the smallest budget that is named is for these
+
+
+def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, n_threads: int) -> Offer:
+    """With these layers."""
     part = file.owned(layers, head=False, embedding=True)
     n_bytes, window = sum(layer_bytes(layer) for layer in part.layers), 2 * smallest_window(part)
     settings = Settings(n_ctx=_TYPICAL_CONTEXT, n_ubatch=FULL_TILES, n_threads=n_threads, repack=False)
