@@ -12,6 +12,7 @@ from h2o_cli.cmd_bench_batch import bench_batch
 from h2o_cli.cmd_bench_distributed import bench_distributed
 from h2o_cli.cmd_bench_kv import EPILOG as KV_EPILOG
 from h2o_cli.cmd_bench_kv import bench_kv
+from h2o_cli.cmd_bench_predict import bench_predict
 from h2o_cli.cmd_bench_speculation import bench_speculation
 from h2o_cli.output import note
 
@@ -96,11 +97,12 @@ def report_again(
     from h2o_cli.bench.batch.report import BATCH
     from h2o_cli.bench.distributed.hops import HOPS
     from h2o_cli.bench.kv.report import KV
+    from h2o_cli.bench.predict.report import PREDICT
     from h2o_cli.bench.results import make_again
     from h2o_cli.bench.speed.report import SPEED
     from h2o_cli.bench.speed.speculation import SPECULATION
 
-    make_again(folder, (SPEED, SPECULATION, KV, HOPS, BATCH))
+    make_again(folder, (SPEED, SPECULATION, KV, HOPS, BATCH, PREDICT))
 
 
 @app.command("make-model", epilog=EPILOG)
@@ -123,3 +125,4 @@ app.command("speculation")(bench_speculation)
 app.command("distributed")(bench_distributed)
 app.command("batch")(bench_batch)
 app.command("admission")(bench_admission)
+app.command("predict")(bench_predict)

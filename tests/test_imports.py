@@ -27,7 +27,7 @@ HEAVY = {
         set(),
         {f"h2o_cli/bench/{name}plots.py" for name in ("", "speed/", "kv/", "batch/")},
     ),
-    "torch": (set(), set()),
+    "torch": (set(), {"h2o_cli/bench/predict/trained.py"}),
     "grpc": ({"runtime/distributed/wire.py"}, set()),
     "cryptography": (set(), {"runtime/distributed/keys.py"}),
     "ray": (set(), {"h2o_cli/session/ray_workers.py"}),
