@@ -63,7 +63,7 @@ def test_one_command_gives_the_same_tokens(cluster, bundled_model, text):
 
 
 def gone(what, limit_s=5):
-    """Whether something is empty soon."""
+    """Whether something is no longer so soon."""
     end = time.monotonic() + limit_s
     while what() and time.monotonic() < end:
         time.sleep(0.1)

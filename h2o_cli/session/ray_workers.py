@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -93,21 +93,25 @@ class RayWorkers:
 
     def __init__(self, address: str, model: Path, n_bytes: int, n_threads: int) -> None:
         """Start a worker for a model of n_bytes on every node that has memory. Raises UsageError, WorkerError."""
-        self._ray = _connected(address)
-        self._folder = tempfile.TemporaryDirectory(prefix="h2o-")
         self._actors: list[Any] = []
         self._is_closed = False
-        try:
-            work = Path(self._folder.name)
-            (self.keys,) = make_keys(work, ["root"])
-            authority = (work / f"{AUTHORITY}.pem").read_bytes(), (work / f"{AUTHORITY}.key").read_bytes()
-            for node, memory in self._nodes(n_bytes):
-                options = self._options(node, memory)
-                self._actors.append(options.remote(str(model.resolve()), memory, n_threads, authority))
-            self.addresses = [self._address_of(actor, _START_S, lambda: None) for actor in self._actors]
-        except BaseException:
-            self.close()
-            raise
+        with _signals_raise():
+            self._ray = _connected(address)
+            self._folder = tempfile.TemporaryDirectory(prefix="h2o-")
+            try:
+                self._start(model, n_bytes, n_threads)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, model: Path, n_bytes: int, n_threads: int) -> None:
+        work = Path(self._folder.name)
+        (self.keys,) = make_keys(work, ["root"])
+        authority = (work / f"{AUTHORITY}.pem").read_bytes(), (work / f"{AUTHORITY}.key").read_bytes()
+        for node, memory in self._nodes(n_bytes):
+            options = self._options(node, memory)
+            self._actors.append(options.remote(str(model.resolve()), memory, n_threads, authority))
+        self.addresses = [self._address_of(actor, _START_S, lambda: None) for actor in self._actors]
 
     def _nodes(self, n_bytes: int) -> list[tuple[str, int]]:
         """The nodes and the memory that is asked of each: what the model needs, or all there is."""
@@ -135,7 +139,8 @@ class RayWorkers:
     def _address_of(self, actor: Any, limit_s: float, check: Callable[[], object]) -> str:
         """Where an actor's worker listens, once Ray has (re)started it. Raises WorkerError."""
         ray, asked, end_s = self._ray, actor.address.remote(), time.monotonic() + limit_s
-        while not ray.wait([asked], timeout=_POLL_S)[0]:
+        while not ray.wait([asked], timeout=0)[0]:
+            time.sleep(_POLL_S)
             check()
             if time.monotonic() > end_s or self._is_closed:
                 raise WorkerError(f"Ray started no worker in {limit_s:.0f} s", "see `ray status`: is there memory?")
@@ -168,6 +173,15 @@ class RayWorkers:
             self._ray.kill(actor)
         self._ray.shutdown()
         self._folder.cleanup()
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """What a signal's handler raises inside Ray's C code comes out of it wrapped up."""
+    try:
+        yield
+    except SystemError as error:
+        raise error.__cause__ or error from None
 
 
 def _connected(address: str) -> Any:
