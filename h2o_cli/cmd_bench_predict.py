@@ -35,7 +35,7 @@ def bench_predict(
     Rules, and with the extra `predict` two networks that learn from what is before.
     """
     from h2o_cli.bench.predict.report import PREDICT, rows_of
-    from h2o_cli.bench.predict.rules import BAR, guesses
+    from h2o_cli.bench.predict.rules import guesses
     from h2o_cli.bench.predict.sequences import read_swap_ins
     from h2o_cli.bench.predict.trained import NoTorch, Training, trained
     from h2o_cli.bench.results import Results
@@ -51,14 +51,14 @@ def bench_predict(
     for path, swap_ins in lists:
         fields = {"model": path.name, **circumstances(path)}
         rules = guesses(swap_ins)
-        results.keep(rows_of(swap_ins.ids, rules, rules[BAR], mod, kind="rule", **fields))
+        results.keep(rows_of(swap_ins.ids, rules, rules, mod, kind="rule", **fields))
         try:
             learnt = trained(swap_ins.ids, training)
         except NoTorch as error:
             missing = str(error)
             continue
         how = {"window_size": window_size, "seed": seed, "epochs": epochs}
-        results.keep(rows_of(swap_ins.ids, learnt, rules[BAR], mod, kind="trained", **how, **fields))
+        results.keep(rows_of(swap_ins.ids, learnt, rules, mod, kind="trained", **how, **fields))
     if missing:
         note(missing)
     results.finish(results.read())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from h2o_cli.bench.predict.compare import verdict, wilson, won_and_lost
-from h2o_cli.bench.predict.report import PredictRow, conclusion, rows_of
+from h2o_cli.bench.predict.report import PredictRow, best_rule, conclusion, rows_of
 from h2o_cli.bench.predict.rules import BAR, boyer_moore, guesses, majority, trend
 from h2o_cli.bench.predict.sequences import SwapIns, first_of_test, from_table, from_trace, read_swap_ins
 from h2o_cli.bench.predict.trained import CLASSIFIER, REGRESSOR, Training, trained
@@ -199,20 +199,31 @@ def test_no_method_is_better_without_an_interval():
 def test_rows_count_the_last_quarter_only():
     ids = [9, 8, 7, 1, 0, 5, 14, 4]
     found = {"m": [9, 8, 7, 1, 0, 5, 4, None], BAR: [None, 8, 7, 6, 0, 0, 4, 3]}
-    row, bar = rows_of(ids, found, found[BAR], 10, model="x", kind="rule")
+    row, bar = rows_of(ids, found, found, 10, model="x", kind="rule")
     assert (row.n_swap_ins, row.n, row.guesses, row.hits, row.residue_hits) == (8, 2, 1, 0, 1)
     assert (row.won, row.lost, bar.verdict) == (0, 0, "")
+    assert (bar.best_rule, row.rule_verdict, bar.rule_won, bar.rule_lost) == ("m", "", 0, 0)
+
+
+def test_the_best_rule_is_chosen_before_the_test():
+    ids = [1] * 12 + [2] * 4
+    rules = {BAR: [None] * 16, "a": [1] * 16, "b": [2] * 16, "a, known then": ids}
+    assert best_rule(ids, rules) == "a"
+    row = list(rows_of(ids, {"b": rules["b"]}, rules, 10, model="x", kind="rule"))[-1]
+    assert (row.best_rule, row.rule_won, row.rule_lost) == ("a", 4, 0)
 
 
 def test_the_conclusion_names_what_is_better():
-    def row(method, kind, won):
+    def row(method, kind, won, rule_won=0):
         counts = {"n_swap_ins": 80, "n": 20, "guesses": 20, "hits": won, "residue_hits": won, "mod": 100, "lost": 0}
-        share = {"low": 0.0, "high": 1.0, "won": won}
+        share = {"low": 0.0, "high": 1.0, "won": won, "best_rule": "a", "rule_won": rule_won, "rule_lost": 0}
         return PredictRow(suite="predict", model="x", method=method, kind=kind, **counts, **share)
 
     assert conclusion([row("a", "rule", 9)]) == "Nothing was trained."
-    assert "Nothing that was trained is better" in conclusion([row("a", "rule", 9), row("b", "trained", 2)])
-    assert conclusion([row("a", "rule", 9), row("b", "trained", 9)]).endswith(": b.")
+    said = 'Of what was trained: {} better than "previous id - 1"; {} better than the best rule, "a".'
+    assert conclusion([row("a", "rule", 9), row("b", "trained", 2)]) == said.format("nothing", "nothing")
+    rows = [row("a", "rule", 9, 9), row("b", "trained", 9), row("c", "trained", 9, 9)]
+    assert conclusion(rows) == said.format("b and c", "c")
 
 
 def test_the_command_without_torch_reports_the_rules(tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from h2o_cli.bench.predict.compare import verdict, wilson, won_and_lost
-from h2o_cli.bench.predict.rules import BAR, Guesses
+from h2o_cli.bench.predict.rules import BAR, KNOWN_THEN, Guesses
 from h2o_cli.bench.predict.sequences import first_of_test
 from h2o_cli.bench.report import document, machines, started_by
 from h2o_cli.bench.results import Kind
@@ -20,7 +20,8 @@ class PredictRow(Row, frozen=True, kw_only=True, omit_defaults=True):
 
     guesses: how often it said anything. hits: how often the id was right; residue_hits: how often it was modulo `mod`,
     which is what the source counts for its classifier. low, high: the 95 % interval of hits / n. won, lost: swap-ins
-    where only this method was right, and only the rule "previous id - 1".
+    where only this method was right, and only the rule "previous id - 1"; rule_won, rule_lost: and only best_rule, the
+    rule that was right most often before the test (of those that know who waits, just after the swap-in before it).
     """
 
     suite: Literal["predict"]
@@ -36,6 +37,9 @@ class PredictRow(Row, frozen=True, kw_only=True, omit_defaults=True):
     high: float
     won: int
     lost: int
+    best_rule: str
+    rule_won: int
+    rule_lost: int
     window_size: int | None = None
     seed: int | None = None
     epochs: int | None = None
@@ -45,19 +49,31 @@ class PredictRow(Row, frozen=True, kw_only=True, omit_defaults=True):
         """Against "previous id - 1"; empty for that rule itself."""
         return "" if self.method == BAR else verdict(self.won, self.lost)
 
+    @property
+    def rule_verdict(self) -> str:
+        """Against the best rule; empty for that rule itself."""
+        return "" if self.method == self.best_rule else verdict(self.rule_won, self.rule_lost)
+
+
+def best_rule(ids: Sequence[int], rules: dict[str, Guesses]) -> str:
+    """The rule that was right most often before the test, of those that say it when the last swap-in is done."""
+    split = first_of_test(len(ids))
+    names = [name for name in rules if not name.endswith(KNOWN_THEN)]
+    return max(names, key=lambda name: sum(_right(rules[name][:split], ids[:split])))
+
 
 def rows_of(
-    ids: Sequence[int], found: dict[str, Guesses], bar: Guesses, mod: int, **fields: object
+    ids: Sequence[int], found: dict[str, Guesses], rules: dict[str, Guesses], mod: int, **fields: object
 ) -> Iterator[PredictRow]:
-    """A row for what each method said; bar: what "previous id - 1" said."""
-    split = first_of_test(len(ids))
+    """A row for what each method said; rules: what the rules said, to compare with."""
+    split, best = first_of_test(len(ids)), best_rule(ids, rules)
     truth = ids[split:]
-    bar_right = [guess == number for guess, number in zip(bar[split:], truth, strict=True)]
+    bar_right, best_right = (_right(rules[name][split:], truth) for name in (BAR, best))
     for method, all_guesses in found.items():
         said = all_guesses[split:]
-        right = [guess == number for guess, number in zip(said, truth, strict=True)]
-        same = [guess is not None and (guess - number) % mod == 0 for guess, number in zip(said, truth, strict=True)]
+        right = _right(said, truth)
         won, lost = won_and_lost(right, bar_right)
+        rule_won, rule_lost = won_and_lost(right, best_right)
         interval = wilson(sum(right), len(truth))
         yield PredictRow(
             suite="predict",
@@ -66,26 +82,44 @@ def rows_of(
             n=len(truth),
             guesses=sum(guess is not None for guess in said),
             hits=sum(right),
-            residue_hits=sum(same),
+            residue_hits=sum(g is not None and (g - i) % mod == 0 for g, i in zip(said, truth, strict=True)),
             mod=mod,
             low=interval.low,
             high=interval.high,
             won=won,
             lost=lost,
+            best_rule=best,
+            rule_won=rule_won,
+            rule_lost=rule_lost,
             **fields,  # type: ignore[arg-type]
         )
+
+
+def _right(said: Guesses, truth: Sequence[int]) -> list[bool]:
+    return [guess == number for guess, number in zip(said, truth, strict=True)]
 
 
 _METHOD = (
     "The last quarter of the swap-ins is the test; only what comes before it is learnt from. **Right**: the id itself, "
     "with Wilson's 95 % interval; a method that says nothing is wrong. **Modulo**: right up to multiples of `--mod`. "
     f'**Against the bar**: where just one of this method and "{BAR}" was right, how often that was this method and how '
-    "often the bar; better or worse only where the exact 95 % interval of that share leaves out one half. The "
+    "often the bar; better or worse only where the exact 95 % interval of that share leaves out one half. **Best "
+    "rule**: the same against the rule that was right most often before the test (without those known then). The "
     "intervals take swap-ins as independent, and each stands for itself. **Known then**: the rule looks at who waits "
     "just before the swap-in, the others just after the one before it. A class of the classifier stands for the "
     "nearest id to the last one; what the regressor gives is rounded."
 )
-HEADER = ("method", "right", "95 % interval", "said", "modulo", "against the bar", "won : lost")
+HEADER = (
+    "method",
+    "right",
+    "95 % interval",
+    "said",
+    "modulo",
+    "against the bar",
+    "won : lost",
+    "best rule",
+    "won : lost",
+)
 
 
 def table_rows(rows: Sequence[PredictRow]) -> list[tuple[str, ...]]:
@@ -101,6 +135,8 @@ def table_rows(rows: Sequence[PredictRow]) -> list[tuple[str, ...]]:
                 _percent(row.residue_hits / row.n),
                 row.verdict or "the bar",
                 f"{row.won} : {row.lost}" if row.verdict else NONE,
+                row.rule_verdict or "the best rule",
+                f"{row.rule_won} : {row.rule_lost}" if row.rule_verdict else NONE,
             )
         )
     return lines
@@ -116,16 +152,20 @@ def report(rows: Sequence[PredictRow], _pictures: Sequence[str] = ()) -> str:
 
 
 def conclusion(rows: Sequence[PredictRow]) -> str:
-    """Whether anything that was trained is better than the bar."""
-    if all(row.kind == "rule" for row in rows):
+    """Whether anything that was trained is better than the bar, and than the best rule."""
+    trained = [row for row in rows if row.kind == "trained"]
+    if not trained:
         return "Nothing was trained."
-    better = [row.method for row in rows if row.kind == "trained" and row.verdict == "better"]
-    if better:
-        return f'Better than "{BAR}": {", ".join(better)}.'
-    return f'Nothing that was trained is better than "{BAR}".'
+    said = []
+    for what, names in (
+        (f'"{BAR}"', [row.method for row in trained if row.verdict == "better"]),
+        (f'the best rule, "{trained[0].best_rule}"', [row.method for row in trained if row.rule_verdict == "better"]),
+    ):
+        said.append(f"{' and '.join(names) if names else 'nothing'} better than {what}")
+    return f"Of what was trained: {'; '.join(said)}."
 
 
-_LEFT = (0, 5)
+_LEFT = (0, 5, 7)
 
 
 def _summary(rows: Sequence[PredictRow]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from h2o_cli.bench.predict.sequences import SwapIns, Waiting
 
 BAR = "previous id - 1"
+KNOWN_THEN = ", known then"  # ends the names of rules that look just before the swap-in
 HISTORY, SPLIT = 32, 8  # of the majority prefetcher: steps that it knows, and its first window is a part of them
 
 Guesses = list[int | None]  # for each swap-in; None: the rule says nothing, and is wrong
@@ -22,7 +23,7 @@ def guesses(swap_ins: SwapIns) -> dict[str, Guesses]:
         "repeat": _after(ids, 0),
         "majority of steps": majority(ids),
     }
-    for moment, waiting in (("", swap_ins.before), (", known then", swap_ins.at)):
+    for moment, waiting in (("", swap_ins.before), (KNOWN_THEN, swap_ins.at)):
         if waiting:
             found[f"first swapped out{moment}"] = _each(waiting, lambda who: next(iter(who.sequences), None))
             found[f"first to arrive{moment}"] = _each(waiting, lambda who: who.first_arrived)
