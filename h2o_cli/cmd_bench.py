@@ -28,6 +28,7 @@ EPILOG = """Examples:
   h2o bench report                          the report again, from the rows
   h2o bench kv --quick                      filtered keys and values: right answers, speed, memory
   h2o bench batch --quick                   many texts at once, beside llama.cpp
+  h2o bench admission --quick               how many blocks to keep free when lengths are not known
   h2o bench make-model qwen2.5-0.5b -o model.gguf
   h2o bench make-model llama-7b -o model.gguf --type q4_0
   h2o bench make-model llama:layers=4,dim=256,ffn=512,heads=4,vocab=512 -o tiny.gguf
@@ -94,6 +95,7 @@ def report_again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where a benchmark left its rows.")] = OUTPUT,
 ) -> None:
     """Write the report and plots of any benchmark again, from the rows in a folder; print the summary."""
+    from h2o_cli.bench.admission.report import ADMISSION
     from h2o_cli.bench.batch.report import BATCH
     from h2o_cli.bench.distributed.hops import HOPS
     from h2o_cli.bench.kv.report import KV
@@ -102,7 +104,7 @@ def report_again(
     from h2o_cli.bench.speed.report import SPEED
     from h2o_cli.bench.speed.speculation import SPECULATION
 
-    make_again(folder, (SPEED, SPECULATION, KV, HOPS, BATCH, PREDICT))
+    make_again(folder, (SPEED, SPECULATION, KV, HOPS, BATCH, ADMISSION, PREDICT))
 
 
 @app.command("make-model", epilog=EPILOG)

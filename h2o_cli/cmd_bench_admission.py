@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from h2o_cli.output import note, print_json
-from runtime.errors import LIMITS, H2OError, UsageError
+from h2o_cli.session.models import BUNDLED_MODEL
+from runtime.errors import LIMITS, H2OError
+
+if TYPE_CHECKING:
+    from h2o_cli.bench.admission.runs import Settings
 
 
-def bench_admission(
+STEP, REPEATS, FAST, BATCH_SIZE = 0.2, 10, 48, 32
+QUICK_STEP = 0.6
+
+
+def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points, under a minute.")] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME", help="FILE.gguf or SHAPE/TYPE; repeatable. [default: the bundled one]"),
+    ] = None,
+    pool: Annotated[int, typer.Option("--pool", metavar="BLOCKS", min=1, help="Blocks of 16 tokens.")] = FAST,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=2, max=32, help="Texts at once, at most.")
+    ] = BATCH_SIZE,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=2, help="Seeds of each point.")] = REPEATS,
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="For rows, report and plots.")] = Path(
+        "bench-results"
+    ),
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows that are in the folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every row as a JSON object instead of a table.")] = False,
     check: Annotated[
         Path | None, typer.Option("--check", metavar="TRACE", help="Play a trace of `h2o batch` again, and check it.")
     ] = None,
@@ -28,12 +51,16 @@ def bench_admission(
         Path | None, typer.Option("--behaviors", metavar="CSV", help="Take prompts from a column Behavior (HarmBench).")
     ] = None,
 ) -> None:
-    """Make prompts for `h2o batch`, and check the traces of its pools.
+    """Search how many blocks to keep free when texts are admitted, on a simulator that is fitted to the engine.
 
-    A checked trace is told as one JSON object: how often each event came, and the most blocks held.
+    With --make-prompts or --check: make prompts for `h2o batch`, or check the trace of its pool, instead. A checked
+    trace is told as one JSON object: how often each event came, and the most blocks held.
     """
     if make_prompts is None and check is None:
-        raise UsageError("nothing is to be done", "give --check TRACE or --make-prompts FILE")
+        from h2o_cli.bench.admission.runs import Settings
+
+        settings = Settings(pool, batch_size, number, repeats, QUICK_STEP if quick else STEP, seed)
+        _search(model or [str(BUNDLED_MODEL)], settings, _Output(output, add, json))
     if make_prompts is not None:
         from h2o_cli.bench.admission.workload import read_behaviors, workload, write_requests
 
@@ -42,6 +69,28 @@ def bench_admission(
         note(f"wrote {number} prompts to {make_prompts}")
     if check is not None:
         _check(check, export)
+
+
+class _Output(NamedTuple):
+    folder: Path
+    add: bool
+    json: bool
+
+
+def _search(models: list[str], settings: Settings, output: _Output) -> None:
+    """Fit, check and sweep. Raises H2OError."""
+    from h2o_cli.bench.admission.report import ADMISSION
+    from h2o_cli.bench.admission.runs import AdmissionBench
+    from h2o_cli.bench.models.named import bench_model
+    from h2o_cli.bench.results import Results
+
+    found = [bench_model(name) for name in models]
+    results = Results(ADMISSION, output.folder, output.json)
+    results.begin(add=output.add)
+    for model in found:
+        model.prepare()
+        results.keep(AdmissionBench(model, settings).run())
+    results.finish(results.read())
 
 
 def _check(path: Path, export: Path | None) -> None:

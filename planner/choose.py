@@ -43,7 +43,7 @@ class Choice:
     floor_bytes: int
     ledger: dict[str, int]
     what_helps: tuple[str, ...]
-    statistics: tuple[ArmStatistics, ...]
+    statistics: tuple[ArmStatistics[Plan], ...]
     exact: Best
     method: str
 
@@ -127,7 +127,7 @@ def pick(profile: ModelProfile, arms: Sequence[Plan], disk: float = BESIDE) -> B
     return Best(arm, 1000 * token_s(profile, arm))
 
 
-def play(profile: ModelProfile, arms: list[Plan], seed: int) -> BanditResult:
+def play(profile: ModelProfile, arms: list[Plan], seed: int) -> BanditResult[Plan]:
     """The bandit's leanest() of the arms that stream the fewest bytes, on tokens simulated with the profile's noise."""
     from planner.bandit import EPISODES, Ucb1, noisy_pull  # numpy: not on the path of a run
 
@@ -137,7 +137,7 @@ def play(profile: ModelProfile, arms: list[Plan], seed: int) -> BanditResult:
     return Ucb1(played, pull, choice=leanest, episodes=episodes, seed=seed).run()
 
 
-def decide(profile: ModelProfile, bandit: BanditResult, exact: Best) -> tuple[Best, str]:
+def decide(profile: ModelProfile, bandit: BanditResult[Plan], exact: Best) -> tuple[Best, str]:
     """The bandit's arm, unless the exact search's is faster by more than SAME_TIME; and a line on who found it."""
     found = Best(bandit.best, 1000 * token_s(profile, bandit.best))
     n_plans = len(bandit.statistics)

@@ -25,7 +25,7 @@ HEAVY = {
     "gguf": (set(), {"h2o_cli/bench/models/make_model.py"}),
     "matplotlib": (
         set(),
-        {f"h2o_cli/bench/{name}plots.py" for name in ("", "speed/", "kv/", "batch/")},
+        {f"h2o_cli/bench/{name}plots.py" for name in ("", "speed/", "kv/", "batch/", "admission/")},
     ),
     "torch": (set(), {"h2o_cli/bench/predict/trained.py"}),
     "grpc": ({"runtime/distributed/wire.py"}, set()),

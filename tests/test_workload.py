@@ -80,8 +80,3 @@ def test_the_command_checks_a_trace_and_writes_the_sources_tables(tmp_path, caps
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert run_command(["bench", "admission", "--check", str(path)]) == 1
     assert "sequence 1 still holds blocks" in capsys.readouterr().err
-
-
-def test_nothing_to_do_is_wrong_usage(capsys):
-    assert run_command(["bench", "admission"]) == 2
-    assert "give --check TRACE" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""Runs of the real engine whose answers have the lengths of a workload; what its passes and swaps take.
+
+In CPU seconds of one thread, with all in memory: what else runs on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from h2o_cli.bench.admission.rows import Run
+from h2o_cli.bench.admission.workload import Arrival
+from h2o_cli.bench.batch.batch_run import Endless
+from h2o_cli.output import note
+from h2o_cli.session.batch_pool import RAM, PoolChoice, position_bytes
+from h2o_cli.session.caller import Caller
+from h2o_cli.session.model import OpenModel
+from h2o_cli.session.opening import Session, open_session
+from h2o_cli.session.options import SessionOptions
+from h2o_cli.session.smallest import CONVERSATION
+from planner.pool_simulator import Costs, Outcome, Text, Work, fitted, simulate
+from runtime.answer.admission import Admission
+from runtime.answer.batch import Running, Wanted
+from runtime.answer.generate import STOP, Request
+from runtime.answer.pool import BLOCK_TOKENS, Pool
+from runtime.answer.pressed import Parts, PressedBatch
+from runtime.answer.sampler import Sampling
+from runtime.answer.scheduler import Limits
+from runtime.answer.swapping import Saved, Swapping
+from runtime.kv.slow_tier import RamTier
+from runtime.llama.cell_memory import state_bytes
+from runtime.plans.budget import Budget
+
+GREEDY = Sampling(temp=0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt, the most of its answer, and how many come."""
+
+    tokens: tuple[int, ...]
+    n_most: int
+    n_answer: int
+
+    @property
+    def text(self) -> Text:
+        """As the simulator sees it."""
+        return Text(len(self.tokens), self.n_most, self.n_answer)
+
+
+class _TimedSwapping(Swapping):
+    """Adds up what swaps take, on each way: blocks of the pool and seconds."""
+
+    def __init__(self, session: Session, slow: RamTier, block_bytes: int) -> None:
+        super().__init__(session.engine, slow, block_bytes)
+        self.n_out = self.n_in = 0
+        self.out_s = self.in_s = 0.0
+
+    def out(self, sequence: int, n_positions: int, blocks: Sequence[int]) -> Saved:
+        """Save."""
+        start = time.process_time()
+        try:
+            return super().out(sequence, n_positions, blocks)
+        finally:
+            self.out_s += time.process_time() - start
+            self.n_out += len(blocks)
+
+    def back(self, sequence: int, saved: Saved) -> None:
+        """Put back."""
+        start = time.process_time()
+        super().back(sequence, saved)
+        self.in_s += time.process_time() - start
+        self.n_in += len(saved.blocks)
+
+
+class _TimedBatch(PressedBatch):
+    """Answers end when they have the tokens that the workload says; what each pass computes and takes is kept."""
+
+    def __init__(
+        self, parts: Parts, pool: Pool, admission: Admission, swapping: _TimedSwapping, lengths: Sequence[int]
+    ) -> None:
+        super().__init__(parts, pool, admission, swapping)
+        self.limits: Limits = self._limits
+        self.works: list[Work] = []
+        self._lengths = lengths
+
+    def _counts(self) -> list[int]:
+        counts = super()._counts()
+        self.works.append(Work.of([running.job for running in self._running], counts))
+        return counts
+
+    def _choose(self, running: Running, place: int) -> str:
+        finish = super()._choose(running, place)
+        return finish or (STOP if running.n_chosen == self._lengths[running.wanted.key] else "")
+
+
+class PressedEngine:
+    """A model in memory with a pool of so many blocks, and a slow tier in memory."""
+
+    def __init__(self, session: Session, fast: int, n_sequences: int) -> None:
+        self._session, self.fast, self.slow = session, fast, fast * min(2, n_sequences - 1)
+        file = session.model.file
+        self._block_bytes = state_bytes(position_bytes(file), BLOCK_TOKENS, file.n_layers)
+        self.limits: Limits | None = None
+        self._timed: list[tuple[Work, float]] = []
+        self._swapped = [0, 0.0, 0, 0.0]  # blocks and seconds out, and in
+
+    def prompts(self, arrivals: Sequence[Arrival]) -> list[Prompt]:
+        """The tokens of texts."""
+        encode = self._session.model.tokenizer.encode
+        return [
+            Prompt(tuple(encode(text.prompt)), text.n_predict, max(1, round(text.share * text.n_predict)))
+            for text in arrivals
+        ]
+
+    def run(self, prompts: Sequence[Prompt], admission: Admission, seed: int, *, counts: bool = False) -> Run:
+        """Answer texts. counts: what it takes is what costs() are fitted to."""
+        with ExitStack() as opened:
+            slow = RamTier(self.slow, self._block_bytes)
+            opened.callback(slow.close)
+            swapping = _TimedSwapping(self._session, slow, self._block_bytes)
+            opened.callback(swapping.close)
+            times: list[float] = []
+            swap_s: list[float] = []
+
+            def between() -> None:
+                times.append(time.process_time())
+                swap_s.append(swapping.out_s + swapping.in_s)
+
+            tokenizer = Endless(self._session.model.tokenizer)
+            parts = Parts(self._session.engine, tokenizer, between)  # type: ignore[arg-type]
+            pool = Pool(self.fast, self.slow)
+            batch = _TimedBatch(parts, pool, admission, swapping, [prompt.n_answer for prompt in prompts])
+            self.limits = batch.limits
+            asked = [(i, Request(prompt.tokens, prompt.n_most)) for i, prompt in enumerate(prompts)]
+            possible = [(i, request) for i, request in asked if batch.can_ever_run(request)]
+            for _ in batch.answer(iter([Wanted(i, request, GREEDY) for i, request in possible])):
+                pass
+            between()
+        n_refused = len(asked) - len(possible)
+        outcome = Outcome(
+            times[-1] - times[0], len(batch.works), batch.n_tokens, batch.n_prompt_tokens, n_refused, pool.counts
+        )
+        if counts:
+            steps = zip(batch.works, times[1:], times, swap_s[1:], swap_s, strict=False)
+            self._timed += [(work, end - start - (after - before)) for work, end, start, after, before in steps]
+            found = swapping.n_out, swapping.out_s, swapping.n_in, swapping.in_s
+            self._swapped = [a + b for a, b in zip(self._swapped, found, strict=True)]
+        return run_of(outcome, seed)
+
+    def costs(self) -> Costs:
+        """What passes and swaps took in the runs that count."""
+        n_out, out_s, n_in, in_s = self._swapped
+        return fitted(self._timed, out_s / max(1, n_out), in_s / max(1, n_in))
+
+
+def run_of(outcome: Outcome, seed: int) -> Run:
+    """As a row keeps it."""
+    counts = outcome.counts
+    return Run(
+        seed=seed,
+        seconds=outcome.seconds,
+        n_passes=outcome.n_passes,
+        n_tokens=outcome.n_tokens,
+        n_prompt_tokens=outcome.n_prompt_tokens,
+        n_refused=outcome.n_refused,
+        swaps_in=counts.swaps_in,
+        swaps_out=counts.swaps_out,
+        blocks_in=counts.blocks_in,
+        blocks_out=counts.blocks_out,
+    )
+
+
+@contextmanager
+def open_engine(path: Path, fast: int, n_sequences: int) -> Iterator[PressedEngine]:
+    """A model with a pool of `fast` blocks for so many texts at once. Raises H2OError."""
+    options = SessionOptions(
+        model=path,
+        sequences=n_sequences,
+        kind=CONVERSATION,
+        budget=Budget.parse(None),
+        ctx=fast * BLOCK_TOKENS,
+        threads=1,
+        sampling=GREEDY,
+        speculate="off",
+    )
+    choice = PoolChoice(Admission.parse("none"), Path(tempfile.gettempdir()), swap=RAM)
+    model = OpenModel(options, Caller(note))
+    try:
+        options = choice.options_for(model.file, options)
+        session = open_session(model, options, options.ctx or 0, options.ctx or 0)
+        try:
+            yield PressedEngine(session, fast, n_sequences)
+        finally:
+            session.close()
+    finally:
+        model.close()
+
+
+def simulated(
+    texts: Sequence[Text], admission: Admission, limits: Limits, costs: Costs, fast: int, slow: int, seed: int
+) -> Run:
+    """The same run without the engine."""
+    return run_of(simulate(texts, Pool(fast, slow), admission, limits, costs), seed)

@@ -1,0 +1,171 @@
+"""The steps of the benchmark of admission: a fitted simulator, its check, the sweeps, and the bandit beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from h2o_cli.bench.admission.engine_runs import PressedEngine, Prompt, open_engine, simulated
+from h2o_cli.bench.admission.rows import BANDIT, CHECK, FRESH, SWEEP, AdmissionRow, Run, Suite, gain
+from h2o_cli.bench.admission.workload import workload
+from h2o_cli.bench.models.named import BenchModel
+from h2o_cli.bench.rows import circumstances
+from planner.bandit import BanditResult, Ucb1
+from planner.pool_simulator import Costs, Text
+from runtime.answer.admission import AVERAGE, NONE, RESERVE, SIMULATE, Admission
+from runtime.answer.scheduler import Limits
+
+CHECKED = ("none", "reserve:2", "reserve:8", "average:4", "average:7")
+ENGINE_TEXTS, _WARM_UP = 32, 4  # of the engine's runs, at most
+SHARE = 5  # the bandit takes such a part of the sweep's runs
+_C = 0.1  # of the bandit: a play is a run of a hundred texts, and its noise a good part of the range
+_FRESH_SEEDS, _CALIBRATION_SEED, _CHECK_SEED = 1000, 2000, 3000  # from the first one on
+_RANGES = {RESERVE: (0.0, 12.0), AVERAGE: (1.8, 7.5)}
+
+
+def grid(policy: str, step: float) -> list[Admission]:
+    """The values of a sweep, with both ends."""
+    first, last = _RANGES[policy]
+    values, i = [], 0
+    while first + i * step < last - 1e-9:
+        values.append(round(first + i * step, 6))
+        i += 1
+    return [Admission(policy, value) for value in (*values, last)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of all models. fast: blocks of the pool; step: of the sweeps; repeats: seeds from `seed` on."""
+
+    fast: int
+    batch_size: int
+    n_texts: int
+    repeats: int
+    step: float
+    seed: int
+
+
+def search(
+    arms: Sequence[Admission], out_per_s: Callable[[Admission, int], float], repeats: int
+) -> BanditResult[Admission]:
+    """The bandit's choice among arms, with a fifth of len(arms) * repeats runs, where that is enough to try each.
+
+    The n-th play of an arm is with the n-th seed, and its reward is seen beside that of no admission with the same:
+    what makes texts of one seed faster than others is no reason to choose.
+    """
+    n_plays: dict[Admission, int] = {}
+    base: dict[int, float] = {}
+
+    def pull(arm: Admission) -> float:
+        seed = n_plays.get(arm, 0) % repeats
+        n_plays[arm] = n_plays.get(arm, 0) + 1
+        if seed not in base:
+            base[seed] = out_per_s(Admission(NONE), seed)
+        return -base[seed] / out_per_s(arm, seed)
+
+    rank: Callable[[Admission, float], Any] = lambda arm, ms: (round(ms, 6), arm.value)  # noqa: E731
+    episodes = len(arms) * repeats // SHARE - repeats  # those of the base are left out
+    bandit = Ucb1(arms, pull, rank=rank, episodes=episodes, c=_C, confirm_arms=1, confirm_plays=1)
+    found = bandit.run()
+    return BanditResult(found.best, found.statistics, found.n_episodes + len(base))
+
+
+@dataclass
+class AdmissionBench:
+    """All rows of one model."""
+
+    model: BenchModel
+    settings: Settings
+    _texts: dict[int, list[Text]] = field(default_factory=dict)
+
+    def run(self) -> Iterator[AdmissionRow]:
+        """Rows as they are measured. Raises H2OError."""
+        settings = self.settings
+        with open_engine(self.model.path, settings.fast, settings.batch_size) as engine:
+            fit = self._prompts(engine, _CALIBRATION_SEED)[:ENGINE_TEXTS]
+            checked = self._prompts(engine, _CHECK_SEED)[:ENGINE_TEXTS]
+            engine.run(fit[:_WARM_UP], Admission(NONE), settings.seed)
+            runs = []
+            for admission in map(Admission.parse, CHECKED):  # in turns, so that both see the same machine
+                engine.run(fit, admission, settings.seed, counts=True)
+                runs.append((admission, engine.run(checked, admission, settings.seed + _CHECK_SEED)))
+            assert engine.limits
+            simulator = _Simulator(engine.limits, engine.costs(), engine.fast, engine.slow)
+            texts = [prompt.text for prompt in checked]
+            for admission, run in runs:
+                beside = simulator.run(texts, admission, run.seed)
+                yield self._row(CHECK, admission, simulator, runs=(run,), simulated=(beside,))
+            for i in range(settings.repeats):
+                for start in (0, _FRESH_SEEDS):
+                    self._texts[start + i] = [prompt.text for prompt in self._prompts(engine, start + i)]
+        yield from self._sweeps(simulator)
+
+    def _prompts(self, engine: PressedEngine, seed: int) -> list[Prompt]:
+        return engine.prompts(workload(self.settings.n_texts, self.settings.seed + seed))
+
+    def _sweeps(self, simulator: _Simulator) -> Iterator[AdmissionRow]:
+        none = self._row(SWEEP, Admission(NONE), simulator, runs=self._runs(simulator, Admission(NONE)))
+        yield none
+        yield self._row(SWEEP, Admission(SIMULATE), simulator, runs=self._runs(simulator, Admission(SIMULATE)))
+        fresh = Admission(NONE)
+        yield self._row(FRESH, fresh, simulator, runs=self._runs(simulator, fresh, _FRESH_SEEDS))
+        for policy in _RANGES:
+            arms = grid(policy, self.settings.step)
+            rows = []
+            for arm in arms:
+                rows.append(self._row(SWEEP, arm, simulator, runs=self._runs(simulator, arm)))
+                yield rows[-1]
+            best = Admission(policy, optimum(rows, none).value)
+            yield self._row(FRESH, best, simulator, runs=self._runs(simulator, best, _FRESH_SEEDS))
+            yield self._bandit(simulator, policy, arms)
+
+    def _bandit(self, simulator: _Simulator, policy: str, arms: Sequence[Admission]) -> AdmissionRow:
+        def out_per_s(arm: Admission, seed: int) -> float:
+            return simulator.run(self._texts[seed], arm, seed).out_per_s
+
+        found = search(arms, out_per_s, self.settings.repeats)
+        return self._row(BANDIT, found.best, simulator, n_plays=found.n_episodes)
+
+    def _runs(self, simulator: _Simulator, admission: Admission, start: int = 0) -> tuple[Run, ...]:
+        seeds = range(start, start + self.settings.repeats)
+        return tuple(simulator.run(self._texts[seed], admission, self.settings.seed + seed) for seed in seeds)
+
+    def _row(self, suite: Suite, admission: Admission, simulator: _Simulator, **more: Any) -> AdmissionRow:
+        return AdmissionRow(
+            suite=suite,
+            model=self.model.name,
+            admission=str(admission),
+            policy=admission.kind,
+            value=admission.value,
+            fast=simulator.fast,
+            slow=simulator.slow,
+            batch_size=self.settings.batch_size,
+            n_texts=self.settings.n_texts,
+            costs=asdict(simulator.costs),
+            **self._circumstances,
+            **more,
+        )
+
+    @cached_property
+    def _circumstances(self) -> dict[str, Any]:
+        return circumstances(self.model.path)
+
+
+@dataclass(frozen=True)
+class _Simulator:
+    """A pool and an engine's costs."""
+
+    limits: Limits
+    costs: Costs
+    fast: int
+    slow: int
+
+    def run(self, texts: Sequence[Text], admission: Admission, seed: int) -> Run:
+        return simulated(texts, admission, self.limits, self.costs, self.fast, self.slow, seed)
+
+
+def optimum(rows: Sequence[AdmissionRow], none: AdmissionRow) -> AdmissionRow:
+    """The row of a sweep with the most tokens per second beside `none`, seed by seed; among equals the least value."""
+    return max(rows, key=lambda row: (round(gain(row, none).value, 6), -row.value))

@@ -1,0 +1,158 @@
+"""A batch under pressure without an engine: the same pool, the same policies, the same passes; only time is a model.
+
+Who joins, what a pass computes and what is swapped are the functions that a real batch calls. So counts are exact
+where the lengths of prompts and answers are, and seconds are as good as Costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.answer.admission import Admission, Pressure, Turn
+from runtime.answer.pool import Counts, Pool
+from runtime.answer.scheduler import Job, Limits, may_join, next_pass
+
+
+class Text(NamedTuple):
+    """Tokens of a prompt, the most of its answer, and those that really come; in tokens, each at least 1."""
+
+    n_prompt: int
+    n_most: int
+    n_answer: int
+
+
+class Work(NamedTuple):
+    """What a pass computes: tokens of prompts, texts that get their next token, and positions that those look at."""
+
+    n_prompt_tokens: int
+    n_texts: int
+    n_positions: int
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], counts: Sequence[int]) -> Work:
+        """With so many tokens of each job."""
+        answering = [job for job, n in zip(jobs, counts, strict=True) if n and not job.n_unread]
+        n_prompt_tokens = sum(n for job, n in zip(jobs, counts, strict=True) if job.n_unread)
+        return cls(n_prompt_tokens, len(answering), sum(job.n_cached + 1 for job in answering))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: of a pass, of each part of its Work, and of a block that is swapped."""
+
+    pass_s: float
+    prompt_token_s: float
+    text_s: float
+    position_s: float
+    block_out_s: float
+    block_in_s: float
+
+    def of(self, work: Work) -> float:
+        """Seconds of a pass."""
+        parts = self.prompt_token_s * work.n_prompt_tokens + self.text_s * work.n_texts
+        return self.pass_s + parts + self.position_s * work.n_positions
+
+
+def fitted(passes: Sequence[tuple[Work, float]], block_out_s: float, block_in_s: float) -> Costs:
+    """The costs that are nearest (least squares) to passes and their seconds; what would be negative is 0."""
+    known = np.array([(1, *work) for work, _ in passes], dtype=float)
+    seconds = np.array([s for _, s in passes])
+    used = list(range(known.shape[1]))
+    while True:
+        found = np.linalg.lstsq(known[:, used], seconds, rcond=None)[0]
+        if (found >= 0).all():
+            break
+        used.pop(int(np.argmin(found)))
+    costs = dict.fromkeys(range(known.shape[1]), 0.0) | dict(zip(used, found.tolist(), strict=True))
+    return Costs(costs[0], costs[1], costs[2], costs[3], block_out_s, block_in_s)
+
+
+@dataclass
+class Outcome:
+    """What a batch took. Tokens that were chosen, and those of prompts; texts that could never fit are only counted."""
+
+    seconds: float = 0.0
+    n_passes: int = 0
+    n_tokens: int = 0
+    n_prompt_tokens: int = 0
+    n_refused: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+
+def simulate(texts: Sequence[Text], pool: Pool, admission: Admission, limits: Limits, costs: Costs) -> Outcome:
+    """Answer all texts, each admitted as soon as it may be, in their order. pool: an empty one, left empty.
+
+    limits: as the engine's, with the cells of the pool's fast tier.
+    """
+    return _Simulated(pool, admission, limits, costs).run(texts)
+
+
+class _Simulated:
+    def __init__(self, pool: Pool, admission: Admission, limits: Limits, costs: Costs) -> None:
+        self._pool, self._costs = pool, costs
+        self._limits = replace(limits, n_unit=pool.block_tokens)
+        self._pressure = None if admission.knows_lengths else Pressure(pool, admission, limits)
+        self._jobs: dict[int, Job] = {}
+        self._ends: dict[int, int] = {}  # n_left of a job whose answer ends
+        self._outcome = Outcome(counts=pool.counts)
+
+    def run(self, texts: Sequence[Text]) -> Outcome:
+        new = [(Job(text.n_prompt, 0, text.n_most), text.n_most - text.n_answer) for text in texts]
+        waiting = [(job, end) for job, end in new if self._fits(job)]
+        self._outcome.n_refused = len(new) - len(waiting)
+        waiting.reverse()
+        n_joined = 0
+        while waiting or self._jobs:
+            while waiting and self._may_join(waiting[-1][0]):
+                job, self._ends[n_joined] = waiting.pop()
+                self._jobs[n_joined] = job
+                if self._pressure:
+                    self._pressure.join(n_joined, job)
+                n_joined += 1
+            self._step()
+        return self._outcome
+
+    def _fits(self, new: Job) -> bool:
+        return self._pressure.fits(new) if self._pressure else may_join([], new, self._limits)
+
+    def _may_join(self, new: Job) -> bool:
+        if self._pressure:
+            return self._pressure.may_join(new)
+        return may_join(list(self._jobs.values()), new, self._limits)
+
+    def _step(self) -> None:
+        """One pass, and what is chosen after it."""
+        jobs, outcome, costs = self._jobs, self._outcome, self._costs
+        turn = self._pressure.next_turn(jobs) if self._pressure else self._turn()
+        counts = [turn.tokens.get(sequence, 0) for sequence in jobs]
+        work = Work.of(list(jobs.values()), counts)
+        outcome.seconds += costs.of(work)
+        outcome.seconds += costs.block_out_s * sum(map(len, turn.swap_out.values()))
+        outcome.seconds += costs.block_in_s * sum(len(self._pool.held(sequence)) for sequence in turn.swap_in)
+        outcome.n_passes += 1
+        outcome.n_prompt_tokens += work.n_prompt_tokens
+        for sequence, n in zip(list(jobs), counts, strict=True):
+            job = jobs[sequence].after(n)
+            outcome.n_tokens += jobs[sequence].n_left - job.n_left
+            jobs[sequence] = job
+            if job.n_left == self._ends[sequence]:
+                self._leave(sequence)
+
+    def _turn(self) -> Turn:
+        """The next pass where nothing is ever swapped out."""
+        jobs = self._jobs
+        counts = next_pass(list(jobs.values()), self._limits)
+        for (sequence, job), n in zip(jobs.items(), counts, strict=True):
+            self._pool.hold(sequence, job.n_cached + n)
+        return Turn(tokens=dict(zip(jobs, counts, strict=True)))
+
+    def _leave(self, sequence: int) -> None:
+        del self._jobs[sequence]
+        if self._pressure:
+            self._pressure.leave(sequence)
+        else:
+            self._pool.free(sequence)
