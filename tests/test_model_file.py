@@ -117,6 +117,13 @@ def test_facts_of_the_header(tiny_model):
     assert model.row_tables[0].type_name == "f16"
 
 
+@pytest.mark.parametrize("arch", [*ARCHS, *OTHER_ARCHS])
+def test_the_width_of_keys_is_that_of_the_header(tiny_model, arch):
+    path = tiny_model(arch)
+    field = gguf.GGUFReader(path).get_field(f"{arch}.attention.key_length")
+    assert ModelFile.open(path).hyper_parameter("attention.key_length") == (field.contents() if field else 0)
+
+
 # --- a part --------------------------------------------------------------------------------------------------------
 
 

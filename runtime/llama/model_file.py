@@ -336,6 +336,7 @@ class _Indexer:
             "feed_forward_length",
             "attention.head_count",
             "attention.head_count_kv",
+            "attention.key_length",
             "attention.sliding_window",
             "expert_count",
         ):
