@@ -250,7 +250,7 @@ class _Work:
         skipped = f", {found['skipped']} were there already" if found["skipped"] else ""
         swaps = f", {found['swaps_out']} times swapped out" if found["swaps_out"] else ""
         memory = f"peak {found['peak_memory_bytes'] / MB:.0f} of {found['budget_bytes'] / MB:.0f} MB"
-        note(f"{found['answers']} answers, {found['errors']} errors{skipped}; {speed}{swaps}, {memory}")
+        note(f"{found['answers']} answers, {found['errors']} with an error{skipped}; {speed}{swaps}, {memory}")
 
     def figures(self, choice: PoolChoice) -> dict[str, Any]:
         """The figures of --json."""

@@ -58,7 +58,7 @@ def test_lines_between_triple_quotes_are_one_message(talk, tmp_path):
 
 
 def test_what_was_typed_ahead_is_dropped_on_ctrl_c(talk, tmp_path):
-    terminal = talk("-n", -1, "--ctx", 512, "--speculate", "off")
+    terminal = talk("-n", -1, "--ctx", 2048, "--speculate", "off")
     terminal.send("hello\n")
     terminal.wait_for("hello\r\n")
     terminal.send("a ghost\n")
