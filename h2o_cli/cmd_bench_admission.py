@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 STEP, REPEATS, FAST, BATCH_SIZE = 0.2, 10, 48, 32
-QUICK_STEP = 0.6
+QUICK_STEP, ROUNDS = 0.6, 3
 
 
 def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -59,7 +59,8 @@ def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if make_prompts is None and check is None:
         from h2o_cli.bench.admission.runs import Settings
 
-        settings = Settings(pool, batch_size, number, repeats, QUICK_STEP if quick else STEP, seed)
+        step, rounds = (QUICK_STEP, 1) if quick else (STEP, ROUNDS)
+        settings = Settings(pool, batch_size, number, repeats, step, seed, rounds)
         _search(model or [str(BUNDLED_MODEL)], settings, _Output(output, add, json))
     if make_prompts is not None:
         from h2o_cli.bench.admission.workload import read_behaviors, workload, write_requests

@@ -49,7 +49,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdmissionRow(Row, frozen=True, kw_only=True, omit_defaults=True):
-    """Runs of one way to admit. fast: blocks of the pool. runs: simulated ones, a seed each; of a check, the engine's.
+    """Runs of one way to admit. fast: blocks of the pool. runs: simulated, a seed each; of a check the engine's.
 
     Of a check, `simulated` are the simulator's runs with the same texts. costs: seconds (planner/pool_simulator.py).
     Of a bandit, `policy` is what it chose among and n_plays how many simulated runs it took.

@@ -37,7 +37,7 @@ def grid(policy: str, step: float) -> list[Admission]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of all models. fast: blocks of the pool; step: of the sweeps; repeats: seeds from `seed` on."""
+    """Of all models. fast: blocks of the pool; step: of the sweeps; repeats: seeds from `seed` on; rounds: engine's."""
 
     fast: int
     batch_size: int
@@ -45,6 +45,7 @@ class Settings:
     repeats: int
     step: float
     seed: int
+    rounds: int
 
 
 def search(
@@ -87,16 +88,19 @@ class AdmissionBench:
             fit = self._prompts(engine, _CALIBRATION_SEED)[:ENGINE_TEXTS]
             checked = self._prompts(engine, _CHECK_SEED)[:ENGINE_TEXTS]
             engine.run(fit[:_WARM_UP], Admission(NONE), settings.seed)
-            runs = []
-            for admission in map(Admission.parse, CHECKED):  # in turns, so that both see the same machine
-                engine.run(fit, admission, settings.seed, counts=True)
-                runs.append((admission, engine.run(checked, admission, settings.seed + _CHECK_SEED)))
+            runs: dict[str, list[Run]] = {text: [] for text in CHECKED}
+            for i in range(settings.rounds):
+                for text in CHECKED[:: -1 if i % 2 else 1]:  # in turns, so that both see the same machine
+                    admission = Admission.parse(text)
+                    engine.run(fit, admission, settings.seed, counts=True)
+                    runs[text].append(engine.run(checked, admission, settings.seed + _CHECK_SEED))
             assert engine.limits
             simulator = _Simulator(engine.limits, engine.costs(), engine.fast, engine.slow)
             texts = [prompt.text for prompt in checked]
-            for admission, run in runs:
-                beside = simulator.run(texts, admission, run.seed)
-                yield self._row(CHECK, admission, simulator, runs=(run,), simulated=(beside,))
+            for text, measured in runs.items():
+                admission = Admission.parse(text)
+                beside = simulator.run(texts, admission, settings.seed + _CHECK_SEED)
+                yield self._row(CHECK, admission, simulator, runs=tuple(measured), simulated=(beside,))
             for i in range(settings.repeats):
                 for start in (0, _FRESH_SEEDS):
                     self._texts[start + i] = [prompt.text for prompt in self._prompts(engine, start + i)]
