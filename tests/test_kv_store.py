@@ -152,7 +152,7 @@ def test_a_disk_that_fails_ends_the_pass_and_nothing_else(tiny_model, tmp_path, 
         if when == "decode":
             opened.forward(PROMPT)
         with monkeypatch.context() as patch:
-            patch.setattr(kv_store, "os", Broken(broken))
+            patch.setattr("runtime.kv.whole.os", Broken(broken))
             with pytest.raises(DiskError, match="Input/output error"):
                 opened.forward(PROMPT if when == "prompt" else [5])
         opened.truncate(0)

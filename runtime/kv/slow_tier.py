@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import LIMITS, DiskError
+from runtime.kv.whole import read_whole, write_whole
 from runtime.memory import Region, view
 
 _NEXT = "write the answers to a disk with room, or use --swap ram"
@@ -78,31 +79,24 @@ class DiskTier:
 
     def write(self, block: int, source: memoryview) -> None:
         """Write a block. Raises DiskError."""
-        done, offset = 0, block * self._block_bytes
+        offset = block * self._block_bytes
         try:
-            while done < len(source):
-                done += os.pwritev(self._fd, [source[done:]], offset + done)
-            if not self._direct:
-                os.fdatasync(self._fd)
+            write_whole(self._fd, source, offset, direct=self._direct)
         except OSError as error:
             step = f"{LIMITS.get(error.errno or 0, _NEXT)}, and run again: what is finished is kept"
             raise DiskError(f"swapping keys and values out failed: {error.strerror}", step) from None
         self._forget_pages(offset)
-        self.written_bytes += done
+        self.written_bytes += len(source)
 
     def read(self, block: int, target: memoryview) -> None:
         """Read a block. Raises DiskError."""
-        done, offset = 0, block * self._block_bytes
+        offset = block * self._block_bytes
         try:
-            while done < len(target):
-                n = os.preadv(self._fd, [target[done:]], offset + done)
-                if n == 0:
-                    raise DiskError("the file of keys and values that were swapped out became shorter", "run again")
-                done += n
+            read_whole(self._fd, target, offset)
         except OSError as error:
             raise DiskError(f"swapping keys and values in failed: {error.strerror}", _NEXT) from None
         self._forget_pages(offset)
-        self.read_bytes += done
+        self.read_bytes += len(target)
 
     def _forget_pages(self, offset: int) -> None:
         if not self._direct:

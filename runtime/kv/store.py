@@ -20,6 +20,7 @@ from runtime.kv.gather import Gather, OddGather, gather
 from runtime.kv.needs import BOUNCE_BYTES, staging_bytes
 from runtime.kv.options import KvFilter
 from runtime.kv.slots import Move, Rows
+from runtime.kv.whole import read_whole, write_whole
 from runtime.memory import Region, view
 from runtime.sizes import PAGE, format_size, page_down, page_up
 
@@ -211,13 +212,8 @@ class DiskStore:
         return found
 
     def _read(self, offset: int, target: memoryview) -> None:
-        done = 0
         try:
-            while done < len(target):
-                n = os.preadv(self._fd, [target[done:]], offset + done)
-                if n == 0:
-                    raise DiskError("the file of keys and values became shorter", "run again")
-                done += n
+            read_whole(self._fd, target, offset)
         except OSError as error:
             raise DiskError(f"reading keys and values failed: {error.strerror}", _OTHER_FOLDER) from None
         with self._lock:
@@ -225,12 +221,8 @@ class DiskStore:
         self._forget_pages(offset, len(target))
 
     def _write(self, offset: int, source: memoryview) -> None:
-        done = 0
         try:
-            while done < len(source):
-                done += os.pwritev(self._fd, [source[done:]], offset + done)
-            if not self._direct:
-                os.fdatasync(self._fd)
+            write_whole(self._fd, source, offset, direct=self._direct)
         except OSError as error:
             raise DiskError(f"writing keys and values failed: {error.strerror}", _OTHER_FOLDER) from None
         self._forget_pages(offset, len(source))
