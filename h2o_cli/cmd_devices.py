@@ -45,10 +45,11 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
     memory: Memory = None,
     threads: Threads = None,
     tls: flags.Tls = None,
+    refresh: flags.Refresh = False,
     as_json: Json = False,
 ) -> None:
     """Show what workers offer for a model, and which of them would take part in a run."""
-    named = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory, cluster)
+    named = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory, cluster, refresh)
     show(model, named, memory, threads, as_json)
 
 
@@ -63,7 +64,7 @@ def show(model: str | None, named: Flags, memory: str | None, threads: int | Non
     file = ModelFile.open(resolve_model(model))
     limits = Budget.parse(memory).n_bytes, threads or default_threads()
     if named.cluster is None:
-        found = survey(file, Devices(named.addresses(), None, named.tls), *limits, note)
+        found = survey(file, Devices(named.addresses(), None, named.tls, None, named.refresh), *limits, note)
     else:
         from h2o_cli.session.ray_workers import RayWorkers
 

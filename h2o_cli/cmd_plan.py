@@ -148,13 +148,14 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     priority: device_flags.Priority = None,
     prioritize_by_memory: device_flags.ByMemory = False,
     tls: device_flags.Tls = None,
+    refresh: device_flags.Refresh = False,
 ) -> None:
     """Choose what stays in memory and what is streamed, for a budget.
 
     The plan goes into the plan file; `h2o run` takes it over, also while it is running. With workers the layers are
     placed over devices, and nothing is written.
     """
-    devices = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory)
+    devices = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory, None, refresh)
     devices.check()
     if devices.are_given:
         show_devices(model, devices, memory, None, json)

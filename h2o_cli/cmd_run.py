@@ -160,6 +160,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     spare: devices.Spare = None,
     split: devices.Split = None,
     tls: devices.Tls = None,
+    refresh: devices.Refresh = False,
     kv_filter: kv.Switch = False,
     kv_layers: kv.Layers = None,
     kv_wait: kv.Wait = None,
@@ -193,7 +194,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         kind=CONVERSATION if text is None else CHAT if chat else PROMPT,
         sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
         kv=choose_filter(KvFlags.of(given), config),
-        devices=Flags(workers, device_file, spare, split, tls, priority, prioritize_by_memory, cluster),
+        devices=Flags(workers, device_file, spare, split, tls, priority, prioritize_by_memory, cluster, refresh),
     )
     options = RunOptions(session, n_predict, tuple(stop or ()), chat, json, config.max_context if config else 0)
     _check(options)

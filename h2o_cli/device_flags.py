@@ -49,3 +49,6 @@ Split = Annotated[
 Tls = Annotated[
     Path | None, typer.Option("--tls", metavar="DIR", show_default=False, help="This machine's keys (`h2o keys`).")
 ]
+Refresh = Annotated[
+    bool, typer.Option("--refresh", help="Measure devices and links anew; else what was measured in the last hour.")
+]

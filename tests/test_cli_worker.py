@@ -129,6 +129,7 @@ def test_a_stranger_is_refused_and_said_once(bundled_model, tmp_path):
         (["run", "-p", "a", "--workers", "x"], "'x' is no address"),
         (["run", "-p", "a", "--tls", "x"], "--tls is for --workers"),
         (["run", "-p", "a", "--split", "1"], "--split is for --workers"),
+        (["run", "-p", "a", "--refresh"], "--refresh is for --workers"),
         (["run", "-p", "a", "--workers", "a:1", "--devices", "x"], "the devices were named twice"),
         (["run", "-p", "a", "--priority", "x"], "an order of devices is for --devices"),
         (["run", "-p", "a", "--workers", "127.0.0.1:1", "--draft", "auto"], "--workers does not work with"),

@@ -115,6 +115,7 @@ def test_no_cluster_there(bundled_model, capsys):
         (["--workers", "127.0.0.1:1"], "the devices were named twice"),
         (["--spare", "127.0.0.1:1"], "--cluster starts its workers itself"),
         (["--tls", "x"], "--cluster starts its workers itself"),
+        (["--refresh"], "--cluster starts its workers itself"),
         (["--draft", "auto"], "does not work with --kv-filter or --draft"),
     ],
 )

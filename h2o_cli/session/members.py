@@ -30,12 +30,16 @@ SPLIT_POSITIONS = 512  # from here on llama.cpp cuts the attention of a token by
 
 @dataclass(frozen=True)
 class Devices:
-    """What the flags say: addresses in the order of their layers (`local`: this machine), and spare ones."""
+    """What the flags say: addresses in the order of their layers (`local`: this machine), and spare ones.
+
+    refresh: devices are measured, also where they were in the last hour.
+    """
 
     workers: str
     spare: str | None = None
     tls: Path | None = None
     split: str | None = None
+    refresh: bool = False
 
     def counts(self, n_layers: int) -> list[int]:
         """Layers of each address, where --split says it; else none. Raises UsageError."""
@@ -90,7 +94,7 @@ class Team:
             if counts:
                 found = given(addresses, counts)
             else:
-                found = place(file, _measured(file, addresses, by_address, budget_bytes, n_threads))
+                found = place(file, _measured(file, devices, by_address, budget_bytes, n_threads))
         except BaseException:
             _close(links)
             raise
@@ -225,11 +229,16 @@ def _close(links: Iterable[Link]) -> None:
 
 
 def _measured(
-    file: ModelFile, addresses: Sequence[str], links: Mapping[str, Link], budget_bytes: int, n_threads: int
+    file: ModelFile, devices: Devices, links: Mapping[str, Link], budget_bytes: int, n_threads: int
 ) -> list[Device]:
-    """The devices as they are now."""
-    n_bytes = hidden_bytes(file)
-    return [here(file, budget_bytes, n_threads) if a == LOCAL else device_of(links[a], n_bytes) for a in addresses]
+    """The devices as they are."""
+    n_bytes, refresh = hidden_bytes(file), devices.refresh
+    return [
+        here(file, budget_bytes, n_threads, refresh=refresh)
+        if address == LOCAL
+        else device_of(links[address], n_bytes, refresh=refresh)
+        for address in devices.addresses
+    ]
 
 
 def survey(
@@ -238,7 +247,7 @@ def survey(
     """What `h2o devices --json` prints. Raises UsageError, WorkerError, BudgetError."""
     links = _greet(file, devices, note)
     try:
-        measured = _measured(file, devices.addresses, links, budget_bytes, n_threads)
+        measured = _measured(file, devices, links, budget_bytes, n_threads)
     finally:
         _close(links.values())
     found = place(file, measured)

@@ -6,16 +6,20 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
+from h2o_cli.session.device_profiles import kept
 from planner.placement import Choice, Device, SplitModel, choose_devices
 from runtime.distributed.cluster import Link
 from runtime.distributed.offer import measure
+from runtime.distributed.worker import build
 from runtime.llama.model_file import ModelFile
 from runtime.plans.residency import layer_bytes, smallest_window
 
 LOCAL = "local"
 _LARGE_BYTES = 2**20
 _TIMES = 5
+_NEAR, _NEAR_S = 2.0, 0.0005  # times as long, and seconds more or less: a round trip that is near what was kept
 
 
 @dataclass(frozen=True)
@@ -49,25 +53,40 @@ def hidden_bytes(file: ModelFile) -> int:
     return 4 * file.hyper_parameter("embedding_length")
 
 
-def device_of(link: Link, n_bytes: int) -> Device:
-    """A worker: what it offers, and its link, measured now with messages of n_bytes. Raises WorkerError.
+def device_of(link: Link, n_bytes: int, *, refresh: bool = False) -> Device:
+    """A worker: what it offers, and its link, measured with messages of n_bytes. Raises WorkerError.
 
-    Every range of layers is a message there and one back.
+    What was measured in the last hour holds while one more round trip takes about as long.
     """
     hello = link.hello
+
+    def is_near(numbers: tuple[float, ...]) -> bool:
+        now_s = min(link.round_trip_s(n_bytes) for _ in range(2))
+        return numbers[0] / _NEAR - _NEAR_S < now_s < numbers[0] * _NEAR + _NEAR_S
+
+    key = f"link {link.address} {n_bytes}"
+    short_s, rate = kept(key, lambda: _link(link, n_bytes), refresh=refresh, holds=is_near)
+    return Device(link.address, hello.weights_bytes, hello.disk_bytes_per_s, hello.compute_s_per_byte, short_s, rate)
+
+
+def _link(link: Link, n_bytes: int) -> tuple[float, float]:
+    """Seconds of a message of n_bytes there and back, as every range of layers is one; bytes per second."""
     short_s = statistics.median(link.round_trip_s(n_bytes) for _ in range(_TIMES))
     long_s = min(link.round_trip_s(_LARGE_BYTES) for _ in range(2))
-    rate = (_LARGE_BYTES - n_bytes) / max(long_s - short_s, 1e-6)
-    return Device(
-        link.address, hello.weights_bytes, hello.disk_bytes_per_s, hello.compute_s_per_byte, short_s, max(rate, 1.0)
-    )
+    return short_s, max((_LARGE_BYTES - n_bytes) / max(long_s - short_s, 1e-6), 1.0)
 
 
-def here(file: ModelFile, budget_bytes: int, n_threads: int) -> Device:
-    """This machine, measured now; the head's room is taken off. Raises H2OError."""
-    offer = measure(file, budget_bytes, n_threads)
-    room = max(0, offer.weights_bytes - layer_bytes(file.head))
-    return Device(LOCAL, room, offer.disk_bytes_per_s, offer.compute_s_per_byte)
+def here(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = False) -> Device:
+    """This machine, as it was measured in the last hour, or now; the head's room is taken off. Raises H2OError."""
+
+    def numbers() -> tuple[float, ...]:
+        offer = measure(file, budget_bytes, n_threads)
+        return offer.weights_bytes, offer.disk_bytes_per_s, offer.compute_s_per_byte
+
+    group = Path("/proc/self/cgroup").read_text()  # with limits of its own
+    key = f"here {file.hash} {file.path} {budget_bytes} {n_threads} {build()} {group.strip()}"
+    weights_bytes, rate, s_per_byte = kept(key, numbers, refresh=refresh)
+    return Device(LOCAL, max(0, int(weights_bytes) - layer_bytes(file.head)), rate, s_per_byte)
 
 
 def place(file: ModelFile, devices: list[Device]) -> Place:

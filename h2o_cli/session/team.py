@@ -32,6 +32,7 @@ class Flags:
     priority: str | None = None
     by_memory: bool = False
     cluster: str | None = None
+    refresh: bool = False
 
     @property
     def are_given(self) -> bool:
@@ -42,14 +43,16 @@ class Flags:
         """Raise UsageError for what goes not together. others: flags of a filter or of a draft model are given."""
         if sum(named is not None for named in (self.workers, self.devices, self.cluster)) > 1:
             raise UsageError("the devices were named twice", "give one of --workers, --devices and --cluster")
-        if self.cluster is not None and (self.spare is not None or self.tls is not None):
+        if self.cluster is not None and (self.spare is not None or self.tls is not None or self.refresh):
             raise UsageError(
-                "--cluster starts its workers itself, with keys of their own", "leave --spare and --tls out"
+                "--cluster starts its workers itself, with keys of their own, and measures them",
+                "leave --spare, --tls and --refresh out",
             )
         if self.devices is None and (self.priority is not None or self.by_memory):
             raise UsageError("an order of devices is for --devices", "--workers names them in their order")
         flags = (("--spare", self.spare), ("--split", self.split), ("--tls", self.tls))
         alone = next((flag for flag, value in flags if value is not None), None)
+        alone = alone or ("--refresh" if self.refresh else None)
         if not self.are_given and alone:
             raise UsageError(f"{alone} is for --workers", "name some")
         if self.are_given and others:
@@ -84,7 +87,7 @@ def join(
     addresses = flags.addresses()
     if flags.devices is not None:
         note(f"order of the devices: {addresses}")
-    devices = Devices(addresses, flags.spare, flags.tls, flags.split)
+    devices = Devices(addresses, flags.spare, flags.tls, flags.split, flags.refresh)
     return Team.join(file, devices, budget.n_bytes, n_threads, note)
 
 
