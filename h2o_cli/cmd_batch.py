@@ -15,6 +15,7 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, note, print_json
 from h2o_cli.session.batch_files import Answers, BadLine, BatchRequest, answered, read_requests, refused
 from h2o_cli.session.batch_pool import PoolChoice, open_batch
+from h2o_cli.session.batch_schedule import CONTINUOUS, MOST_SEQUENCES, ZIGZAG, Schedule
 from h2o_cli.session.defaults import N_PREDICT
 from h2o_cli.session.model import OpenModel
 from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
@@ -30,8 +31,6 @@ from runtime.llama.chat import Chat
 from runtime.memory import peak_bytes
 from runtime.plans.budget import Budget
 from runtime.sizes import MB
-
-MOST_SEQUENCES = 32
 
 EPILOG = """Examples:
 
@@ -56,7 +55,25 @@ Memory = Annotated[
 Predict = Annotated[
     int, typer.Option("-n", "--predict", metavar="N", help="Most tokens of an answer whose line does not say.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Answers at once, 1 to 32.")]
+BatchSize = Annotated[
+    int,
+    typer.Option("--batch-size", metavar="N", help=f"Answers at once (zigzag: in a batch), 1 to {MOST_SEQUENCES}."),
+]
+How = Annotated[
+    str,
+    typer.Option(
+        "--schedule",
+        metavar="HOW",
+        help=f"{CONTINUOUS}: a text joins when another ends. {ZIGZAG}: a block of texts ends before the next begins.",
+    ),
+]
+NumBatches = Annotated[
+    int | None,
+    typer.Option("--num-batches", metavar="N", help="Batches of a block in zigzag. [default: 1]", show_default=False),
+]
+Overlap = Annotated[
+    str, typer.Option("--overlap", metavar="on|off", help="Read weights while others are computed with, or never.")
+]
 Ctx = Annotated[
     int | None,
     typer.Option("--ctx", metavar="N", help="Positions for all answers at once. [default: 256 for each, or fewer]"),
@@ -98,6 +115,9 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     memory: Memory = None,
     n_predict: Predict = N_PREDICT,
     batch_size: BatchSize = 16,
+    schedule: How = CONTINUOUS,
+    num_batches: NumBatches = None,
+    overlap: Overlap = "on",
     ctx: Ctx = None,
     threads: Threads = None,
     temp: Temp = Sampling.temp,
@@ -112,14 +132,14 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Greedy answers of quantised models are those that `h2o run` gives to each prompt.
     """
-    if not 1 <= batch_size <= MOST_SEQUENCES:
-        raise UsageError(f"--batch-size {batch_size} is not possible", f"give 1 to {MOST_SEQUENCES}")
     if n_predict < 1:
         raise UsageError(f"-n {n_predict} is not possible", "give 1 or more")
     choice = PoolChoice.parse(admission, kv_pool, swap, trace, output.absolute().parent)
+    order = Schedule.parse(schedule, batch_size, num_batches, overlap, swaps=choice.swaps)
     options = SessionOptions(
         model=resolve_model(model),
-        sequences=batch_size,
+        sequences=order.sequences,
+        overlap=order.overlap,
         kind=CONVERSATION,
         budget=Budget.parse(memory),
         ctx=ctx,
@@ -128,7 +148,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         speculate="off",
     )
     with Answers(output) as answers:
-        code = _batch(options, choice, _Files(prompts, answers), n_predict, json)
+        code = _batch(options, _How(choice, order), _Files(prompts, answers), n_predict, json)
     raise typer.Exit(code)
 
 
@@ -137,7 +157,12 @@ class _Files(NamedTuple):
     answers: Answers
 
 
-def _batch(options: SessionOptions, choice: PoolChoice, files: _Files, n_predict: int, json: bool) -> int:
+class _How(NamedTuple):
+    pool: PoolChoice
+    schedule: Schedule
+
+
+def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, json: bool) -> int:
     """Answer what is not answered yet; the exit code."""
     n_lines = sum(1 for _ in read_requests(files.prompts, options.sampling))
     model = OpenModel(options, CONSOLE)
@@ -147,13 +172,13 @@ def _batch(options: SessionOptions, choice: PoolChoice, files: _Files, n_predict
                 f"{options.model.name} keeps a state without positions, which answers cannot share",
                 "answer the prompts one by one with `h2o run`",
             )
-        options = choice.options_for(model.file, options)
+        options = how.pool.options_for(model.file, options)
         session = open_session(model, options, options.ctx or 0, options.ctx or 0)
         try:
-            with open_batch(session, choice, options) as batch:
+            with open_batch(session, how.pool, options, in_blocks=how.schedule.in_blocks) as batch:
                 work = _Work(session, batch, files, options.sampling, n_predict)
                 signal_number = work.run(n_lines)
-                work.tell(choice, json)
+                work.tell(how, json)
             return 128 + signal_number if signal_number else 0
         finally:
             session.close()
@@ -240,9 +265,9 @@ class _Work:
         self._answers.add(answered(item, done.text, finish_reason(done.finish), done.n_prompt, done.n_tokens, name))
         self._totals.answers += 1
 
-    def tell(self, choice: PoolChoice, json: bool) -> None:
+    def tell(self, how: _How, json: bool) -> None:
         """The totals, for programs or for people."""
-        found = self.figures(choice)
+        found = self.figures(how)
         if json:
             print_json(found)
             return
@@ -252,7 +277,7 @@ class _Work:
         memory = f"peak {found['peak_memory_bytes'] / MB:.0f} of {found['budget_bytes'] / MB:.0f} MB"
         note(f"{found['answers']} answers, {found['errors']} with an error{skipped}; {speed}{swaps}, {memory}")
 
-    def figures(self, choice: PoolChoice) -> dict[str, Any]:
+    def figures(self, how: _How) -> dict[str, Any]:
         """The figures of --json."""
         counts = self._batch.counts
         counters, session = self._session.engine.counters, self._session
@@ -275,7 +300,9 @@ class _Work:
             "swaps_out": counts.swaps_out,
             "blocks_in": counts.blocks_in,
             "blocks_out": counts.blocks_out,
-            "admission": str(choice.admission),
-            "schedule": "continuous",
+            "admission": str(how.pool.admission),
+            "schedule": how.schedule.name,
+            "num_batches": how.schedule.num_batches,
+            "overlap": how.schedule.overlap,
             "ledger": session.engine.ledger.as_dict(),
         }

@@ -188,6 +188,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         given,
         sequences=1,
         swap_bytes=0,
+        overlap=True,
         model=resolve_model(named),
         is_named=named is not None,
         budget=budget,

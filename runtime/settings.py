@@ -30,6 +30,7 @@ class Settings:
     kv: which keys and values a decode pass attends to (None: all).
     n_sequences: texts in the cache at once; they share its n_ctx positions.
     swap_bytes: what keys and values outside the cache may take.
+    overlap: read weights ahead while others are computed with; else each one only when the computation waits for it.
     """
 
     n_ctx: int = 512
@@ -47,6 +48,7 @@ class Settings:
     kv: KvFilter | None = None
     n_sequences: int = 1
     swap_bytes: int = 0
+    overlap: bool = True
 
 
 @dataclass(frozen=True)

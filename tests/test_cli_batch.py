@@ -102,6 +102,20 @@ def test_a_system_prompt_is_computed_once(bundled_model, tmp_path, capsys):
     assert text_of(found["line-1"]) == text_of(found["line-3"])
 
 
+def test_schedules_give_the_same_answers(bundled_model, prompts, tmp_path, capsys):
+    found = []
+    for i, flags in enumerate((["--batch-size", 4], ["--schedule", "zigzag", "--batch-size", 2, "--num-batches", 2])):
+        answers = tmp_path / f"a{i}"
+        more = ["--overlap", "off", "--trace", tmp_path / "t"] if i else []
+        assert run_command(batch(bundled_model, prompts, answers, "--json", *flags, *more)) == 0
+        totals = json.loads(capsys.readouterr().out)
+        assert totals["largest_batch"] == 4
+        assert (totals["schedule"], totals["num_batches"]) == (("zigzag", 2) if i else ("continuous", 1))
+        assert totals["overlap"] is not bool(i)
+        found.append({key: text_of(answer) for key, answer in read(answers).items() if answer["response"]})
+    assert found[0] == found[1]
+
+
 def test_a_second_run_repeats_nothing(bundled_model, prompts, tmp_path, capsys):
     answers = tmp_path / "answers.jsonl"
     assert run_command(batch(bundled_model, prompts, answers)) == 0
@@ -200,6 +214,12 @@ def test_the_smallest_budget_that_is_named_works(bundled_model, prompts, tmp_pat
         (["--batch-size", "33"], "--batch-size 33 is not possible"),
         (["-n", "0"], "-n 0 is not possible"),
         (["--ctx", "0"], "--ctx 0 is not possible"),
+        (["--schedule", "zag"], "there is no --schedule zag"),
+        (["--overlap", "yes"], "--overlap yes is not possible"),
+        (["--num-batches", "2"], "add --schedule zigzag"),
+        (["--schedule", "zigzag", "--num-batches", "3"], "--num-batches 3 of 16 texts is not possible"),
+        (["--schedule", "zigzag", "--num-batches", "0"], "--num-batches 0 of 16 texts is not possible"),
+        (["--schedule", "zigzag", "--admission", "none"], "the texts of a block are never swapped out"),
     ],
 )
 def test_wrong_usage_is_one_line(bundled_model, prompts, tmp_path, flags, message, capsys):

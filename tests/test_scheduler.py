@@ -18,7 +18,8 @@ LIMITS = st.builds(
     st.integers(1, 20),
     st.integers(2 * LONG, 200),
     st.sampled_from([64, 128, 256]),
-    st.booleans(),
+    apart=st.booleans(),
+    in_blocks=st.booleans(),
 )
 
 
@@ -40,6 +41,8 @@ def test_cells_always_suffice_and_all_is_answered(waiting, limits):
         jobs = [job for job, _ in running]
         counts = next_pass(jobs, limits)
         check_pass(jobs, counts, limits)
+        if limits.in_blocks:
+            check_step(jobs, counts)
         after = []
         for (before, comes), n in zip(running, counts, strict=True):
             job = before.after(n)
@@ -71,6 +74,14 @@ def check_pass(jobs, counts, limits):
             assert n >= LONG or n == block
         else:
             assert not long
+
+
+def check_step(jobs, counts):
+    """A step of a block: prompts only, or a token of every text."""
+    if any(job.n_unread for job in jobs):
+        assert all(n == 0 for job, n in zip(jobs, counts, strict=True) if not job.n_unread)
+    else:
+        assert counts == [1] * len(jobs)
 
 
 def limits(n_cells=1000, n_sequences=8):
@@ -114,3 +125,24 @@ def test_apart_a_block_that_leaves_no_room_for_answers_goes_without():
 def test_a_block_longer_than_any_pass_leaves_a_long_part():
     assert next_pass([Job(150, 0, 5)], Limits(1000, 8, 128, 256)) == [86]
     assert next_pass([Job(150, 86, 5)], Limits(1000, 8, 128, 256)) == [64]
+
+
+def test_nothing_joins_a_block_that_has_begun():
+    blocks = Limits(1000, 8, 256, 128, apart=True, in_blocks=True)
+    assert may_join([Job(10, 0, 5), Job(20, 0, 5)], Job(10, 0, 5), blocks)
+    assert not may_join([Job(10, 0, 5), Job(20, 20, 4)], Job(10, 0, 5), blocks)
+    assert not may_join([Job(10, 12, 1)], Job(10, 0, 5), blocks)
+
+
+def test_a_block_reads_its_prompts_before_it_answers():
+    blocks = Limits(1000, 8, 256, 128, apart=True, in_blocks=True)
+    assert next_pass([Job(10, 10, 5), Job(128, 0, 5), Job(128, 0, 5)], blocks) == [0, 128, 64]
+    assert next_pass([Job(10, 10, 5), Job(128, 128, 5), Job(128, 64, 5)], blocks) == [0, 0, 64]
+    assert next_pass([Job(10, 10, 5), Job(128, 128, 5), Job(128, 128, 5)], blocks) == [1, 1, 1]
+
+
+def test_texts_of_a_block_keep_their_cells_while_prompts_are_read():
+    jobs = [Job(10, 0, 2), Job(300, 0, 9)]
+    at_once, blocks = (Limits(1000, 8, 128, 128, apart=True, in_blocks=how) for how in (False, True))
+    assert peak_cells(jobs, at_once) == 308
+    assert peak_cells(jobs, blocks) == 312

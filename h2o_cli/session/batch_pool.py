@@ -81,11 +81,13 @@ class PoolChoice:
 
 
 @contextmanager
-def open_batch(session: Session, choice: PoolChoice, options: SessionOptions) -> Iterator[Batch]:
+def open_batch(
+    session: Session, choice: PoolChoice, options: SessionOptions, *, in_blocks: bool = False
+) -> Iterator[Batch]:
     """The batch that the flags ask for. options: those that options_for() gave. Raises H2OError."""
     engine, tokenizer = session.engine, session.model.tokenizer
     if not choice.swaps and not choice.trace:
-        yield Batch(engine, tokenizer, session.follower)
+        yield Batch(engine, tokenizer, session.follower, in_blocks=in_blocks)
         return
     from runtime.answer.pool_trace import open_trace
     from runtime.answer.pressed import CountedBatch, Parts, PressedBatch
@@ -101,7 +103,7 @@ def open_batch(session: Session, choice: PoolChoice, options: SessionOptions) ->
         if writer:
             writer.begin(pool)
         if not choice.swaps:
-            yield CountedBatch(parts, pool)
+            yield CountedBatch(parts, pool, in_blocks=in_blocks)
             return
         file = session.model.file
         block_bytes = state_bytes(position_bytes(file), BLOCK_TOKENS, file.n_layers)

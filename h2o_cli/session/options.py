@@ -26,13 +26,14 @@ class SessionOptions:
     """What a session is opened with; None: not given.
 
     is_named: the user named the model. kind: of run, as the smallest budget knows them. sequences: in the cache at
-    once. swap_bytes: what keys and values outside the cache may take.
+    once. swap_bytes: what keys and values outside the cache may take. overlap: read while computing.
     """
 
     model: Path
     is_named: bool = True
     sequences: int = 1
     swap_bytes: int = 0
+    overlap: bool = True
     kind: str = PROMPT
     budget: Budget = field(default_factory=lambda: Budget.parse(None))
     plan_file: Path | None = None

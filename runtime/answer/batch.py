@@ -43,9 +43,19 @@ class Batch:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, between_passes: Callable[[], None], *, shares: bool = True
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        between_passes: Callable[[], None],
+        *,
+        shares: bool = True,
+        in_blocks: bool = False,
     ) -> None:
-        """between_passes: the place to adopt a new plan. shares: texts may have cells in common."""
+        """between_passes: the place to adopt a new plan. shares: texts may have cells in common.
+
+        in_blocks: texts begin together, as many as there is room for, and the next ones wait until all have ended; they
+        have no cells in common.
+        """
         self.engine = engine
         self.largest = self.n_joined = 0  # sequences in one pass, and in all
         self.counts = Counts()  # of what was swapped
@@ -56,8 +66,9 @@ class Batch:
         n_block = min(settings.n_ubatch, settings.n_ctx)
         apart = engine.attention is not None
         self._limits = Limits(settings.n_ctx, settings.n_sequences, engine.pass_tokens, n_block, apart)
+        self._limits = replace(self._limits, in_blocks=in_blocks)
         self._running: list[Running] = []
-        self._beginning = Beginning(engine, n_block, is_possible=shares and engine.attention is not None)
+        self._beginning = Beginning(engine, n_block, is_possible=shares and apart and not in_blocks)
 
     @property
     def n_running(self) -> int:

@@ -27,8 +27,9 @@ class Parts:
 class CountedBatch(Batch):
     """A batch that admits as ever, but in whole blocks of a pool, which sees them come and go."""
 
-    def __init__(self, parts: Parts, pool: Pool) -> None:
-        super().__init__(parts.engine, parts.tokenizer, parts.between_passes, shares=False)
+    def __init__(self, parts: Parts, pool: Pool, *, in_blocks: bool = False) -> None:
+        """in_blocks: see Batch."""
+        super().__init__(parts.engine, parts.tokenizer, parts.between_passes, shares=False, in_blocks=in_blocks)
         self.pool = pool
         self._limits = replace(self._limits, n_unit=pool.block_tokens)
 

@@ -9,6 +9,9 @@ long passes, and everything else into short ones.
 Prompts come first, in the order of their admission, and how they come does not depend on who is being answered. So the
 cells of the cache that are taken at any later time can be said beforehand, or more, as answers may end early. What is
 admitted is never thrown out.
+
+Continuous: a sequence joins whenever there is room. Zig-zag, in blocks: those that begin together read their prompts,
+then each pass computes a token of all of them, and nothing joins before the last one has ended.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ class Limits:
     """Cells of the cache; sequences at once, at most LONG - 2; tokens of a long pass, at least 2 LONG, of a block.
 
     apart: the attention of each sequence is computed apart. n_unit: a sequence takes cells in units of so many.
+    in_blocks: zig-zag.
     """
 
     n_cells: int
@@ -32,6 +36,7 @@ class Limits:
     n_block: int
     apart: bool = False
     n_unit: int = 1
+    in_blocks: bool = False
 
     def taken(self, jobs: Iterable[Job], more: int = 0) -> int:
         """Cells that jobs take alone with `more` tokens each."""
@@ -92,10 +97,11 @@ def next_pass(jobs: Sequence[Job], limits: Limits) -> list[int]:
     prompts_only = is_long and not (limits.apart and _part(first, left))
     if prompts_only:
         left = limits.n_long
+    answers_wait = prompts_only or (limits.in_blocks and first > 0)
     counts = []
     for job, (block, long) in zip(jobs, blocks, strict=True):
         if not job.n_unread:
-            counts.append(0 if prompts_only else 1)
+            counts.append(0 if answers_wait else 1)
             continue
         n = _part(block, left) if long else min(block, left)
         if limits.apart and n < block and not long:
@@ -128,4 +134,6 @@ def may_join(jobs: Sequence[Job], new: Job, limits: Limits) -> bool:
     """Whether a job can be admitted beside those that run: it will find the cells it needs, and so will they."""
     if len(jobs) >= limits.n_sequences or new.most_cells > limits.n_cells:
         return False
+    if limits.in_blocks and any(job.n_cells for job in jobs):
+        return False  # the block has begun
     return peak_cells([*jobs, new], limits) <= limits.n_cells

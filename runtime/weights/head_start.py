@@ -44,7 +44,8 @@ def open_weights(file: ModelFile, settings: Settings, kind: type[LayerStore] = L
         opened.callback(files.close)
         small = SmallTensors(file, files)  # many short reads, each of which would wait for the long ones of the stream
         opened.callback(small.free)
-        store = kind(file, files, request_bytes=settings.request_bytes, depth=settings.depth)
+        size, depth = settings.request_bytes, settings.depth
+        store = kind(file, files, request_bytes=size, depth=depth, ahead=settings.overlap)
         opened.pop_all()
     return Weights(store, small)
 

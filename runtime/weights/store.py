@@ -52,8 +52,12 @@ class LayerStore:
 
     read_observer: ClassVar[Observer | None] = None  # of the stores that are opened from now on
 
-    def __init__(self, model: ModelFile, files: WeightFiles, *, request_bytes: int = 2**21, depth: int = 4) -> None:
+    def __init__(
+        self, model: ModelFile, files: WeightFiles, *, request_bytes: int = 2**21, depth: int = 4, ahead: bool = True
+    ) -> None:
+        """ahead: read what comes next while the computation goes on; else only what it waits for."""
         self.files = files
+        self._reads_ahead = ahead
         self._pieces = {piece.number: piece for piece in model.pieces}
         self._head = frozenset(piece.number for piece in model.head.pieces)
         self._share_before = {group.index: i / max(1, model.n_layers) for i, group in enumerate(model.groups)}
@@ -273,6 +277,8 @@ class LayerStore:
 
     def start_load(self) -> bool:
         """Queue the reads of the next piece: of the stream, or while there is no room for that, of a resident one."""
+        if not self._reads_ahead:
+            return False
         piece = self._next_piece()
         if piece and self._start(piece):
             self._load_place += 1
