@@ -13,23 +13,21 @@ from types import ModuleType
 from typing import Any
 
 from h2o_cli.closing import closing_line
-from h2o_cli.console import CONSOLE, first_with_progress
+from h2o_cli.console import first_with_progress
 from h2o_cli.interrupts import interrupts
+from h2o_cli.opened import Opened
 from h2o_cli.output import emit, is_terminal, note, print_error, styled, tell
 from h2o_cli.run_options import RunOptions
-from h2o_cli.session.defaults import CONVERSATION_CONTEXT
-from h2o_cli.session.model import OpenModel, context_for
-from h2o_cli.session.opening import Session, open_session
+from h2o_cli.session.opening import Session
 from h2o_cli.transcript import Transcript, load, save
 from runtime.answer.generate import CANCELLED, LENGTH, Request
 from runtime.answer.meter import Meter, Statistics
 from runtime.errors import Cancelled, H2OError, PromptError, UsageError
-from runtime.llama.chat import Chat, Message
+from runtime.llama.chat import Message
 
 PROMPT = "> "
 QUOTES = '"""'
 WHOLE_NUMBERS = ("top_k", "seed")
-LONGEST_TAIL = 1024  # tokens of an answer that a filter keeps apart from the prompt
 ANSWER_ROOM = 256  # tokens kept free for an answer, at most a quarter of the context
 HELP = """/help         these lines
 /set NAME N   change temp, top-k, top-p, min-p, repeat-penalty, seed or n (most tokens); /set shows them
@@ -49,22 +47,12 @@ def converse(options: RunOptions) -> int:
     if options.json:
         raise UsageError("--json needs a prompt", "give one with -p, -f or on standard input")
     readline = _line_editing()
-    wanted = options.session
-    model = OpenModel(wanted, CONSOLE)
+    opened = Opened(options)
     try:
-        chat = Chat(model.tokenizer, note) if options.chat or model.tokenizer.chat_template else None
-        if chat:
-            chat.compile()
-        n_ctx = context_for(model, wanted.ctx, options.max_context or CONVERSATION_CONTEXT)
-        longest = LONGEST_TAIL if options.n_predict in (None, -1) else options.n_predict
-        session = open_session(model, wanted.for_answers_of(longest or 0), n_ctx, n_ctx)
-        try:
-            note(f"{model.file.name}, context {n_ctx} tokens; /help lists the commands")
-            return Conversation(session, options, chat, readline).run()
-        finally:
-            session.close()
+        note(f"{opened.session.model.file.name}, context {opened.n_ctx} tokens; /help lists the commands")
+        return Conversation(opened, options, readline).run()
     finally:
-        model.close()
+        opened.close()
 
 
 def _line_editing() -> ModuleType | None:
@@ -80,13 +68,10 @@ def _line_editing() -> ModuleType | None:
 class Conversation:
     """The turns of one conversation. Without a chat every line starts a text of its own."""
 
-    def __init__(
-        self, session: Session, options: RunOptions, chat: Chat | None, readline: ModuleType | None = None
-    ) -> None:
-        self._session = session
+    def __init__(self, opened: Opened, options: RunOptions, readline: ModuleType | None = None) -> None:
+        self._opened = opened
         self._options = options
-        self._sampling = options.session.sampling
-        self._chat = chat
+        self._chat = opened.chat
         self._readline = readline
         self._system = ""
         self._messages: list[Message] = []
@@ -102,6 +87,10 @@ class Conversation:
             "/clear": self._clear,
             "/stats": self._stats,
         }
+
+    @property
+    def _session(self) -> Session:
+        return self._opened.session
 
     def run(self) -> int:
         """Read lines and answer them until the end; returns the exit code."""
@@ -194,6 +183,7 @@ class Conversation:
 
     def answer(self, line: str) -> None:
         """Answer one line. Raises PromptError when it cannot be put to the model, Cancelled on SIGTERM."""
+        self._opened.follow_devices()
         stop = self._options.stop + (self._chat.stop if self._chat else ())
         prompt = self._chat_prompt(line) if self._chat else self._plain_prompt(line)
         text, tokens = self._generate(Request(tuple(prompt), self._n_predict, stop))
@@ -277,7 +267,7 @@ class Conversation:
         """Change one setting, or show all. Raises UsageError."""
         name, _, value = rest.partition(" ")
         key = name.lstrip("-").replace("-", "_")
-        known = asdict(self._sampling)
+        known = asdict(self._opened.sampling)
         if key and key != "n" and key not in known:
             raise UsageError(f"there is no setting {name}", f"/set {', '.join((*known, 'n')).replace('_', '-')}")
         if key:
@@ -286,7 +276,7 @@ class Conversation:
             except ValueError:
                 raise UsageError(f"{value!r} is not a number", f"give one, such as /set {name} 1") from None
             self._change(key, number)
-        shown = {**asdict(self._sampling), "n": self._n_predict, "seed": self._session.sampler.seed}
+        shown = {**asdict(self._opened.sampling), "n": self._n_predict, "seed": self._session.sampler.seed}
         note(", ".join(f"{key.replace('_', '-')} {value}" for key, value in shown.items()))
 
     def _change(self, key: str, number: Any) -> None:
@@ -295,8 +285,7 @@ class Conversation:
                 raise UsageError("with --kv-filter -n cannot change", "start again with another -n")
             self._options = replace(self._options, n_predict=int(number))
             return
-        self._sampling = replace(self._sampling, **{key: number})
-        self._session.sample_with(self._sampling)
+        self._opened.sample_with(replace(self._opened.sampling, **{key: number}))
 
     @property
     def _n_predict(self) -> int:

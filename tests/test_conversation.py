@@ -147,7 +147,7 @@ def test_the_system_message_is_in_the_prompt():
     chat = Some(
         encode=lambda messages, _most: seen.append([turn.role for turn in messages]) or [0] * 60 * len(messages)
     )
-    talk = Conversation(Some(engine=Some(settings=Some(n_ctx=320))), Some(session=Some(sampling=None)), chat)
+    talk = Conversation(Some(session=Some(engine=Some(settings=Some(n_ctx=320))), chat=chat), None)
     talk._set_system("Be short.")
     assert len(talk._chat_prompt("hello")) == 120
     talk._messages += [Some(role="assistant", content="")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from runtime.errors import UsageError
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.budget import Budget
+
+LOCAL = "local"
 
 if TYPE_CHECKING:
     from h2o_cli.session.members import Team
@@ -58,14 +60,24 @@ class Flags:
         if self.are_given and others:
             raise UsageError("--workers does not work with --kv-filter or --draft", "leave those out")
 
-    def addresses(self) -> str:
-        """The devices in the order of their priority, as --workers names them. Raises UsageError, H2OError."""
+    def addresses(self, *, once_more: bool = False) -> str:
+        """The devices in the order of their priority, as --workers names them. Raises UsageError, H2OError.
+
+        once_more: the file may have lost devices that --priority names.
+        """
         if self.devices is None:
             return self.workers or ""
         from h2o_cli.session.device_file import in_order, read_devices
 
+        entries = read_devices(self.devices)
         priority = [name.strip() for name in (self.priority or "").split(",") if name.strip()]
-        return ",".join(e.place for e in in_order(read_devices(self.devices), priority, by_memory=self.by_memory))
+        if once_more:
+            priority = [name for name in priority if any(name in (e.address, e.place) for e in entries)]
+        return ",".join(e.place for e in in_order(entries, priority, by_memory=self.by_memory))
+
+    def naming(self, addresses: str) -> Flags:
+        """The same with --workers instead of a file, and without --refresh: what was measured now holds."""
+        return replace(self, workers=addresses, devices=None, priority=None, by_memory=False, refresh=False)
 
 
 def join(
@@ -87,6 +99,9 @@ def join(
     addresses = flags.addresses()
     if flags.devices is not None:
         note(f"order of the devices: {addresses}")
+    if addresses == LOCAL:
+        note("no other device is named: this machine computes alone")
+        return None
     devices = Devices(addresses, flags.spare, flags.tls, flags.split, flags.refresh)
     return Team.join(file, devices, budget.n_bytes, n_threads, note)
 

@@ -51,6 +51,10 @@ class Chat:
         self._tokenizer = tokenizer
         self._code = b""
 
+    def move_to(self, tokenizer: Tokenizer) -> None:
+        """The same model was opened anew."""
+        self._tokenizer = tokenizer
+
     def compile(self) -> None:
         """Compile the template now, as long as there is memory for it: before the engine has it. Raises PromptError."""
         if not self._code:
