@@ -210,7 +210,11 @@ import gc, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from engines import engine
+import runtime.engine.engine as module
+from runtime.memory import file_bytes, resident_bytes_outside
 
+# Pages of files, which depend on what is in the page cache, are left out.
+module.resident_bytes_outside = lambda ranges: resident_bytes_outside(ranges) - file_bytes()
 sizes = []
 for n_ubatch in (512, 400, 300, 128):
     with engine(Path({model!r}), n_ubatch=n_ubatch, n_logits=33) as opened:
@@ -225,4 +229,4 @@ def test_an_engine_leaves_no_holes_in_the_heap(bundled_model):
     text = MEASURE.format(path=sys.path, model=str(bundled_model))
     done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, check=True)
     sizes = [int(size) for size in done.stdout.split()]
-    assert max(sizes) - min(sizes) < MB // 2, sizes
+    assert max(sizes) - min(sizes) < MB * 2 // 5, sizes

@@ -20,6 +20,7 @@ class CodePages:
 
     def __init__(self) -> None:
         self._counted_bytes = file_bytes()
+        drop_file_pages()  # those of opening; what computing uses of them was counted
         self._n_short = -1  # short passes since pages were given back; -1: they have to be
         self.spared_bytes = 0
 
