@@ -429,10 +429,10 @@ def test_conversation_with_commands(conversation):
 
 
 def test_interrupt_stops_the_answer_and_then_the_conversation(conversation):
-    terminal = conversation("-n", -1, "--ctx", 512, "--speculate", "off")
+    terminal = conversation("-n", -1, "--ctx", 2048, "--speculate", "off")
     terminal.send("hello\n")
     terminal.wait_for("hello\r\n")
-    time.sleep(0.3)
+    time.sleep(0.1)
     terminal.send("\x03")
     terminal.wait_for("stopped")
     terminal.wait_for("> ")

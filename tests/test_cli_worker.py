@@ -82,6 +82,11 @@ def test_the_answer_is_that_of_one_machine(bundled_model):
         ]
 
 
+def test_this_machine_alone_is_said(bundled_model):
+    code, _, said = run("run", bundled_model, "-p", "a", "-n", "1", "--workers", "local")
+    assert (code, "no other device is named: this machine computes alone" in said) == (0, True)
+
+
 def test_ctrl_c_ends_a_worker(bundled_model):
     with worker(bundled_model, "--listen", "127.0.0.1:0") as (process, _):
         process.send_signal(signal.SIGINT)
@@ -123,7 +128,7 @@ def test_a_stranger_is_refused_and_said_once(bundled_model, tmp_path):
         (["worker", "--listen", "nowhere"], "'nowhere' is no address"),
         (["worker", "--tls", "/nonexistent"], "authority.pem cannot be read"),
         (["worker", "-t", "0"], "--threads 0 is not possible"),
-        (["run", "-p", "a", "--workers", "local"], "--workers names no worker"),
+        (["run", "-p", "a", "--workers", ""], "--workers names no worker"),
         (["run", "-p", "a", "--workers", "a:1,a:1"], "a:1 cannot be named here"),
         (["run", "-p", "a", "--workers", "192.168.1.7:9999"], "needs certificates"),
         (["run", "-p", "a", "--workers", "x"], "'x' is no address"),

@@ -59,7 +59,7 @@ class Devices:
     def addresses(self) -> list[str]:
         """Those that compute. Raises UsageError."""
         found = parse_addresses(self.workers)
-        if found in ([], [LOCAL]):
+        if not found:
             raise UsageError("--workers names no worker", "give host:port, separated by commas")
         return found
 
