@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from h2o_cli.bench.admission.runs import Settings
 
 
-STEP, REPEATS, FAST, BATCH_SIZE = 0.2, 10, 48, 32
-QUICK_STEP, ROUNDS = 0.6, 3
+STEP, REPEATS, FAST, BATCH_SIZE, ROUNDS = 0.2, 10, 32, 32, 7
+QUICK_STEP, QUICK_ROUNDS = 0.6, 4
+ENGINE_TEXTS, QUICK_ENGINE_TEXTS = 32, 16
 
 
 def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -30,6 +31,14 @@ def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
         int, typer.Option("--batch-size", metavar="N", min=2, max=32, help="Texts at once, at most.")
     ] = BATCH_SIZE,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=2, help="Seeds of each point.")] = REPEATS,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", metavar="N", min=2, help="Turns of the engine's runs. [default: 7, quick: 4]"),
+    ] = None,
+    engine_texts: Annotated[
+        int | None,
+        typer.Option("--engine-texts", metavar="N", min=4, help="Texts of each of them. [default: 32, quick: 16]"),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="For rows, report and plots.")] = Path(
         "bench-results"
     ),
@@ -59,8 +68,10 @@ def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if make_prompts is None and check is None:
         from h2o_cli.bench.admission.runs import Settings
 
-        step, rounds = (QUICK_STEP, 1) if quick else (STEP, ROUNDS)
-        settings = Settings(pool, batch_size, number, repeats, step, seed, rounds)
+        step = QUICK_STEP if quick else STEP
+        rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
+        engine_texts = engine_texts or (QUICK_ENGINE_TEXTS if quick else ENGINE_TEXTS)
+        settings = Settings(pool, batch_size, number, repeats, step, seed, rounds, engine_texts)
         _search(model or [str(BUNDLED_MODEL)], settings, _Output(output, add, json))
     if make_prompts is not None:
         from h2o_cli.bench.admission.workload import read_behaviors, workload, write_requests

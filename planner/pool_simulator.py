@@ -18,11 +18,30 @@ from runtime.answer.scheduler import Job, Limits, may_join, next_pass
 
 
 class Text(NamedTuple):
-    """Tokens of a prompt, the most of its answer, and those that really come; in tokens, each at least 1."""
+    """Tokens of a prompt, the most of its answer, and those that really come; in tokens, each at least 1.
+
+    at_pass: when it arrives (see Arrivals).
+    """
 
     n_prompt: int
     n_most: int
     n_answer: int
+    at_pass: int = 0
+
+
+class Arrivals:
+    """Which texts are there already. Time is counted in passes; while there is nothing to answer it is skipped."""
+
+    def __init__(self, at_pass: Sequence[int]) -> None:
+        """at_pass: for each text in order, before which pass it arrives (0: the first)."""
+        self._at_pass, self._skipped = at_pass, 0
+
+    def is_here(self, number: int, n_passes: int, n_running: int) -> bool:
+        """Whether the number-th text is there after n_passes, when so many are running."""
+        at_pass = self._at_pass[number]
+        if not n_running:
+            self._skipped = max(self._skipped, at_pass - n_passes)
+        return at_pass <= n_passes + self._skipped
 
 
 class Work(NamedTuple):
@@ -58,12 +77,15 @@ class Costs:
 
 
 def fitted(passes: Sequence[tuple[Work, float]], block_out_s: float, block_in_s: float) -> Costs:
-    """The costs that are nearest (least squares) to passes and their seconds; what would be negative is 0."""
-    known = np.array([(1, *work) for work, _ in passes], dtype=float)
+    """The costs that are nearest to passes and their seconds; what would be negative is 0.
+
+    Least squares, where the square of an error may be as large as the pass is long.
+    """
     seconds = np.array([s for _, s in passes])
+    known = np.array([(1, *work) for work, _ in passes], dtype=float) / np.sqrt(seconds)[:, None]
     used = list(range(known.shape[1]))
     while True:
-        found = np.linalg.lstsq(known[:, used], seconds, rcond=None)[0]
+        found = np.linalg.lstsq(known[:, used], np.sqrt(seconds), rcond=None)[0]
         if (found >= 0).all():
             break
         used.pop(int(np.argmin(found)))
@@ -73,9 +95,13 @@ def fitted(passes: Sequence[tuple[Work, float]], block_out_s: float, block_in_s:
 
 @dataclass
 class Outcome:
-    """What a batch took. Tokens that were chosen, and those of prompts; texts that could never fit are only counted."""
+    """What a batch took. Tokens that were chosen, and those of prompts; texts that could never fit are only counted.
+
+    swap_s: seconds that are swaps'.
+    """
 
     seconds: float = 0.0
+    swap_s: float = 0.0
     n_passes: int = 0
     n_tokens: int = 0
     n_prompt_tokens: int = 0
@@ -84,7 +110,7 @@ class Outcome:
 
 
 def simulate(texts: Sequence[Text], pool: Pool, admission: Admission, limits: Limits, costs: Costs) -> Outcome:
-    """Answer all texts, each admitted as soon as it may be, in their order. pool: an empty one, left empty.
+    """Answer all texts, each admitted in its order as soon as it is there and may be. pool: an empty one, left empty.
 
     limits: as the engine's, with the cells of the pool's fast tier.
     """
@@ -101,15 +127,16 @@ class _Simulated:
         self._outcome = Outcome(counts=pool.counts)
 
     def run(self, texts: Sequence[Text]) -> Outcome:
-        new = [(Job(text.n_prompt, 0, text.n_most), text.n_most - text.n_answer) for text in texts]
-        waiting = [(job, end) for job, end in new if self._fits(job)]
-        self._outcome.n_refused = len(new) - len(waiting)
-        waiting.reverse()
+        possible = [(job, text) for text in texts if self._fits(job := Job(text.n_prompt, 0, text.n_most))]
+        self._outcome.n_refused = len(texts) - len(possible)
+        arrivals = Arrivals([text.at_pass for _, text in possible])
         n_joined = 0
-        while waiting or self._jobs:
-            while waiting and self._may_join(waiting[-1][0]):
-                job, self._ends[n_joined] = waiting.pop()
-                self._jobs[n_joined] = job
+        while n_joined < len(possible) or self._jobs:
+            while n_joined < len(possible) and arrivals.is_here(n_joined, self._outcome.n_passes, len(self._jobs)):
+                job, text = possible[n_joined]
+                if not self._may_join(job):
+                    break
+                self._jobs[n_joined], self._ends[n_joined] = job, text.n_most - text.n_answer
                 if self._pressure:
                     self._pressure.join(n_joined, job)
                 n_joined += 1
@@ -130,9 +157,10 @@ class _Simulated:
         turn = self._pressure.next_turn(jobs) if self._pressure else self._turn()
         counts = [turn.tokens.get(sequence, 0) for sequence in jobs]
         work = Work.of(list(jobs.values()), counts)
-        outcome.seconds += costs.of(work)
-        outcome.seconds += costs.block_out_s * sum(map(len, turn.swap_out.values()))
-        outcome.seconds += costs.block_in_s * sum(len(self._pool.held(sequence)) for sequence in turn.swap_in)
+        swap_s = costs.block_out_s * sum(map(len, turn.swap_out.values()))
+        swap_s += costs.block_in_s * sum(map(len, turn.swap_in.values()))
+        outcome.swap_s += swap_s
+        outcome.seconds += costs.of(work) + swap_s
         outcome.n_passes += 1
         outcome.n_prompt_tokens += work.n_prompt_tokens
         for sequence, n in zip(list(jobs), counts, strict=True):

@@ -72,7 +72,7 @@ def test_costs_are_found_again():
     works = [Work(rng.randrange(300), rng.randrange(16), rng.randrange(4000)) for _ in range(50)]
     found = fitted([(work, COSTS.of(work)) for work in works], 1e-3, 1e-3)
     assert vars(found) == pytest.approx(vars(COSTS))
-    costs = fitted([(work, 1e-3 * work.n_texts - 1e-5 * work.n_positions) for work in works], 0.0, 0.0)
+    costs = fitted([(work, 0.1 + 1e-3 * work.n_texts - 1e-5 * work.n_positions) for work in works], 0.0, 0.0)
     assert costs.position_s == 0 <= min(vars(costs).values())
 
 

@@ -13,21 +13,33 @@ import msgspec
 
 from h2o_cli.bench.rows import Row
 
-Suite = Literal["admission sweep", "admission fresh", "admission bandit", "admission check"]
+Suite = Literal[
+    "admission sweep",
+    "admission fresh",
+    "admission known",
+    "admission bandit",
+    "admission check",
+    "admission engine",
+    "admission twice",
+]
 SWEEP: Final = "admission sweep"
 FRESH: Final = "admission fresh"
+KNOWN: Final = "admission known"
 BANDIT: Final = "admission bandit"
 CHECK: Final = "admission check"
+ENGINE: Final = "admission engine"
+TWICE: Final = "admission twice"
 # Student's t, two sides, 95 %: by degrees of freedom, 1 and more
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _T_OF_MANY = 2.13
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """What answering the texts of a seed took; swaps and blocks are those of the whole run."""
+    """What answering the texts of a seed took; swaps and blocks are those of the whole run. swap_s: of its seconds."""
 
     seed: int
     seconds: float
+    swap_s: float
     n_passes: int
     n_tokens: int
     n_prompt_tokens: int
@@ -49,10 +61,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdmissionRow(Row, frozen=True, kw_only=True, omit_defaults=True):
-    """Runs of one way to admit. fast: blocks of the pool. runs: simulated, a seed each; of a check the engine's.
+    """Runs of one way to admit. fast: blocks of the pool. runs: simulated, a seed each.
 
-    Of a check, `simulated` are the simulator's runs with the same texts. costs: seconds (planner/pool_simulator.py).
-    Of a bandit, `policy` is what it chose among and n_plays how many simulated runs it took.
+    Of a check, runs are the engine's, all with the same texts; `simulated` are a simulator's that was fitted to the
+    same round. "admission engine" and "admission twice" (with twice the pool) are the engine's, a seed each. With
+    "admission known" every answer's length is known beforehand. costs: seconds (planner/pool_simulator.py). Of a
+    bandit, `policy` is what it chose among, and n_plays how many simulated runs it took.
     """
 
     suite: Suite
@@ -103,6 +117,12 @@ def gain(row: AdmissionRow, other: AdmissionRow) -> Mean:
     """How much faster than another row, in percent: the mean over the seeds, each compared with itself."""
     pairs = zip(row.runs, other.runs, strict=True)
     return mean([100 * (run.out_per_s / base.out_per_s - 1) for run, base in pairs])
+
+
+def off_by(check: AdmissionRow) -> Mean:
+    """How much faster the simulator is than the engine, in percent: the mean over the rounds, each with itself."""
+    pairs = zip(check.simulated, check.runs, strict=True)
+    return mean([100 * (simulated.out_per_s / run.out_per_s - 1) for simulated, run in pairs])
 
 
 def write_csv(rows: Sequence[AdmissionRow], path: Path) -> None:

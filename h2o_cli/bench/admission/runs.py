@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from h2o_cli.bench.admission.engine_runs import PressedEngine, Prompt, open_engine, simulated
-from h2o_cli.bench.admission.rows import BANDIT, CHECK, FRESH, SWEEP, AdmissionRow, Run, Suite, gain
+from h2o_cli.bench.admission.rows import (
+    BANDIT,
+    CHECK,
+    ENGINE,
+    FRESH,
+    KNOWN,
+    SWEEP,
+    TWICE,
+    AdmissionRow,
+    Run,
+    Suite,
+    gain,
+)
 from h2o_cli.bench.admission.workload import workload
 from h2o_cli.bench.models.named import BenchModel
-from h2o_cli.bench.rows import circumstances
+from h2o_cli.bench.rows import chosen, circumstances
 from planner.bandit import BanditResult, Ucb1
 from planner.pool_simulator import Costs, Text
 from runtime.answer.admission import AVERAGE, NONE, RESERVE, SIMULATE, Admission
 from runtime.answer.scheduler import Limits
 
 CHECKED = ("none", "reserve:2", "reserve:8", "average:4", "average:7")
-ENGINE_TEXTS, _WARM_UP = 32, 4  # of the engine's runs, at most
+CALIBRATED = (
+    ("none", 1),
+    ("none", 2),
+    ("average:7", 1),
+)  # admission, and what the pool is divided by: so it swaps more
+_WARM_UP = 4  # texts
 SHARE = 5  # the bandit takes such a part of the sweep's runs
 _C = 0.1  # of the bandit: a play is a run of a hundred texts, and its noise a good part of the range
-_FRESH_SEEDS, _CALIBRATION_SEED, _CHECK_SEED = 1000, 2000, 3000  # from the first one on
+_FRESH_SEEDS, _CALIBRATION_SEED, _CHECK_SEED, _ENGINE_SEEDS = 1000, 2000, 3000, 4000  # from the first one on
 _RANGES = {RESERVE: (0.0, 12.0), AVERAGE: (1.8, 7.5)}
 
 
@@ -37,7 +54,10 @@ def grid(policy: str, step: float) -> list[Admission]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of all models. fast: blocks of the pool; step: of the sweeps; repeats: seeds from `seed` on; rounds: engine's."""
+    """Of all models. fast: blocks of the pool; step: of the sweeps; repeats: seeds from `seed` on.
+
+    rounds, n_engine_texts: of the engine's runs.
+    """
 
     fast: int
     batch_size: int
@@ -46,6 +66,7 @@ class Settings:
     step: float
     seed: int
     rounds: int
+    n_engine_texts: int
 
 
 def search(
@@ -84,35 +105,76 @@ class AdmissionBench:
     def run(self) -> Iterator[AdmissionRow]:
         """Rows as they are measured. Raises H2OError."""
         settings = self.settings
-        with open_engine(self.model.path, settings.fast, settings.batch_size) as engine:
-            fit = self._prompts(engine, _CALIBRATION_SEED)[:ENGINE_TEXTS]
-            checked = self._prompts(engine, _CHECK_SEED)[:ENGINE_TEXTS]
-            engine.run(fit[:_WARM_UP], Admission(NONE), settings.seed)
-            runs: dict[str, list[Run]] = {text: [] for text in CHECKED}
-            for i in range(settings.rounds):
-                for text in CHECKED[:: -1 if i % 2 else 1]:  # in turns, so that both see the same machine
-                    admission = Admission.parse(text)
-                    engine.run(fit, admission, settings.seed, counts=True)
-                    runs[text].append(engine.run(checked, admission, settings.seed + _CHECK_SEED))
-            assert engine.limits
-            simulator = _Simulator(engine.limits, engine.costs(), engine.fast, engine.slow)
-            texts = [prompt.text for prompt in checked]
-            for text, measured in runs.items():
-                admission = Admission.parse(text)
-                beside = simulator.run(texts, admission, settings.seed + _CHECK_SEED)
-                yield self._row(CHECK, admission, simulator, runs=tuple(measured), simulated=(beside,))
+        with open_engine(self.model.path, 2 * settings.fast, settings.batch_size) as engine:
+            checks = self._engine_checks(engine)
+            simulator = self._simulator(engine)
+            for text, pairs in checks.items():
+                runs, beside = zip(*pairs, strict=True)
+                yield self._row(CHECK, Admission.parse(text), simulator, runs=runs, simulated=beside)
             for i in range(settings.repeats):
                 for start in (0, _FRESH_SEEDS):
-                    self._texts[start + i] = [prompt.text for prompt in self._prompts(engine, start + i)]
-        yield from self._sweeps(simulator)
+                    prompts = engine.prompts(workload(settings.n_texts, settings.seed + start + i))
+                    self._texts[start + i] = [prompt.text for prompt in prompts]
+            rows = []
+            for row in self._sweeps(simulator):
+                rows.append(row)
+                yield row
+            sweeps = chosen(rows, suite=SWEEP)
+            none = chosen(sweeps, policy=NONE)[0]
+            best = optimum([row for row in sweeps if row.policy in _RANGES], none)
+            yield from self._engine_runs(engine, simulator, Admission.parse(best.admission))
 
-    def _prompts(self, engine: PressedEngine, seed: int) -> list[Prompt]:
-        return engine.prompts(workload(self.settings.n_texts, self.settings.seed + seed))
+    def _engine_prompts(self, engine: PressedEngine, seed: int) -> list[Prompt]:
+        return engine.prompts(workload(self.settings.n_engine_texts, self.settings.seed + seed))
+
+    def _simulator(self, engine: PressedEngine, last: int = 0) -> _Simulator:
+        """A simulator that is fitted to the last runs of the engine, or all."""
+        assert engine.limits
+        return _Simulator(engine.limits, engine.costs(last), self.settings.fast, engine.slow(self.settings.fast))
+
+    def _engine_checks(self, engine: PressedEngine) -> dict[str, list[tuple[Run, Run]]]:
+        """By admission the engine's runs, each with that of a simulator that is fitted to the same round.
+
+        The texts of the runs to fit are all there at once.
+        """
+        fast, seed = self.settings.fast, self.settings.seed
+        fit = [replace(prompt, at_pass=0) for prompt in self._engine_prompts(engine, _CALIBRATION_SEED)]
+        checked = self._engine_prompts(engine, _CHECK_SEED)
+        engine.run(fit[:_WARM_UP], Admission(NONE), seed, fast)
+        runs: dict[str, list[tuple[Run, Run]]] = {text: [] for text in CHECKED}
+        for i in range(self.settings.rounds):
+            for text, divisor in CALIBRATED:
+                engine.run(fit, Admission.parse(text), seed, fast // divisor, fit=True)
+            simulator = self._simulator(engine, last=1)
+            for text in CHECKED[:: -1 if i % 2 else 1]:
+                admission = Admission.parse(text)
+                beside = simulator.run([prompt.text for prompt in checked], admission, seed + _CHECK_SEED)
+                runs[text].append((engine.run(checked, admission, seed + _CHECK_SEED, fast), beside))
+        return runs
+
+    def _engine_runs(self, engine: PressedEngine, simulator: _Simulator, best: Admission) -> Iterator[AdmissionRow]:
+        """The best admission beside none, and beside none with twice the pool; in turns, a seed for each round."""
+        ways: list[tuple[Suite, Admission, int]] = [
+            (ENGINE, Admission(NONE), 1),
+            (ENGINE, best, 1),
+            (TWICE, Admission(NONE), 2),
+        ]
+        runs: list[list[Run]] = [[] for _ in ways]
+        for i in range(self.settings.rounds):
+            seed = _ENGINE_SEEDS + i
+            prompts = self._engine_prompts(engine, seed)
+            for (_, admission, times), found in list(zip(ways, runs, strict=True))[:: -1 if i % 2 else 1]:
+                found.append(engine.run(prompts, admission, self.settings.seed + seed, times * self.settings.fast))
+        for (suite, admission, times), found in zip(ways, runs, strict=True):
+            at = replace(simulator, fast=times * self.settings.fast, slow=engine.slow(times * self.settings.fast))
+            yield self._row(suite, admission, at, runs=tuple(found))
 
     def _sweeps(self, simulator: _Simulator) -> Iterator[AdmissionRow]:
         none = self._row(SWEEP, Admission(NONE), simulator, runs=self._runs(simulator, Admission(NONE)))
         yield none
-        yield self._row(SWEEP, Admission(SIMULATE), simulator, runs=self._runs(simulator, Admission(SIMULATE)))
+        simulate = Admission(SIMULATE)
+        yield self._row(SWEEP, simulate, simulator, runs=self._runs(simulator, simulate))
+        yield self._row(KNOWN, simulate, simulator, runs=self._runs(simulator, simulate, known=True))
         fresh = Admission(NONE)
         yield self._row(FRESH, fresh, simulator, runs=self._runs(simulator, fresh, _FRESH_SEEDS))
         for policy in _RANGES:
@@ -132,9 +194,17 @@ class AdmissionBench:
         found = search(arms, out_per_s, self.settings.repeats)
         return self._row(BANDIT, found.best, simulator, n_plays=found.n_episodes)
 
-    def _runs(self, simulator: _Simulator, admission: Admission, start: int = 0) -> tuple[Run, ...]:
-        seeds = range(start, start + self.settings.repeats)
-        return tuple(simulator.run(self._texts[seed], admission, self.settings.seed + seed) for seed in seeds)
+    def _runs(
+        self, simulator: _Simulator, admission: Admission, start: int = 0, *, known: bool = False
+    ) -> tuple[Run, ...]:
+        """A run for each seed from `start` on. known: texts say how long their answers become."""
+        found = []
+        for seed in range(start, start + self.settings.repeats):
+            texts = self._texts[seed]
+            if known:
+                texts = [text._replace(n_most=text.n_answer) for text in texts]
+            found.append(simulator.run(texts, admission, self.settings.seed + seed))
+        return tuple(found)
 
     def _row(self, suite: Suite, admission: Admission, simulator: _Simulator, **more: Any) -> AdmissionRow:
         return AdmissionRow(
@@ -146,7 +216,7 @@ class AdmissionBench:
             fast=simulator.fast,
             slow=simulator.slow,
             batch_size=self.settings.batch_size,
-            n_texts=self.settings.n_texts,
+            n_texts=self.settings.n_engine_texts if suite in (CHECK, ENGINE, TWICE) else self.settings.n_texts,
             costs=asdict(simulator.costs),
             **self._circumstances,
             **more,

@@ -16,7 +16,7 @@ _TAIL = 1.2  # of lengths: the share of prompts longer than x falls as x to this
 _MOST_WORDS = 400
 _ANSWER, _ANSWER_SPREAD, _MOST_ANSWER = 40, 0.8, 256  # tokens: median, sigma of its logarithm, most
 _BURST = 6  # texts, on average
-_GAP_PASSES = 30.0  # between bursts, on average
+_GAP_PASSES = 6.0  # between bursts, on average
 _SENTENCES = (
     "Once upon a time there was a little dog who wanted to see the sea.",
     "Tom and Lily went to the park with their mother.",
