@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from h2o_cli.cmd_bench_admission import bench_admission
+from h2o_cli.cmd_bench_admission import bench_admission, quick_search
 from h2o_cli.cmd_bench_batch import bench_batch
 from h2o_cli.cmd_bench_distributed import bench_distributed
 from h2o_cli.cmd_bench_kv import EPILOG as KV_EPILOG
 from h2o_cli.cmd_bench_kv import bench_kv
-from h2o_cli.cmd_bench_predict import bench_predict
+from h2o_cli.cmd_bench_predict import bench_predict, predict
 from h2o_cli.cmd_bench_speculation import bench_speculation
 from h2o_cli.output import note
 
@@ -70,7 +70,8 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Measure h2o beside llama.cpp on an emulated device: limited memory, a slow disk. Needs root.
 
-    Rows, a report and plots go to a folder; a summary goes to standard output.
+    Rows, a report and plots go to a folder; a summary goes to standard output. Where no model, budget, engine, suite,
+    repeats or disk is given, the quick forms of `h2o bench admission` and `h2o bench predict` follow.
     """
     if context.invoked_subcommand:
         return
@@ -88,6 +89,11 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per flag
     for part in parts:
         measure(part, results)
     results.finish(results.read())
+    if not (model or budget or engine or suite or repeats) and disk is None:
+        from h2o_cli.bench.predict.trained import Training
+
+        traces = quick_search(output, add=add, json=json)
+        predict(traces, Training(), output, json=json)
 
 
 @app.command("report", epilog=EPILOG)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STEP, REPEATS, FAST, BATCH_SIZE, ROUNDS = 0.2, 10, 32, 32, 7
 QUICK_STEP, QUICK_ROUNDS = 0.6, 4
-ENGINE_TEXTS, QUICK_ENGINE_TEXTS = 32, 16
+TEXTS, ENGINE_TEXTS, QUICK_ENGINE_TEXTS = 100, 32, 16
 
 
 def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -54,7 +54,7 @@ def bench_admission(  # noqa: PLR0913, PLR0917 - one parameter per flag
     make_prompts: Annotated[
         Path | None, typer.Option("--make-prompts", metavar="FILE", help="Write prompts of mixed lengths.")
     ] = None,
-    number: Annotated[int, typer.Option("--number", metavar="N", min=1, help="How many prompts.")] = 100,
+    number: Annotated[int, typer.Option("--number", metavar="N", min=1, help="How many prompts.")] = TEXTS,
     seed: Annotated[int, typer.Option("--seed", metavar="S", help="Same seed, same prompts.")] = 0,
     behaviors: Annotated[
         Path | None, typer.Option("--behaviors", metavar="CSV", help="Take prompts from a column Behavior (HarmBench).")
@@ -89,8 +89,8 @@ class _Output(NamedTuple):
     json: bool
 
 
-def _search(models: list[str], settings: Settings, output: _Output) -> None:
-    """Fit, check and sweep. Raises H2OError."""
+def _search(models: list[str], settings: Settings, output: _Output) -> list[Path]:
+    """Fit, check and sweep; the traces of the simulator's pools. Raises H2OError."""
     from h2o_cli.bench.admission.report import ADMISSION
     from h2o_cli.bench.admission.runs import AdmissionBench
     from h2o_cli.bench.models.named import bench_model
@@ -99,10 +99,22 @@ def _search(models: list[str], settings: Settings, output: _Output) -> None:
     found = [bench_model(name) for name in models]
     results = Results(ADMISSION, output.folder, output.json)
     results.begin(add=output.add)
+    traces = []
     for model in found:
         model.prepare()
-        results.keep(AdmissionBench(model, settings).run())
+        trace = output.folder / f"admission-trace-{model.name.replace('/', '-')}.jsonl"
+        results.keep(AdmissionBench(model, settings, trace).run())
+        traces.append(trace)
     results.finish(results.read())
+    return traces
+
+
+def quick_search(folder: Path, *, add: bool, json: bool) -> list[Path]:
+    """The quick form with the bundled model, as a part of `h2o bench`; the traces that it leaves. Raises H2OError."""
+    from h2o_cli.bench.admission.runs import Settings
+
+    settings = Settings(FAST, BATCH_SIZE, TEXTS, REPEATS, QUICK_STEP, 0, QUICK_ROUNDS, QUICK_ENGINE_TEXTS)
+    return _search([str(BUNDLED_MODEL)], settings, _Output(folder, add, json))
 
 
 def _check(path: Path, export: Path | None) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from h2o_cli.output import note
 from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from h2o_cli.bench.predict.trained import Training
 
 
 def bench_predict(
@@ -34,31 +37,37 @@ def bench_predict(
 
     Rules, and with the extra `predict` two networks that learn from what is before.
     """
-    from h2o_cli.bench.predict.report import PREDICT, rows_of
-    from h2o_cli.bench.predict.rules import guesses
-    from h2o_cli.bench.predict.sequences import read_swap_ins
-    from h2o_cli.bench.predict.trained import NoTorch, Training, trained
-    from h2o_cli.bench.results import Results
-    from h2o_cli.bench.rows import circumstances
+    from h2o_cli.bench.predict.trained import Training
 
     if len({path.name for path in files}) < len(files):
         raise UsageError("two files have the same name", "rename one: tables are named after files")
+    predict(files, Training(window_size, mod, seed, epochs), output, json=json)
+
+
+def predict(files: list[Path], training: Training, output: Path, *, json: bool) -> None:
+    """Try all methods on each file. Raises H2OError."""
+    from h2o_cli.bench.predict.report import PREDICT, rows_of
+    from h2o_cli.bench.predict.rules import guesses
+    from h2o_cli.bench.predict.sequences import read_swap_ins
+    from h2o_cli.bench.predict.trained import NoTorch, trained
+    from h2o_cli.bench.results import Results
+    from h2o_cli.bench.rows import circumstances
+
     lists = [(path, read_swap_ins(path)) for path in files]
-    training = Training(window_size, mod, seed, epochs)
     results = Results(PREDICT, output, json)
     results.begin()
     missing = ""
     for path, swap_ins in lists:
         fields = {"model": path.name, **circumstances(path)}
         rules = guesses(swap_ins)
-        results.keep(rows_of(swap_ins.ids, rules, rules, mod, kind="rule", **fields))
+        results.keep(rows_of(swap_ins.ids, rules, rules, training.mod, kind="rule", **fields))
         try:
             learnt = trained(swap_ins.ids, training)
         except NoTorch as error:
             missing = str(error)
             continue
-        how = {"window_size": window_size, "seed": seed, "epochs": epochs}
-        results.keep(rows_of(swap_ins.ids, learnt, rules, mod, kind="trained", **how, **fields))
+        how = {"window_size": training.window_size, "seed": training.seed, "epochs": training.epochs}
+        results.keep(rows_of(swap_ins.ids, learnt, rules, training.mod, kind="trained", **how, **fields))
     if missing:
         note(missing)
     results.finish(results.read())

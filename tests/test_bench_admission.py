@@ -6,13 +6,19 @@ import csv
 
 import pytest
 
+from h2o_cli import cmd_bench_admission
+from h2o_cli.bench.admission import runs
 from h2o_cli.bench.admission.engine_runs import PressedEngine, open_engine, simulated
 from h2o_cli.bench.admission.report import ADMISSION
 from h2o_cli.bench.admission.rows import AdmissionRow, Run
 from h2o_cli.bench.admission.workload import Arrival
 from h2o_cli.bench.results import Results
+from h2o_cli.bench.speed import parts
+from h2o_cli.main import run_command
 from planner.pool_simulator import Arrivals, Work
 from runtime.answer.admission import Admission
+from runtime.answer.pool import Pool
+from runtime.answer.pool_trace import check, read_trace
 
 
 def test_the_simulator_swaps_as_the_engine(bundled_model):
@@ -27,7 +33,7 @@ def test_the_simulator_swaps_as_the_engine(bundled_model):
             run = engine.run(prompts, admission, 3, fast, fit=True)
             costs = engine.costs()
             texts = [prompt.text for prompt in prompts]
-            beside = simulated(texts, admission, engine.limits, costs, fast, engine.slow(fast), 3)
+            beside = simulated(texts, Pool(fast, engine.slow(fast)), admission, engine.limits, costs, 3)
             counts = [
                 (r.n_passes, r.n_tokens, r.n_prompt_tokens, r.swaps_out, r.blocks_out, r.blocks_in)
                 for r in (run, beside)
@@ -108,3 +114,22 @@ def test_the_report_says_whether_the_optimum_is_better_than_none(tmp_path):
         lines = list(csv.DictReader(file))
     assert len(lines) == 29
     assert (lines[0]["factor"], lines[0]["swap_in_count"], lines[0]["out_spd"]) == ("0.0", "2", "100.0")
+
+
+def test_it_is_a_part_of_the_whole_benchmark(tmp_path, monkeypatch, capsys):
+    small = {"TEXTS": 12, "REPEATS": 2, "QUICK_STEP": 6.0, "QUICK_ROUNDS": 2, "QUICK_ENGINE_TEXTS": 4}
+    for name, n in small.items():
+        monkeypatch.setattr(cmd_bench_admission, name, n)
+    monkeypatch.setattr(runs, "TRACED_TEXTS", 150)
+    monkeypatch.setattr(parts, "wanted_parts", lambda **_: [])
+    assert run_command(["bench", "--output", str(tmp_path), "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "reserve: best is reserve:" in out
+    assert "first to arrive, known then" in out
+    rows = Results(ADMISSION, tmp_path).read()
+    assert [row.admission for row in rows if row.suite == "admission check"] == list(runs.CHECKED)
+    assert {"admission engine", "admission twice", "admission known"} < {row.suite for row in rows}
+    (trace,) = tmp_path.glob("admission-trace-*.jsonl")
+    with trace.open() as file:
+        assert check(read_trace(file)).events["swap_in"] > 16
+    assert (tmp_path / "predict.md").exists()

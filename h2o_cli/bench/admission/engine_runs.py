@@ -29,7 +29,7 @@ from planner.pool_simulator import Arrivals, Costs, Outcome, Text, Work, fitted,
 from runtime.answer.admission import Admission
 from runtime.answer.batch import Running, Wanted
 from runtime.answer.generate import STOP, Request
-from runtime.answer.pool import BLOCK_TOKENS, Pool
+from runtime.answer.pool import BLOCK_TOKENS, FAST, Pool
 from runtime.answer.pressed import Parts, PressedBatch
 from runtime.answer.sampler import Sampling
 from runtime.answer.scheduler import Job, Limits
@@ -236,9 +236,7 @@ def open_engine(path: Path, fast: int, n_sequences: int) -> Iterator[PressedEngi
         model.close()
 
 
-def simulated(
-    texts: Sequence[Text], admission: Admission, limits: Limits, costs: Costs, fast: int, slow: int, seed: int
-) -> Run:
+def simulated(texts: Sequence[Text], pool: Pool, admission: Admission, limits: Limits, costs: Costs, seed: int) -> Run:
     """The same run without the engine, whose limits these are."""
-    limits = replace(limits, n_cells=fast * BLOCK_TOKENS)
-    return run_of(simulate(texts, Pool(fast, slow), admission, limits, costs), seed)
+    limits = replace(limits, n_cells=pool.size[FAST] * BLOCK_TOKENS)
+    return run_of(simulate(texts, pool, admission, limits, costs), seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from h2o_cli.bench.admission.engine_runs import PressedEngine, Prompt, open_engine, simulated
@@ -27,6 +28,8 @@ from h2o_cli.bench.rows import chosen, circumstances
 from planner.bandit import BanditResult, Ucb1
 from planner.pool_simulator import Costs, Text
 from runtime.answer.admission import AVERAGE, NONE, RESERVE, SIMULATE, Admission
+from runtime.answer.pool import Pool
+from runtime.answer.pool_trace import open_trace
 from runtime.answer.scheduler import Limits
 
 CHECKED = ("none", "reserve:2", "reserve:8", "average:4", "average:7")
@@ -39,6 +42,7 @@ _WARM_UP = 4  # texts
 SHARE = 5  # the bandit takes such a part of the sweep's runs
 _C = 0.1  # of the bandit: a play is a run of a hundred texts, and its noise a good part of the range
 _FRESH_SEEDS, _CALIBRATION_SEED, _CHECK_SEED, _ENGINE_SEEDS = 1000, 2000, 3000, 4000  # from the first one on
+_TRACE_SEED, TRACED_TEXTS = 5000, 1000
 _RANGES = {RESERVE: (0.0, 12.0), AVERAGE: (1.8, 7.5)}
 
 
@@ -96,10 +100,11 @@ def search(
 
 @dataclass
 class AdmissionBench:
-    """All rows of one model."""
+    """All rows of one model, and a trace of the simulator's pool without admission."""
 
     model: BenchModel
     settings: Settings
+    trace: Path
     _texts: dict[int, list[Text]] = field(default_factory=dict)
 
     def run(self) -> Iterator[AdmissionRow]:
@@ -115,6 +120,8 @@ class AdmissionBench:
                 for start in (0, _FRESH_SEEDS):
                     prompts = engine.prompts(workload(settings.n_texts, settings.seed + start + i))
                     self._texts[start + i] = [prompt.text for prompt in prompts]
+            traced = engine.prompts(workload(TRACED_TEXTS, settings.seed + _TRACE_SEED))
+            simulator.trace([prompt.text for prompt in traced], self.trace)
             rows = []
             for row in self._sweeps(simulator):
                 rows.append(row)
@@ -237,7 +244,14 @@ class _Simulator:
     slow: int
 
     def run(self, texts: Sequence[Text], admission: Admission, seed: int) -> Run:
-        return simulated(texts, admission, self.limits, self.costs, self.fast, self.slow, seed)
+        return simulated(texts, Pool(self.fast, self.slow), admission, self.limits, self.costs, seed)
+
+    def trace(self, texts: Sequence[Text], path: Path) -> None:
+        """Write the trace of a run without admission. Raises H2OError."""
+        with open_trace(path) as writer:
+            pool = Pool(self.fast, self.slow, record=writer)
+            writer.begin(pool)
+            simulated(texts, pool, Admission(NONE), self.limits, self.costs, 0)
 
 
 def optimum(rows: Sequence[AdmissionRow], none: AdmissionRow) -> AdmissionRow:
