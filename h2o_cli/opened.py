@@ -68,11 +68,10 @@ class Opened:
 
     def follow_devices(self) -> None:
         """Between two answers: go on with other devices, if there are news of them. Raises H2OError."""
-        wanted = self._changes.look(self._devices)
+        wanted = self._changes.look(self._devices, self.session.model.team)
         if wanted is None:
             return
         before = self._devices
-        note(f"the devices change: {wanted.workers}")
         self.close()
         gc.collect()  # its objects are in circles
         self._devices = wanted

@@ -87,17 +87,35 @@ class Share:
 
 @dataclass(frozen=True)
 class Placement:
-    """Ranges in the order of the computation, and the seconds a token is predicted to take."""
+    """Ranges in the order of the computation, and the seconds a token is predicted to take.
+
+    others_s: what it would take if no disk were busier than that.
+    """
 
     devices: tuple[Device, ...]
     ranges: tuple[Range, ...]
     shares: tuple[Share, ...]
     token_s: float
+    others_s: float
+
+    @property
+    def n_rounds(self) -> int:
+        """How often a token comes to the device with most ranges."""
+        return _rounds(self.ranges, len(self.devices))
 
     @property
     def n_hops(self) -> int:
         """Hand-overs between devices for one token, the way back to the first one included."""
         return len(self.ranges) if len(self.devices) > 1 else 0
+
+    @property
+    def turns_s(self) -> tuple[float, ...]:
+        """Seconds of a token in which each device computes or waits for its disk while the others wait for it."""
+        turns = [_turn_s(share, device, self.n_rounds) for share, device in zip(self.shares, self.devices, strict=True)]
+        spare_s = self.token_s - self.others_s
+        disks = [_seconds(share.streamed_bytes, d) for share, d in zip(self.shares, self.devices, strict=True)]
+        busiest = max(range(len(disks)), key=disks.__getitem__)
+        return tuple(turn + spare_s * (i == busiest) for i, turn in enumerate(turns))
 
     def layers_of(self, device: int) -> list[tuple[int, int]]:
         """The ranges (begin, end) of one device."""
@@ -108,7 +126,7 @@ def predicted(
     model: SplitModel, devices: Sequence[Device], ranges: Sequence[Range], windows: Sequence[int] | None = None
 ) -> Placement | None:
     """These ranges and the time they take; None where a memory is too small. windows None: those that suit them."""
-    rounds = max(sum(r.device == i for r in ranges) for i in range(len(devices)))
+    rounds = _rounds(ranges, len(devices))
     n_groups, n_bytes = [0] * len(devices), [0] * len(devices)
     for r in ranges:
         n_groups[r.device] += r.end - r.begin
@@ -121,10 +139,19 @@ def predicted(
             return None
         share = _share(device, n_groups[i], n_bytes[i], window)
         shares.append(share)
-        behind = rounds * max(0.0, share.streamed_bytes / rounds - share.window_bytes)
         disk_s = max(disk_s, _seconds(share.streamed_bytes, device))
-        others_s += max(share.compute_s, _seconds(behind, device))
-    return Placement(tuple(devices), tuple(ranges), tuple(shares), max(disk_s, others_s))
+        others_s += _turn_s(share, device, rounds)
+    return Placement(tuple(devices), tuple(ranges), tuple(shares), max(disk_s, others_s), others_s)
+
+
+def _rounds(ranges: Sequence[Range], n_devices: int) -> int:
+    return max(sum(r.device == i for r in ranges) for i in range(n_devices))
+
+
+def _turn_s(share: Share, device: Device, rounds: int) -> float:
+    """Seconds of a token in which the others wait for a device: it computes, or reads what was not in its window."""
+    behind = rounds * max(0.0, share.streamed_bytes / rounds - share.window_bytes)
+    return max(share.compute_s, _seconds(behind, device))
 
 
 def _window(missing_bytes: int, rounds: int, piece_bytes: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from h2o_cli.session.placing import LOCAL, Place, device_of, given, here, hidden_bytes, place
-from planner.placement import Device
+from h2o_cli.session.placing import LOCAL, Place, device_of, given, here, hidden_bytes, place, split_model
+from planner.placement import Device, SplitModel
+from planner.rebalance import LEAST_SEEN, corrected, moved, slowness, smoothed
 from runtime.distributed.cluster import Cluster, Link, Stage, greet
 from runtime.distributed.messages import PROTOCOL, Hello
 from runtime.distributed.wire import keys_for, parse_address
@@ -32,7 +33,8 @@ SPLIT_POSITIONS = 512  # from here on llama.cpp cuts the attention of a token by
 class Devices:
     """What the flags say: addresses in the order of their layers (`local`: this machine), and spare ones.
 
-    refresh: devices are measured, also where they were in the last hour.
+    refresh: devices are measured, also where they were in the last hour. slower: those that were seen to take so many
+    times as long as measured.
     """
 
     workers: str
@@ -40,6 +42,7 @@ class Devices:
     tls: Path | None = None
     split: str | None = None
     refresh: bool = False
+    slower: Mapping[str, float] = field(default_factory=dict)
 
     def counts(self, n_layers: int) -> list[int]:
         """Layers of each address, where --split says it; else none. Raises UsageError."""
@@ -76,6 +79,7 @@ class Team:
     part: ModelFile
     place: Place
     cluster: Cluster
+    model: SplitModel
     leave: Callable[[], None] = lambda: None
 
     @classmethod
@@ -94,7 +98,8 @@ class Team:
             if counts:
                 found = given(addresses, counts)
             else:
-                found = place(file, _measured(file, devices, by_address, budget_bytes, n_threads))
+                measured = _measured(file, devices, by_address, budget_bytes, n_threads)
+                found = place(file, measured, devices.slower)
         except BaseException:
             _close(links)
             raise
@@ -110,7 +115,7 @@ class Team:
         spares = [link for link in links if link.address not in used]
         cluster = Cluster(stages, file.n_layers, spares, _journal_folder())
         cluster.window_bytes = found.window_bytes
-        return cls(part, found, cluster)
+        return cls(part, found, cluster, split_model(file))
 
     def check(self, hollow: HollowModel, settings: Settings) -> None:
         """Raise EngineError where the model cannot be cut like this."""
@@ -157,6 +162,26 @@ class Team:
         for link in self.cluster.links:
             found.append(_figures(link.address, link.ranges, link.peak_bytes, link.bytes_per_pass, link.replacements))
         return found
+
+    def slower(self, factors: Mapping[str, float]) -> dict[str, float] | None:
+        """How many times longer than measured the devices take, where layers should move because of it; else None.
+
+        factors: the same, as the placement was made with.
+        """
+        placement, cluster = self.place.placement, self.cluster
+        stages = tuple((stage.first, stage.last, stage.link.address) for stage in cluster.stages)
+        if placement is None or stages != tuple(stage for stage in self.place.stages if stage[2] != LOCAL):
+            return None
+        latencies = {link.address: link.latencies for link in cluster.links}
+        expected = dict(zip([device.address for device in placement.devices], placement.turns_s, strict=True))
+        if LOCAL in expected:
+            latencies[LOCAL] = cluster.own_latencies
+            here = next(device for device in placement.devices if device.address == LOCAL)
+            expected[LOCAL] += layer_bytes(self.part.head) * here.compute_s_per_byte
+        seen = {address: smoothed(found) for address, found in latencies.items() if len(found) >= LEAST_SEEN}
+        ratios = {address: ratio for address, ratio in slowness(expected, seen).items() if address != LOCAL}
+        after = corrected(factors, ratios)
+        return after if moved(self.model, self.place.devices, placement, after) else None
 
     def close(self) -> None:
         """Leave the workers."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 from h2o_cli.session.device_profiles import kept
-from planner.placement import Choice, Device, SplitModel, choose_devices
+from planner.placement import Choice, Device, Placement, SplitModel, choose_devices
+from planner.rebalance import as_seen
 from runtime.distributed.cluster import Link
 from runtime.distributed.offer import measure
 from runtime.distributed.worker import build
@@ -26,13 +27,16 @@ _NEAR, _NEAR_S = 2.0, 0.0005  # times as long, and seconds more or less: a round
 class Place:
     """Where the layers go. stages: (first, last, address) in order; window_bytes: of each device, 0: its own choice.
 
-    token_s: what a token is predicted to take, without the head; 0 where nobody has worked it out.
+    token_s: what a token is predicted to take, without the head; 0 where nobody has worked it out. placement: the
+    planner's own, of a model and devices as they were measured; None where layers were given by hand.
     """
 
     stages: tuple[tuple[int, int, str], ...]
     window_bytes: dict[str, int]
     left_out: tuple[tuple[str, float, float], ...]
     token_s: float
+    placement: Placement | None = None
+    devices: tuple[Device, ...] = ()
 
     def layers_of(self, address: str) -> list[int]:
         """The layers of one device."""
@@ -89,15 +93,20 @@ def here(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = 
     return Device(LOCAL, max(0, int(weights_bytes) - layer_bytes(file.head)), rate, s_per_byte)
 
 
-def place(file: ModelFile, devices: list[Device]) -> Place:
-    """The fastest placement on these devices, which are in the order of their priority. Raises BudgetError."""
-    choice: Choice = choose_devices(split_model(file), devices)
+def place(file: ModelFile, devices: Sequence[Device], slower: Mapping[str, float] | None = None) -> Place:
+    """The fastest placement on these devices, which are in the order of their priority. Raises BudgetError.
+
+    slower: address -> how many times longer it was seen to take than it was measured.
+    """
+    choice: Choice = choose_devices(split_model(file), as_seen(devices, slower or {}))
     placement = choice.placement
     return Place(
         tuple((r.begin, r.end, placement.devices[r.device].address) for r in placement.ranges),
         {d.address: share.window_bytes for d, share in zip(placement.devices, placement.shares, strict=True)},
         tuple((left.device.address, left.with_s, left.without_s) for left in choice.left_out),
         placement.token_s,
+        placement,
+        tuple(devices),
     )
 
 

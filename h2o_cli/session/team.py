@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flags:
-    """What the flags say of workers. None: not given. priority: names, separated by commas."""
+    """What the flags say of workers. None: not given. priority: names, separated by commas.
+
+    slower: no flag; devices that were seen to take so many times as long as measured.
+    """
 
     workers: str | None = None
     devices: Path | None = None
@@ -35,6 +38,7 @@ class Flags:
     by_memory: bool = False
     cluster: str | None = None
     refresh: bool = False
+    slower: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def are_given(self) -> bool:
@@ -102,7 +106,7 @@ def join(
     if addresses == LOCAL:
         note("no other device is named: this machine computes alone")
         return None
-    devices = Devices(addresses, flags.spare, flags.tls, flags.split, flags.refresh)
+    devices = Devices(addresses, flags.spare, flags.tls, flags.split, flags.refresh, flags.slower)
     return Team.join(file, devices, budget.n_bytes, n_threads, note)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from runtime.passes import Pass
 
 CONNECT_S = 5.0  # for the answer to a greeting
 SILENCE_S = 12.0  # without any message of a worker that computes: it says every second that it is there
+_LATENCIES = 256
+_UNSETTLED = 2  # passes behind a prompt: what makes room for long passes is being read
 AGAIN = "start it, and run again"
 
 
@@ -46,6 +49,8 @@ class Link:
         self.ranges: list[tuple[int, int]] = []
         self.bytes_read = self.peak_bytes = self._first_number = 0
         self.compute_s = 0.0  # of the last step
+        self.latencies: deque[float] = deque(maxlen=_LATENCIES)  # seconds of its own for a token, of this placement
+        self._token_s = 0.0  # of the parts so far of the token at hand
         self._first_bytes: int | None = None  # read until the first pass that reads what every pass does
         self.ready: Ready | None = None
         self.number = 0
@@ -103,6 +108,12 @@ class Link:
                     self._first_number, self._first_bytes = answer.number, answer.bytes_read
                 self.bytes_read, self.compute_s = answer.bytes_read, answer.compute_s
                 return answer.hidden
+
+    def note_latency(self, part: int) -> None:
+        """One of its ranges is computed for a token."""
+        self._token_s = self.compute_s + (self._token_s if part else 0.0)
+        if part == len(self.ranges) - 1:
+            self.latencies.append(self._token_s)
 
     @property
     def bytes_per_pass(self) -> float:
@@ -183,6 +194,11 @@ class Cluster:
         self._shape = (0, 0, 0, "")
         self._journal = Journal(folder)
         self._given: Stage | None = None  # it computes already
+        self.own_latencies: deque[float] = deque(
+            maxlen=_LATENCIES
+        )  # seconds of a token in which no worker is waited for
+        self._since_prompt, self._is_timed = 0, False
+        self._began_s = self._waited_s = 0.0  # of the pass at hand
 
     @property
     def links(self) -> list[Link]:
@@ -214,6 +230,7 @@ class Cluster:
         if self._lost and not pass_.decode:
             Thread(target=self._welcome_back, args=[self._lost.pop()], name="welcome", daemon=True).start()
         self._given = None
+        self._count(pass_)
         self._journal.begin(pass_.only)
         while True:
             try:
@@ -223,6 +240,15 @@ class Cluster:
                 self._replace(error, 0)
         if self.stages[0].first == 0:
             self._give_early(self.stages[0])
+
+    def _count(self, pass_: Pass) -> None:
+        """Passes of one token that continue an answer are timed."""
+        now_s = time.perf_counter()
+        self._since_prompt = self._since_prompt + 1 if pass_.decode else 0
+        if self._is_timed and pass_.decode:
+            self.own_latencies.append(now_s - self._began_s - self._waited_s)
+        self._is_timed = pass_.n_tokens == 1 and self._since_prompt > _UNSETTLED
+        self._began_s, self._waited_s = now_s, 0.0
 
     def leave(self, layer: int, hidden: memoryview) -> None:
         """To the worker that has this layer."""
@@ -239,6 +265,7 @@ class Cluster:
 
     def enter(self, layer: int, _n_bytes: int) -> bytes:
         """From the worker that has the layer before, through all that come before it without the root."""
+        start_s = time.perf_counter()
         at = self._start_of_chain(layer)
         entry = self._journal.entries[-1]
         while True:
@@ -252,8 +279,11 @@ class Cluster:
                 self._given = None
                 self._replace(error, at)
                 continue
+            if self._is_timed:
+                stage.link.note_latency(stage.part)
             at = stage.last
             if at == layer:
+                self._waited_s += time.perf_counter() - start_s
                 return hidden
             self._journal.put(at, hidden)
 
