@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,7 +15,7 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, note, print_json
 from h2o_cli.session.batch_files import Answers, BadLine, BatchRequest, answered, read_requests, refused
 from h2o_cli.session.batch_pool import PoolChoice, open_batch
-from h2o_cli.session.batch_schedule import CONTINUOUS, MOST_SEQUENCES, ZIGZAG, Schedule
+from h2o_cli.session.batch_schedule import CONTINUOUS, MOST_SEQUENCES, ZIGZAG, Schedule, timeline_in
 from h2o_cli.session.defaults import N_PREDICT
 from h2o_cli.session.model import OpenModel
 from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
@@ -31,6 +31,9 @@ from runtime.llama.chat import Chat
 from runtime.memory import peak_bytes
 from runtime.plans.budget import Budget
 from runtime.sizes import MB
+
+if TYPE_CHECKING:
+    from runtime.engine.timeline import Timeline
 
 EPILOG = """Examples:
 
@@ -105,6 +108,12 @@ Trace = Annotated[
         "--trace", metavar="FILE", show_default=False, help="Write what happens to blocks of keys and values."
     ),
 ]
+When = Annotated[
+    Path | None,
+    typer.Option(
+        "--timeline", metavar="FILE", show_default=False, help="Write when weights were read and layers computed."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the totals as one JSON object.")]
 
 
@@ -126,6 +135,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     admission: Admit = "simulate",
     swap: Swap = None,
     trace: Trace = None,
+    timeline: When = None,
     json: Json = False,
 ) -> None:
     """Answer the prompts of a file, many at once: each pass over the weights computes a token of all of them.
@@ -147,8 +157,8 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         sampling=Sampling(temp=temp, seed=seed),
         speculate="off",
     )
-    with Answers(output) as answers:
-        code = _batch(options, _How(choice, order), _Files(prompts, answers), n_predict, json)
+    with Answers(output) as answers, timeline_in(timeline) as times:
+        code = _batch(options, _How(choice, order, times), _Files(prompts, answers), n_predict, json)
     raise typer.Exit(code)
 
 
@@ -160,6 +170,7 @@ class _Files(NamedTuple):
 class _How(NamedTuple):
     pool: PoolChoice
     schedule: Schedule
+    timeline: Timeline | None
 
 
 def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, json: bool) -> int:
@@ -175,7 +186,7 @@ def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, js
         options = how.pool.options_for(model.file, options)
         session = open_session(model, options, options.ctx or 0, options.ctx or 0)
         try:
-            with open_batch(session, how.pool, options, in_blocks=how.schedule.in_blocks) as batch:
+            with open_batch(session, how.pool, options, how.schedule, how.timeline) as batch:
                 work = _Work(session, batch, files, options.sampling, n_predict)
                 signal_number = work.run(n_lines)
                 work.tell(how, json)

@@ -17,7 +17,7 @@ from profiler.awake import Waker
 from profiler.model_profile import Spread
 from profiler.timing import columns
 from runtime.engine.engine import Engine
-from runtime.engine.trace import LayerTrace
+from runtime.engine.trace import LayerTrace, layers_of
 from runtime.llama.hollow import HollowModel
 from runtime.plans.plan import Plan
 from runtime.plans.residency import streamable_bytes
@@ -58,13 +58,8 @@ class _Pass:
 
 
 def layer_trace(engine: Engine, model: HollowModel, kind: type[_Trace]) -> _Trace:
-    """A trace (of this kind) of every layer and the head. The norm before the head counts as part of it."""
-    file, head = engine.file, engine.file.head.index
-    group_of = {t.name: group.index for group in file.groups for t in group.small}
-    group_of |= {piece.tensor.name: piece.layer for piece in file.pieces}
-    group_of |= {t.name: head for t in file.globals if t.name.startswith("output_norm")}
-    addresses = {a: group for name, group in group_of.items() for a in model.weights.get(name, ())}
-    return kind(addresses, head + 1, lambda: engine.waited_s)
+    """A trace (of this kind) of every layer and the head."""
+    return kind(layers_of(engine.file, model), engine.file.head.index + 1, lambda: engine.waited_s)
 
 
 def measure_compute(

@@ -116,6 +116,11 @@ def test_schedules_give_the_same_answers(bundled_model, prompts, tmp_path, capsy
     assert found[0] == found[1]
 
 
+def test_a_timeline_that_cannot_be_written_is_one_line(bundled_model, prompts, tmp_path, capsys):
+    assert run_command(batch(bundled_model, prompts, tmp_path / "a", "--timeline", tmp_path / "no" / "t")) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_a_second_run_repeats_nothing(bundled_model, prompts, tmp_path, capsys):
     answers = tmp_path / "answers.jsonl"
     assert run_command(batch(bundled_model, prompts, answers)) == 0

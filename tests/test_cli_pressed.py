@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from cgroups import memory_limit
@@ -46,8 +47,9 @@ def texts(path):
 @pytest.mark.parametrize("swap", ["ram", "disk"])
 def test_answers_under_pressure_are_those_without(bundled_model, prompts, tmp_path, capsys, swap):
     assert run_command(batch(bundled_model, prompts, tmp_path / "calm")) == 0
-    pressed, trace = tmp_path / "pressed", tmp_path / "trace"
+    pressed, trace, times = tmp_path / "pressed", tmp_path / "trace", tmp_path / "times"
     flags = ["--kv-pool", "1.1", "--admission", "reserve:0.5", "--swap", swap, "--trace", trace, "--json"]
+    flags += ["--timeline", times]
     capsys.readouterr()
     assert run_command(batch(bundled_model, prompts, pressed, *flags)) == 0
     totals = json.loads(capsys.readouterr().out)
@@ -55,9 +57,12 @@ def test_answers_under_pressure_are_those_without(bundled_model, prompts, tmp_pa
     with trace.open() as file:
         replay = check(read_trace(file))
     assert totals["swaps_in"] == totals["swaps_out"] == totals["preemptions"] == replay.events["swap_out"] > 0
+    events = Counter(json.loads(line)["event"] for line in times.read_text().splitlines())
+    assert (events["load_cache"], events["store_cache"]) == (totals["blocks_in"], totals["blocks_out"])
+    assert events["compute"] == 9 * totals["passes"]  # layers and head
     assert totals["admission"] == "reserve:0.5"
     assert totals["ledger"]["swap_bytes"] > (MB if swap == "ram" else 0)
-    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.jsonl", "calm", "pressed", "trace", ".user"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.jsonl", "calm", "pressed", "trace", "times", ".user"}
 
 
 def test_a_trace_without_pressure(bundled_model, prompts, tmp_path, capsys):

@@ -350,7 +350,7 @@ def test_of_a_part_nothing_else_is_read(tiny_model, monkeypatch, layers, head):
     model = ModelFile.open(tiny_model("qwen2", "q8_0"))
     part = model.owned(layers, head=head, embedding=False)
     streamed, read = [], set()
-    monkeypatch.setattr(LayerStore, "read_observer", lambda offset, n_bytes, *_: streamed.append((offset, n_bytes)))
+    monkeypatch.setattr(LayerStore, "read_observer", lambda chunk, *_: streamed.append((chunk.offset, chunk.n_bytes)))
 
     class Files(WeightFiles):
         def read(self, file, offset, address, n_bytes):

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from h2o_cli.session.batch_schedule import Schedule
 from h2o_cli.session.opening import Session
 from h2o_cli.session.options import SessionOptions
 from runtime.answer.admission import Admission
@@ -16,6 +18,9 @@ from runtime.errors import UsageError
 from runtime.llama.model_file import ModelFile
 from runtime.sizes import format_size, parse_size
 from runtime.weights.head_start import guessed_room
+
+if TYPE_CHECKING:
+    from runtime.engine.timeline import Timeline
 
 RAM, DISK = "ram", "disk"
 TOKENS_EACH = 256  # positions for each answer, where --ctx does not say how many there are for all
@@ -82,10 +87,12 @@ class PoolChoice:
 
 @contextmanager
 def open_batch(
-    session: Session, choice: PoolChoice, options: SessionOptions, *, in_blocks: bool = False
+    session: Session, choice: PoolChoice, options: SessionOptions, schedule: Schedule, timeline: Timeline | None
 ) -> Iterator[Batch]:
     """The batch that the flags ask for. options: those that options_for() gave. Raises H2OError."""
-    engine, tokenizer = session.engine, session.model.tokenizer
+    engine, tokenizer, in_blocks = session.engine, session.model.tokenizer, schedule.in_blocks
+    if timeline:
+        timeline.join(engine, session.model.hollow, schedule.batch_size)
     if not choice.swaps and not choice.trace:
         yield Batch(engine, tokenizer, session.follower, in_blocks=in_blocks)
         return
@@ -109,7 +116,7 @@ def open_batch(
         block_bytes = state_bytes(position_bytes(file), BLOCK_TOKENS, file.n_layers)
         slow = RamTier(n_slow, block_bytes) if choice.swap == RAM else DiskTier(choice.folder, block_bytes)
         opened.callback(slow.close)
-        swapping = Swapping(engine, slow, block_bytes)
+        swapping = Swapping(engine, timeline.timed(slow) if timeline else slow, block_bytes)
         opened.callback(swapping.close)
         yield PressedBatch(parts, pool, choice.admission, swapping)
 

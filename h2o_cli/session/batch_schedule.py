@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from runtime.engine.timeline import Timeline
 
 CONTINUOUS, ZIGZAG = "continuous", "zigzag"
 MOST_SEQUENCES = 32
@@ -48,3 +55,15 @@ class Schedule:
     def sequences(self) -> int:
         """Most texts at once."""
         return self.batch_size * self.num_batches
+
+
+@contextmanager
+def timeline_in(path: Path | None) -> Iterator[Timeline | None]:
+    """The timeline of --timeline, where it is given; around all that is opened. Raises H2OError."""
+    if path is None:
+        yield None
+        return
+    from runtime.engine.timeline import open_timeline
+
+    with open_timeline(path) as timeline:
+        yield timeline

@@ -13,7 +13,7 @@ from runtime.threads import join_threads, start_threads
 from runtime.weights.files import WeightFiles
 from runtime.weights.loads import Batch, Chunk, Load
 
-Observer = Callable[[int, int, float, float], None]  # offset, bytes, begin, end
+Observer = Callable[[Chunk, float, float], None]  # begin, end
 _POLL_S = 0.1
 
 
@@ -133,7 +133,7 @@ class Readers:
             touch(chunk.address, chunk.n_bytes)
         self._files.read(chunk.file, chunk.offset, chunk.address, chunk.n_bytes)
         if self._observer:
-            self._observer(chunk.offset, chunk.n_bytes, start, time.perf_counter())
+            self._observer(chunk, start, time.perf_counter())
 
     def next_chunk(self) -> Chunk | None:
         """The next read, waiting for one; None when the store is closed. Called with the lock held."""

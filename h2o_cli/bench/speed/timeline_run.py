@@ -53,7 +53,7 @@ def main() -> None:
 def measure(path: Path, plan_file: Path, threads: int) -> Timeline:
     """The timeline of one token. Raises H2OError."""
     reads: list[tuple[int, int, float, float]] = []
-    LayerStore.read_observer = lambda *seen: reads.append(seen)
+    LayerStore.read_observer = lambda chunk, *times: reads.append((chunk.offset, chunk.n_bytes, *times))
     file = ModelFile.open(path)
     hollow = HollowModel(file)
     plan = read_plan(plan_file)
