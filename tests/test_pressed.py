@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,42 @@ def test_a_text_comes_back_bit_by_bit(bundled_model, tmp_path, kind):
         swapping.close()
         slow.close()
     assert all(np.array_equal(a, b) for a, b in zip(calm, found, strict=True))
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_text_longer_than_a_window_comes_back(tiny_model, tmp_path, arch, kind):
+    """To other cells, in whose order llama.cpp's attention adds up, with its f16: so not bit by bit."""
+    tokens = tuple(5 + 7 * i % 190 for i in range(230))
+    settings = {"n_threads": 2, "n_ctx": 512, "n_sequences": 4, "n_logits": 4, "swap_bytes": 1}
+    prompt = [Pass((Part(0, i, tokens[i : i + 34], 1),)) for i in range(0, 170, 34)]
+
+    def answer(opened, positions, sequence=0):
+        found = []
+        for i in positions:
+            opened.compute([Pass((Part(sequence, i, (tokens[i],), 1),), True)])
+            found.append(opened.logits().copy())
+        return found
+
+    with engine(tiny_model(arch), **settings) as opened:
+        assert opened.attention is None
+        opened.compute(prompt)
+        calm = answer(opened, range(170, 230))
+    with engine(tiny_model(arch), **settings) as opened:
+        slow = tier(opened, kind, tmp_path, 16)
+        swapping = Swapping(opened, slow, block_bytes_of(opened))
+        opened.compute([Pass((Part(1, 0, tokens[:30], 1),)), *prompt])
+        found = answer(opened, range(170, 190))
+        saved = swapping.out(0, 190, range(3, 15))
+        assert opened._context.n_cells == 30
+        opened.compute([Pass((Part(1, 30, tokens[5:25], 1),)), Pass((Part(0, 0, tokens[3:9], 1),))])
+        opened.truncate(0, 0)
+        swapping.back(2, saved)
+        found += answer(opened, range(190, 230), 2)
+        swapping.close()
+        slow.close()
+    assert all(np.allclose(a, b, rtol=0, atol=0.1) for a, b in zip(calm, found, strict=True))
+    assert min(np.abs(a - b).max() for a, b in pairwise(calm)) > 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_file(bundled_model, tmp_path):
