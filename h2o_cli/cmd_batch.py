@@ -290,7 +290,7 @@ class _Work:
 
     def figures(self, how: _How) -> dict[str, Any]:
         """The figures of --json."""
-        counts = self._batch.counts
+        counts, times = self._batch.counts, self._batch.swap_times
         counters, session = self._session.engine.counters, self._session
         return {
             "answers": self._totals.answers,
@@ -311,6 +311,9 @@ class _Work:
             "swaps_out": counts.swaps_out,
             "blocks_in": counts.blocks_in,
             "blocks_out": counts.blocks_out,
+            "swap_in_s": times.in_s,
+            "swap_in_read_s": times.read_s,
+            "swap_out_s": times.out_s,
             "admission": str(how.pool.admission),
             "schedule": how.schedule.name,
             "num_batches": how.schedule.num_batches,

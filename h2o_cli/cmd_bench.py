@@ -105,12 +105,13 @@ def report_again(
     from h2o_cli.bench.batch.report import BATCH
     from h2o_cli.bench.distributed.hops import HOPS
     from h2o_cli.bench.kv.report import KV
+    from h2o_cli.bench.predict.lengths import LENGTHS
     from h2o_cli.bench.predict.report import PREDICT
     from h2o_cli.bench.results import make_again
     from h2o_cli.bench.speed.report import SPEED
     from h2o_cli.bench.speed.speculation import SPECULATION
 
-    make_again(folder, (SPEED, SPECULATION, KV, HOPS, BATCH, ADMISSION, PREDICT))
+    make_again(folder, (SPEED, SPECULATION, KV, HOPS, BATCH, ADMISSION, PREDICT, LENGTHS))
 
 
 @app.command("make-model", epilog=EPILOG)

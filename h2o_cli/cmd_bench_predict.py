@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def bench_predict(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Traces of `h2o batch --trace`, or tables as pure_sequence.csv."),
+        typer.Argument(metavar="FILE...", help="Traces of `h2o batch --trace`, tables as pure_sequence.csv, answers."),
     ],
     window_size: Annotated[
         int | None,
@@ -35,13 +35,34 @@ def bench_predict(
 ) -> None:
     """Try predictors of the next text that is swapped in, on the last quarter of a list of swap-ins.
 
-    Rules, and with the extra `predict` two networks that learn from what is before.
+    Rules, and with the extra `predict` two networks that learn from what is before. Of the answers of `h2o batch` their
+    lengths are predicted instead.
     """
+    from h2o_cli.bench.predict.lengths import is_answers
     from h2o_cli.bench.predict.trained import Training
 
     if len({path.name for path in files}) < len(files):
         raise UsageError("two files have the same name", "rename one: tables are named after files")
-    predict(files, Training(window_size, mod, seed, epochs), output, json=json)
+    answers = [path for path in files if is_answers(path)]
+    if answers:
+        predict_lengths(answers, output, json=json)
+    swap_ins = [path for path in files if path not in answers]
+    if swap_ins:
+        predict(swap_ins, Training(window_size, mod, seed, epochs), output, json=json)
+
+
+def predict_lengths(files: list[Path], output: Path, *, json: bool) -> None:
+    """Try all methods for lengths on each file of answers. Raises H2OError."""
+    from h2o_cli.bench.predict.lengths import LENGTHS, read_ended, rows_of
+    from h2o_cli.bench.results import Results
+    from h2o_cli.bench.rows import circumstances
+
+    lists = [(path, read_ended(path)) for path in files]
+    results = Results(LENGTHS, output, json)
+    results.begin()
+    for path, ended in lists:
+        results.keep(rows_of(ended, model=path.name, **circumstances(path)))
+    results.finish(results.read())
 
 
 def predict(files: list[Path], training: Training, output: Path, *, json: bool) -> None:

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from h2o_cli.bench.predict.compare import verdict, wilson, won_and_lost
+from h2o_cli.bench.predict.lengths import ADMITTED, GOING_ON, MEAN_BEFORE, METHODS, Ended, read_ended
+from h2o_cli.bench.predict.lengths import rows_of as length_rows_of
 from h2o_cli.bench.predict.report import PredictRow, best_rule, conclusion, rows_of
 from h2o_cli.bench.predict.rules import BAR, boyer_moore, guesses, majority, trend
 from h2o_cli.bench.predict.sequences import SwapIns, first_of_test, from_table, from_trace, read_swap_ins
@@ -287,3 +289,55 @@ def test_a_window_that_does_not_fit_is_an_error():
 
 def test_from_trace_of_nothing():
     assert from_trace([]) == SwapIns(())
+
+
+# --- lengths of answers ----------------------------------------------------------------------------------------------
+
+
+def answer_lines(ended):
+    for i, (n_prompt, n_answer) in enumerate(ended):
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": n_answer}
+        for finish in ("stop", "length"):
+            body = {"choices": [{"finish_reason": finish}], "usage": usage}
+            yield json.dumps({"custom_id": f"{i}-{finish}", "response": {"body": body}, "error": None})
+    yield json.dumps({"custom_id": "refused", "response": None, "error": {"message": "too long"}})
+
+
+def test_lengths_that_follow_prompts_are_known_from_prompts(tmp_path, capsys):
+    ended = [Ended(n, 3 * n + 5) for n in (7, 30, 12, 55, 41, 20, 9, 33) * 6]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(answer_lines(ended)))
+    assert read_ended(path) == ended
+    assert run_command(["bench", "predict", str(path), "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "answers.jsonl: learnt from 36 answers, tested on the next 12" in out
+    rows = {(row.asked, row.method): row for row in length_rows_of(ended, model="m")}
+    line, bar = rows[ADMITTED, "line through prompts' lengths"], rows[ADMITTED, MEAN_BEFORE]
+    assert (round(line.error, 6), round(line.beside, 6)) == (0, round(-bar.error, 6))
+    assert line.beside + line.beside_half < 0
+    assert (bar.beside, bar.beside_half) == (0, 0)
+    assert run_command(["bench", "report", str(tmp_path / "out")]) == 0
+
+
+def test_what_is_left_is_known_from_answers_that_came_as_far():
+    """Half of the answers are short: whoever is longer goes on for long."""
+    rows = {(row.asked, row.method): row for row in length_rows_of([Ended(9, n) for n in (8, 200) * 20], model="m")}
+    stopping = rows[GOING_ON, list(METHODS)[-1]]
+    assert (ADMITTED, list(METHODS)[-1]) not in rows
+    assert stopping.error < rows[GOING_ON, MEAN_BEFORE].error
+    assert stopping.beside + stopping.beside_half < 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"custom_id": "a", "response": {"body": 5}}', "has lines that are no answers"),
+        ("\n".join(answer_lines([Ended(5, 7)] * 15)), "15 answers that ended by themselves, fewer than 16"),
+    ],
+)
+def test_answers_that_say_nothing_are_one_line(tmp_path, text, message, capsys):
+    path = tmp_path / "a"
+    path.write_text(text)
+    assert run_command(["bench", "predict", str(path), "--output", str(tmp_path / "out")]) in {1, 2}
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

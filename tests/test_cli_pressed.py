@@ -61,6 +61,8 @@ def test_answers_under_pressure_are_those_without(bundled_model, prompts, tmp_pa
     assert (events["load_cache"], events["store_cache"]) == (totals["blocks_in"], totals["blocks_out"])
     assert events["compute"] == 9 * totals["passes"]  # layers and head
     assert totals["admission"] == "reserve:0.5"
+    assert 0 < totals["swap_in_read_s"] < totals["swap_in_s"] < totals["seconds"]
+    assert 0 < totals["swap_out_s"] < totals["seconds"]
     assert totals["ledger"]["swap_bytes"] > (MB if swap == "ram" else 0)
     assert {path.name for path in tmp_path.iterdir()} <= {"prompts.jsonl", "calm", "pressed", "trace", "times", ".user"}
 
@@ -69,7 +71,7 @@ def test_a_trace_without_pressure(bundled_model, prompts, tmp_path, capsys):
     trace = tmp_path / "trace"
     assert run_command(batch(bundled_model, prompts, tmp_path / "a", "--trace", trace, "--json")) == 0
     totals = json.loads(capsys.readouterr().out)
-    assert (totals["admission"], totals["preemptions"]) == ("simulate", 0)
+    assert (totals["admission"], totals["preemptions"], totals["swap_in_s"]) == ("simulate", 0, 0)
     with trace.open() as file:
         assert check(read_trace(file)).events["free"] == 20
 

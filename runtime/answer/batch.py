@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from runtime.answer.beginning import Beginning
 from runtime.answer.generate import LENGTH, Answer, Request, no_numbers
-from runtime.answer.pool import Counts
+from runtime.answer.pool import Counts, SwapTimes
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler, Sampling
 from runtime.answer.scheduler import Job, Limits, may_join, next_pass, peak_cells
 from runtime.engine.engine import Engine
@@ -58,7 +58,7 @@ class Batch:
         """
         self.engine = engine
         self.largest = self.n_joined = 0  # sequences in one pass, and in all
-        self.counts = Counts()  # of what was swapped
+        self.counts, self.swap_times = Counts(), SwapTimes()
         self.n_tokens = self.n_prompt_tokens = self.n_shared_tokens = 0
         self._tokenizer, self._between = tokenizer, between_passes
         settings = engine.settings

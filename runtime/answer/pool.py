@@ -50,6 +50,15 @@ class Counts:
     blocks_in: int = 0
 
 
+@dataclass
+class SwapTimes:
+    """Seconds of swaps on each way, in which nothing is computed; read_s: of those in, the slow tier's."""
+
+    out_s: float = 0.0
+    in_s: float = 0.0
+    read_s: float = 0.0
+
+
 class Pool:
     """Blocks 0 to `fast` - 1 and 0 to `slow` - 1. Each belongs to one sequence or is free; a sequence is in one tier.
 

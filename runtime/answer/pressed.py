@@ -49,7 +49,8 @@ class PressedBatch(Batch):
 
     def __init__(self, parts: Parts, pool: Pool, admission: Admission, swapping: Swapping) -> None:
         super().__init__(parts.engine, parts.tokenizer, parts.between_passes, shares=False)
-        self.pool, self._swapping, self.counts = pool, swapping, pool.counts
+        self.pool, self._swapping = pool, swapping
+        self.counts, self.swap_times = pool.counts, swapping.times
         self._pressure = Pressure(pool, admission, self._limits)
         self._saved: dict[int, Saved] = {}
 
