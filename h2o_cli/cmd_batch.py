@@ -16,6 +16,7 @@ from h2o_cli.output import Progress, note, print_json
 from h2o_cli.session.batch_files import Answers, BadLine, BatchRequest, answered, read_requests, refused
 from h2o_cli.session.batch_pool import PoolChoice, open_batch
 from h2o_cli.session.batch_schedule import CONTINUOUS, MOST_SEQUENCES, ZIGZAG, Schedule, timeline_in
+from h2o_cli.session.batch_size import AUTO, parse_batch_size, with_best_size
 from h2o_cli.session.defaults import N_PREDICT
 from h2o_cli.session.model import OpenModel
 from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
@@ -59,8 +60,12 @@ Predict = Annotated[
     int, typer.Option("-n", "--predict", metavar="N", help="Most tokens of an answer whose line does not say.")
 ]
 BatchSize = Annotated[
-    int,
-    typer.Option("--batch-size", metavar="N", help=f"Answers at once (zigzag: in a batch), 1 to {MOST_SEQUENCES}."),
+    str,
+    typer.Option(
+        "--batch-size",
+        metavar="N|auto",
+        help=f"Answers at once (zigzag: in a batch), 1 to {MOST_SEQUENCES}. auto: the fastest by the profile.",
+    ),
 ]
 How = Annotated[
     str,
@@ -123,7 +128,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
     memory: Memory = None,
     n_predict: Predict = N_PREDICT,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = "16",
     schedule: How = CONTINUOUS,
     num_batches: NumBatches = None,
     overlap: Overlap = "on",
@@ -145,7 +150,10 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if n_predict < 1:
         raise UsageError(f"-n {n_predict} is not possible", "give 1 or more")
     choice = PoolChoice.parse(admission, kv_pool, swap, trace, output.absolute().parent)
-    order = Schedule.parse(schedule, batch_size, num_batches, overlap, swaps=choice.swaps)
+    n_texts = parse_batch_size(batch_size)
+    order = Schedule.parse(schedule, n_texts or MOST_SEQUENCES, num_batches, overlap, swaps=choice.swaps)
+    if order.in_blocks and not n_texts:
+        raise UsageError(f"--batch-size {AUTO} is not for --schedule {ZIGZAG}", "give the texts of a batch")
     options = SessionOptions(
         model=resolve_model(model),
         sequences=order.sequences,
@@ -158,7 +166,8 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         speculate="off",
     )
     with Answers(output) as answers, timeline_in(timeline) as times:
-        code = _batch(options, _How(choice, order, times), _Files(prompts, answers), n_predict, json)
+        how = _How(choice, order, times, n_texts is None)
+        code = _batch(options, how, _Files(prompts, answers), n_predict, json)
     raise typer.Exit(code)
 
 
@@ -171,6 +180,7 @@ class _How(NamedTuple):
     pool: PoolChoice
     schedule: Schedule
     timeline: Timeline | None
+    finds_size: bool
 
 
 def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, json: bool) -> int:
@@ -183,6 +193,8 @@ def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, js
                 f"{options.model.name} keeps a state without positions, which answers cannot share",
                 "answer the prompts one by one with `h2o run`",
             )
+        if how.finds_size:
+            options = with_best_size(model, options, how.pool)
         options = how.pool.options_for(model.file, options)
         session = open_session(model, options, options.ctx or 0, options.ctx or 0)
         try:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from h2o_cli.output import emit, print_json, table
-from planner.batches import Prediction, best, predict
+from planner.batches import POSITIONS_EACH, SIZES, Prediction, best, predict
 from profiler.model_profile import ModelProfile
 from runtime.sizes import MB
-
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-POSITIONS_EACH = 256
 
 
 def show(profile: ModelProfile, budget_bytes: int, positions_each: int | None, *, json: bool) -> None:
     """Print the predictions and the best batch size. Raises BudgetError where none fits."""
-    found = predict(profile, budget_bytes, BATCH_SIZES, positions_each or POSITIONS_EACH)
+    found = predict(profile, budget_bytes, SIZES, positions_each or POSITIONS_EACH)
     chosen = best(found)
     if json:
         print_json(

@@ -1,7 +1,7 @@
 """What the code of a run takes in memory: `h2o profile` has loaded more, and asks a process that has loaded just that.
 
 `python -m h2o_cli.run_memory` is this process: it loads what `h2o run` loads, then what a filter of
-keys and values needs, and prints the bytes of both.
+keys and values needs, and prints the bytes of both, and those of the first that come from files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from runtime.memory import resident_bytes
+from runtime.memory import file_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from profiler.measure import RunMemory
@@ -26,10 +26,10 @@ def measure_run_memory() -> RunMemory | None:
     from profiler.measure import RunMemory
 
     try:
-        process_bytes, filter_bytes = map(int, output_of("h2o_cli.run_memory").split())
+        process_bytes, filter_bytes, from_files = map(int, output_of("h2o_cli.run_memory").split())
     except ValueError:
         return None
-    return RunMemory(process_bytes, filter_bytes)
+    return RunMemory(process_bytes, filter_bytes, from_files)
 
 
 def output_of(module: str, *arguments: str) -> bytes:
@@ -51,12 +51,13 @@ def main() -> None:
     from h2o_cli.main import LazyGroup
 
     LazyGroup(name="h2o").get_command(None, "run")
-    bytes_after = []
+    bytes_after, from_files = [], []
     for names in (RUN, FILTER):
         for name in names:
             importlib.import_module(name)
         bytes_after.append(resident_bytes())
-    sys.stdout.write(f"{bytes_after[0]} {bytes_after[1] - bytes_after[0]}\n")
+        from_files.append(file_bytes())
+    sys.stdout.write(f"{bytes_after[0]} {bytes_after[1] - bytes_after[0]} {from_files[0]}\n")
 
 
 if __name__ == "__main__":

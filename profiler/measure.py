@@ -16,10 +16,12 @@ from pathlib import Path
 import msgspec
 
 from profiler import disk
+from profiler.batches import N_TEXTS, measure_batch, settings_of
 from profiler.compute import ComputeTimes, measure_compute
 from profiler.device import device_info, usable_cores
 from profiler.model_profile import (
     SCHEMA,
+    BatchProfile,
     DiskProfile,
     EmbeddingProfile,
     HeadProfile,
@@ -33,6 +35,7 @@ from profiler.model_profile import (
 )
 from profiler.release import resident_release, slot_release
 from profiler.timing import columns
+from runtime.answer.drafters import can_take_back
 from runtime.engine.engine import Engine
 from runtime.errors import BudgetError, Cancelled, ModelError
 from runtime.kv.cache import K, V, find_cache
@@ -40,7 +43,7 @@ from runtime.llama import abi
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import Layer, ModelFile
-from runtime.memory import available_bytes, resident_bytes
+from runtime.memory import available_bytes, drop_file_pages, file_bytes, resident_bytes
 from runtime.plans.ledger import Ledger, floor_for
 from runtime.plans.plan import Plan
 from runtime.plans.residency import layer_bytes, smallest_window, streamable_bytes
@@ -73,10 +76,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class RunMemory:
-    """Bytes of a process that has loaded the code of a run and no model yet, and what a KV filter's code adds."""
+    """Bytes of a process that has loaded the code of a run and no model yet, what a KV filter's code adds, and how many
+    of process_bytes are pages of files."""
 
     process_bytes: int
     filter_bytes: int
+    from_files: int = 0
 
     @property
     def surplus_bytes(self) -> int:
@@ -137,13 +142,16 @@ class Measurement:
             needs, window_bytes = self._memory(file, hollow)
             disk_times = self._disk(file, window_bytes + needs.memory.compute_bytes)  # no engine is open meanwhile
             compute = self._compute(file, hollow, disk_times.profile, window_bytes)
+            batches = self._batches(file, hollow, disk_times.profile, window_bytes)
+            unused_bytes = self._unused_bytes(file, hollow)
             release = [slot_release(group, self.repeats) for group in file.groups]
             self._resident_release(file)
         finally:
             hollow.free()
         self._total_s = self._done_s
         self._advance(self._done_s)
-        return _profile(file, needs, disk_times, compute, release)
+        needs = replace(needs, memory=msgspec.structs.replace(needs.memory, unused_bytes=unused_bytes))
+        return msgspec.structs.replace(_profile(file, needs, disk_times, compute, release), batches=batches)
 
     # --- the parts ----------------------------------------------------------------------------------------------
 
@@ -218,6 +226,39 @@ class Measurement:
             self.notes.append("other programs kept the processors busy: compute times are too long")
         return times
 
+    def _batches(
+        self, file: ModelFile, hollow: HollowModel, found: DiskProfile, window_bytes: int
+    ) -> tuple[BatchProfile, ...]:
+        """Passes of several texts, as far as the budget has room for them."""
+        if not can_take_back(hollow):
+            return ()
+        settings = replace(self.settings, request_bytes=found.request_bytes, depth=max(1, found.depth))
+        batches, room_bytes = [], 0 if self._budget_bytes else available_bytes() // 2
+        for n_texts in N_TEXTS:
+            engine = Engine(file, hollow, Plan(0, 1, window_bytes=window_bytes), settings_of(settings, n_texts))
+            self._engine = engine
+            try:
+                self._check()
+                if engine.layout.fixed_bytes + window_bytes <= (self._budget_bytes or available_bytes()):
+                    batches.append(measure_batch(engine, self.repeats, self._passed, room_bytes=room_bytes))
+            finally:
+                self._engine = None
+                engine.close()
+        return tuple(batches)
+
+    def _unused_bytes(self, file: ModelFile, hollow: HollowModel) -> int:
+        """Bytes of a run's process that are pages of files and that tokens do not use."""
+        engine = Engine(file, hollow, Plan(0, 1, window_bytes=smallest_window(file)), self.settings)
+        self._engine = engine
+        try:
+            engine.forward([0])
+            drop_file_pages()
+            engine.forward([1])
+            return max(0, self._run_memory.from_files - file_bytes())
+        finally:
+            self._engine = None
+            engine.close()
+
     def _resident_release(self, file: ModelFile) -> None:
         """Measured only where the memory for a whole layer is there."""
         layer = max(file.layers, key=layer_bytes)
@@ -230,7 +271,9 @@ class Measurement:
         """Estimate all work in seconds, now that the disk's rate is known."""
         self._stream_s = streamable_bytes(file) / bytes_per_s
         self._pass_s = self._stream_s + streamable_bytes(file) / 2e9
-        self._total_s = _SEARCH_S + self.repeats * self._stream_s + 2 * (self.repeats + 1) * self._pass_s
+        self._total_s = (
+            _SEARCH_S + self.repeats * self._stream_s + 2 * (1 + len(N_TEXTS)) * (self.repeats + 1) * self._pass_s
+        )
 
     def _passed(self) -> None:
         self._advance(self._done_s + self._pass_s)

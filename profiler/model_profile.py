@@ -131,7 +131,8 @@ class MemoryProfile(msgspec.Struct, frozen=True):
 
     prompt_bytes is the part of compute_bytes that only a prompt needs: weights take its place afterwards. The two
     figures per token are what those grow by for each position of the context. filter_process_bytes: what a run that
-    filters keys and values takes on top of process_bytes.
+    filters keys and values takes on top of process_bytes. unused_bytes: the part of process_bytes that only prompts
+    use.
     """
 
     process_bytes: Count
@@ -145,6 +146,7 @@ class MemoryProfile(msgspec.Struct, frozen=True):
     compute_bytes_per_token: Count = 0
     prompt_bytes_per_token: Count = 0
     filter_process_bytes: Count = 0
+    unused_bytes: Count = 0
 
 
 class KvLayer(msgspec.Struct, frozen=True):
@@ -163,8 +165,27 @@ class KvProfile(msgspec.Struct, frozen=True):
     layers: tuple[KvLayer, ...]
 
 
+class BatchProfile(msgspec.Struct, frozen=True):
+    """A pass over one token of each of n_texts, and the choice of the tokens that follow.
+
+    pass_bytes: buffers, logits, samplers, copies of keys and values. prompt_bytes: what prompts take on top.
+    streamed_s: with everything streamed, without its waits. resident_s: with everything in memory; None where there
+    was no room. Both with 64 positions of each text; position_s: what a position more of one text adds.
+    """
+
+    n_texts: Annotated[int, msgspec.Meta(ge=2)]
+    pass_bytes: Count
+    prompt_bytes: Count
+    streamed_s: Spread
+    resident_s: Spread | None
+    position_s: Quantity
+
+
 class ModelProfile(msgspec.Struct, frozen=True):
-    """Everything measured about one model on one machine. kv: None where its cache cannot be filtered."""
+    """Everything measured about one model on one machine. kv: None where its cache cannot be filtered.
+
+    batches: of several texts, few to many; none where there was no room, or the model's texts cannot share a cache.
+    """
 
     schema: int
     model: ModelInfo
@@ -180,6 +201,7 @@ class ModelProfile(msgspec.Struct, frozen=True):
     kv: KvProfile | None
     memory: MemoryProfile
     floor_bytes: Count
+    batches: tuple[BatchProfile, ...] = ()
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:

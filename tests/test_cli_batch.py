@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 from cgroups import memory_limit
 from recurrent_models import recurrent_model
 
 from h2o_cli.main import run_command
+from profiler.measure import Measurement
+from profiler.model_profile import Spread, save_profile
 
 MB = 10**6
 H2O = [sys.executable, "-m", "h2o_cli.main"]
@@ -196,6 +199,22 @@ def test_a_batch_lives_inside_its_budget(tiny_model, tmp_path):
     assert totals["bytes_read"] > 0
 
 
+def test_the_batch_size_is_the_fastest_by_the_profile(bundled_model, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("H2O_PROFILES", str(tmp_path))
+    command = batch(bundled_model, prompts, tmp_path / "a", "-m", 100, "--batch-size", "auto")
+    assert run_command(command) == 0
+    assert "--batch-size 16 is taken: `h2o profile` can say what is best" in capsys.readouterr().err
+    profile = Measurement(bundled_model, 1, n_threads=1).run()
+    slow = Spread(100.0, 0.0, 1, 100.0, 100.0)  # seconds: one text alone is faster
+    batches = tuple(msgspec.structs.replace(b, streamed_s=slow, resident_s=slow) for b in profile.batches)
+    save_profile(msgspec.structs.replace(profile, batches=batches), tmp_path / "p.json")
+    assert run_command(batch(bundled_model, prompts, tmp_path / "b", "-m", 100, "--batch-size", "auto", "--json")) == 0
+    out, err = capsys.readouterr()
+    assert "--batch-size 1 is chosen: about" in err
+    assert json.loads(out)["largest_batch"] == 1
+    assert read(tmp_path / "a").keys() == read(tmp_path / "b").keys()
+
+
 @pytest.mark.cgroup
 def test_the_smallest_budget_that_is_named_works(bundled_model, prompts, tmp_path):
     def run(budget_mb):
@@ -217,6 +236,8 @@ def test_the_smallest_budget_that_is_named_works(bundled_model, prompts, tmp_pat
     ("flags", "message"),
     [
         (["--batch-size", "33"], "--batch-size 33 is not possible"),
+        (["--batch-size", "many"], "--batch-size many is not possible"),
+        (["--batch-size", "auto", "--schedule", "zigzag"], "--batch-size auto is not for --schedule zigzag"),
         (["-n", "0"], "-n 0 is not possible"),
         (["--ctx", "0"], "--ctx 0 is not possible"),
         (["--schedule", "zag"], "there is no --schedule zag"),

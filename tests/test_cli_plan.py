@@ -102,9 +102,10 @@ def test_json_has_every_key_of_the_contract(plan_json, profile, plan_file):
 def test_batch_sizes_are_predicted(plan, plan_json, profile, plan_file):
     found = plan_json("-c", profile, "-m", 300, "--batch", "--ctx", 64)
     sizes = {one["n_texts"]: one for one in found["batch_sizes"]}
-    assert list(sizes) == [1, 2, 4, 8, 16, 32]
+    assert list(sizes)[:3] == [1, 2, 3] and list(sizes)[-1] == 32
     assert found["predicted_tokens_per_s"] == sizes[found["batch_size"]]["tokens_per_s"]
-    assert sizes[1]["ms_per_token"] == sizes[1]["read_ms"] > sizes[1]["compute_ms"]
+    assert sizes[1]["ms_per_token"] == pytest.approx(sizes[1]["read_ms"])
+    assert sizes[1]["read_ms"] > sizes[1]["compute_ms"]
     assert not plan_file.exists()
     code, out, _ = plan("-c", profile, "-m", 300, "--batch", "--ctx", 64)
     assert code == 0

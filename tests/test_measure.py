@@ -51,6 +51,10 @@ def test_profile_of_a_small_model(tiny_model, tmp_path, arch):
         assert unit.prefill_compute_s.mean > 0
     layers = profile.layers
     assert sum(x.prefill_compute_s.minimum for x in layers) > sum(x.decode_compute_s.minimum for x in layers)
+    assert [batch.n_texts for batch in profile.batches] == [2, 16]
+    two, sixteen = profile.batches
+    assert two.pass_bytes < sixteen.pass_bytes and two.resident_s and sixteen.resident_s
+    assert two.streamed_s.minimum < sixteen.streamed_s.minimum and two.resident_s.minimum < sixteen.resident_s.minimum
     assert profile.disk.bytes_per_s.n == 3
     assert profile.memory.min_window_bytes == smallest_window(file)
     assert shares[-1] == 1.0 and min(shares) >= 0

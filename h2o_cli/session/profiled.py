@@ -76,6 +76,14 @@ class Profiled:
             return float(self._ask("token_ms", *arm))
         return None
 
+    def batch_size(self, budget_bytes: int, n_cells: int) -> tuple[int, float] | None:
+        """How many texts to answer at once in a cache of n_cells positions (0: as usual), and tokens per second of all
+        of them; None where the profile's figures say that none fits."""
+        with suppress(Failed, EngineError):
+            found = self._ask("batch_size", budget_bytes, n_cells)
+            return (int(found[0]), float(found[1])) if found else None
+        return None
+
     def rest(self) -> None:
         """Free the child's memory. It is started again for another question."""
         child, self._child = self._child, None
@@ -143,6 +151,19 @@ class _Reader:
                 self.profile, budget_bytes, ctx_tokens=ctx, ubatch_tokens=ubatch, layout=wanted, kv=use
             )
             return {name: int(value) for name, value in vars(plan).items()}
+        return None
+
+    def batch_size(self, budget_bytes: int, n_cells: int) -> tuple[int, float] | None:
+        """The best batch."""
+        from planner.batches import POSITIONS_EACH, SIZES, best, predict, predict_inside
+
+        with suppress(BudgetError):
+            if n_cells:
+                found = predict_inside(self.profile, budget_bytes, n_cells)
+            else:
+                found = predict(self.profile, budget_bytes, SIZES, POSITIONS_EACH)
+            chosen = best(found) if found else None
+            return (chosen.n_texts, chosen.tokens_per_s) if chosen else None
         return None
 
     def token_ms(self, k: int, w: int, layout: int, pinned_bytes: int, window_bytes: int) -> float:
