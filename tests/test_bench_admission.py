@@ -102,13 +102,15 @@ def test_the_report_says_whether_the_optimum_is_better_than_none(tmp_path):
     assert "better than none" in text
     assert "takes reserve:0 after 7 of 6 runs, -9" in text
     assert "| none | 100.0 ± 0.0 | 103.6 ± 6.8 | 3.6 ± 6.8 |" in text
-    assert "Intervals reach beyond 10 % at none. All means are within 10 %." in text
+    assert "Intervals reach beyond 10 % at none (2 rounds, 9 texts). All means are within 10 %." in text
     assert "known, simulate would be 10.0 ± 0.0 % beside none: better than none" in text
-    assert "On the engine reserve:1 is better than none (25.1 ± 3.5 %), and has 0.63 ± 0.02 of the speed" in text
+    assert (
+        "(3 rounds of 9 texts) reserve:1 is better than none (25.1 ± 3.5 %), and has 0.63 ± 0.02 of the speed" in text
+    )
     assert "Swaps take 1.00 ± 0.00 % of the seconds of none" in text
     text = finished(tmp_path, (0.9, 1.0, 1.1), (0.96, 0.961))
     assert "no different from none" in text
-    assert "within 10 % of the engine at all 1 points, intervals included" in text
+    assert "within 10 % of the engine at all 1 points (2 rounds, 9 texts), intervals included" in text
     assert "Means are beyond 10 % at none." in finished(tmp_path, (0.9, 1.0, 1.1), (0.86, 0.861))
     with (tmp_path / "admission.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))

@@ -46,7 +46,7 @@ def report(rows: Sequence[AdmissionRow], pictures: Sequence[str] = ()) -> str:
     parts = [machines(rows), _METHOD, started_by(rows)] if rows else ["No runs."]
     for model in distinct(row.model for row in rows):
         at = chosen(rows, model=model)
-        row = at[0]
+        row = (chosen(at, suite=SWEEP) or at)[0]
         parts += [f"## {model}, {row.fast} blocks, {row.batch_size} texts at most, {row.n_texts} in all", _costs(row)]
         parts += [markdown_table(check_rows(at)), within(at)] if chosen(at, suite=CHECK) else []
         parts += conclusions(at)
@@ -75,14 +75,16 @@ def within(rows: Sequence[AdmissionRow]) -> str:
     """Whether the simulator is as near to the engine as it has to be, at every point with all of its interval."""
     checks = chosen(rows, suite=CHECK)
     off = {row.admission: off_by(row) for row in checks}
+    how = f"({len(checks[0].runs)} rounds, {checks[0].n_texts} texts)"
     beyond = [name for name, found in off.items() if abs(found.value) + found.half > NEAR_PERCENT]
     if not beyond:
-        return f"The simulator is within {NEAR_PERCENT} % of the engine at all {len(off)} points, intervals included."
+        text = f"The simulator is within {NEAR_PERCENT} % of the engine at all {len(off)} points"
+        return f"{text} {how}, intervals included."
     far = [name for name, found in off.items() if abs(found.value) > NEAR_PERCENT]
     said = (
         f"Means are beyond {NEAR_PERCENT} % at {', '.join(far)}." if far else f"All means are within {NEAR_PERCENT} %."
     )
-    return f"Intervals reach beyond {NEAR_PERCENT} % at {', '.join(beyond)}. {said}"
+    return f"Intervals reach beyond {NEAR_PERCENT} % at {', '.join(beyond)} {how}. {said}"
 
 
 def engine_rows(rows: Sequence[AdmissionRow]) -> list[list[str]]:
@@ -101,7 +103,8 @@ def on_the_engine(rows: Sequence[AdmissionRow]) -> str:
     """Whether the best admission is better than none where it is not simulated, and what twice the pool would give."""
     none, best = chosen(rows, suite=ENGINE)
     beside, twice = gain(best, none), gain(best, chosen(rows, suite=TWICE)[0])
-    text = f"On the engine {best.admission} is {_verdict(beside)} ({beside.text()} %)"
+    text = f"On the engine ({len(best.runs)} rounds of {best.n_texts} texts) "
+    text += f"{best.admission} is {_verdict(beside)} ({beside.text()} %)"
     text += f", and has {1 + twice.value / 100:.2f} ± {twice.half / 100:.2f} of the speed of twice the pool."
     return f"{text} Swaps take {mean_of(none, _swap).text(2)} % of the seconds of none: who avoids them gains no more."
 
