@@ -44,6 +44,7 @@ EPILOG = """Examples:
   h2o plan -m 400 --ctx 16384 --kv-filter --kv-store disk    for a run with the same flags
   h2o plan model.gguf --workers local,192.168.1.7:9999 --tls cluster/me      placement over devices
   h2o plan -m 419 --batch         how many texts `h2o batch` should answer at once
+  h2o plan --batch --source -m 200GB model.gguf     the policy that FlexGen's cost model finds, for its machine
   h2o plan --source -c four-keys.json -m 400 -s kw.bin --compat    as the source system plans, in its file
 """
 
@@ -82,7 +83,9 @@ ByHand = Annotated[str | None, typer.Option("--set", metavar="K,W", help="K laye
 Compat = Annotated[
     bool, typer.Option("--compat", help="Write the source system's file of 8 bytes (k and w only); needs -s.")
 ]
-Source = Annotated[bool, typer.Option("--source", help="Plan as the source system does; -m counts layers only.")]
+Source = Annotated[
+    bool, typer.Option("--source", help="Plan as the source system does; -m counts layers only. With --batch: its CPU.")
+]
 Explore = Annotated[float, typer.Option("--c", metavar="C", help="With --source: weight of exploring.")]
 Episodes = Annotated[int, typer.Option("--episodes", metavar="N", help="With --source: plays in all.")]
 Seed = Annotated[
@@ -162,7 +165,9 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         return
     flags = KvFlags.of(locals())
     _check_flags(locals())
-    if batch and (show or live or by_hand or source or explain or kv_filter):
+    if batch and source and (profile or compat or plan_file):
+        raise UsageError("--batch --source needs no profile and writes no file", "leave out -c, -s and --compat")
+    if batch and (show or live or by_hand or explain or kv_filter):
         raise UsageError(
             "--batch predicts batch sizes and chooses no plan", "leave out the other ways, and --kv-filter"
         )
@@ -178,7 +183,11 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
         n_predict=predict,
         compat=compat,
     )
-    if source:
+    if source and batch:
+        from h2o_cli.plan_batches import show_as_source
+
+        show_as_source(resolve_model(model), options.budget.n_bytes, ctx, json=json)
+    elif source:
         search = SourceSearch(profile, model, memory or "", c, episodes, seed)
         plan_as_source(search, options.plan_file, compat=compat, json=json)
     elif show:

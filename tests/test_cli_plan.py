@@ -1,6 +1,7 @@
 import json
 import re
 import struct
+import sys
 from dataclasses import replace
 
 import msgspec
@@ -97,6 +98,24 @@ def test_json_has_every_key_of_the_contract(plan_json, profile, plan_file):
     assert (found["model"], found["plan_file"], found["generation"]) == ("m.gguf", str(plan_file), 1)
     assert FIXED < found["floor_bytes"] < 120 * MB
     assert found["predicted_ms_per_token"] >= found["limit_ms_per_token"] > 0
+
+
+def test_the_policy_of_the_source_systems_cost_model(plan, plan_json, plan_file, bundled_model):
+    command = (bundled_model, "-m", "4GB", "--batch", "--source", "--ctx", 64)
+    pytest.importorskip("scipy")
+    found = plan_json(*command)
+    assert found["gpu_batch_size"] >= 1 and found["num_gpu_batches"] >= 1 and found["tokens_per_s"] > 0
+    assert len(found["percent"]) == 6 and sum(found["percent"][4:]) == 100
+    code, out, _ = plan(*command)
+    assert code == 0 and "--percent " + " ".join(map(str, found["percent"])) in out and "64 tokens of a prompt" in out
+    assert not plan_file.exists()
+    assert plan(*command, "--compat")[0] == 2
+
+
+def test_the_policy_search_without_scipy_says_what_is_missing(plan, bundled_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    code, _, err = plan(bundled_model, "-m", "4GB", "--batch", "--source")
+    assert code == 2 and "scipy" in err
 
 
 def test_batch_sizes_are_predicted(plan, plan_json, profile, plan_file):
