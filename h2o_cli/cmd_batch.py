@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from h2o_cli.session.model import OpenModel
 from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
 from h2o_cli.session.opening import Session, open_session
 from h2o_cli.session.options import SessionOptions
+from h2o_cli.session.percent import Placement
 from h2o_cli.session.smallest import CONVERSATION
 from runtime.answer.batch import Batch, Finished, Wanted, finish_reason
 from runtime.answer.drafters import can_take_back
@@ -41,6 +42,8 @@ EPILOG = """Examples:
 \b
   h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400
   h2o batch model.gguf -f questions.txt -o answers.jsonl -n 64 --temp 0
+  h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400 --batch-size auto
+  h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400 --percent 0 40 0 100 0 100
   h2o batch model.gguf -f prompts.jsonl -o answers.jsonl --kv-pool 50 --admission reserve:1 --trace trace.jsonl
 
 A line of prompts is an OpenAI batch request, {"prompt": "..."}, {"messages": [...]}, or plain text. Answers are
@@ -119,6 +122,23 @@ When = Annotated[
         "--timeline", metavar="FILE", show_default=False, help="Write when weights were read and layers computed."
     ),
 ]
+Percents = Annotated[
+    tuple[int, int, int, int, int, int] | None,
+    typer.Option(
+        "--percent",
+        metavar="W_GPU W_CPU KV_GPU KV_CPU ACT_GPU ACT_CPU",
+        show_default=False,
+        help="Percent of weights, keys and values, activations on each; disk has the rest. Here: 0 N 0 100 0 100.",
+    ),
+]
+Rule = Annotated[
+    str | None,
+    typer.Option(
+        "--placement",
+        metavar="exact|midpoint",
+        help="With --percent: by bytes, or whole tensors by FlexGen's rule. [default: exact]",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the totals as one JSON object.")]
 
 
@@ -141,6 +161,8 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     swap: Swap = None,
     trace: Trace = None,
     timeline: When = None,
+    percent: Percents = None,
+    placement: Rule = None,
     json: Json = False,
 ) -> None:
     """Answer the prompts of a file, many at once: each pass over the weights computes a token of all of them.
@@ -154,6 +176,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     order = Schedule.parse(schedule, n_texts or MOST_SEQUENCES, num_batches, overlap, swaps=choice.swaps)
     if order.in_blocks and not n_texts:
         raise UsageError(f"--batch-size {AUTO} is not for --schedule {ZIGZAG}", "give the texts of a batch")
+    shares = Placement.parse(percent, placement)
     options = SessionOptions(
         model=resolve_model(model),
         sequences=order.sequences,
@@ -166,7 +189,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         speculate="off",
     )
     with Answers(output) as answers, timeline_in(timeline) as times:
-        how = _How(choice, order, times, n_texts is None)
+        how = _How(choice, order, times, n_texts is None, shares)
         code = _batch(options, how, _Files(prompts, answers), n_predict, json)
     raise typer.Exit(code)
 
@@ -181,6 +204,7 @@ class _How(NamedTuple):
     schedule: Schedule
     timeline: Timeline | None
     finds_size: bool
+    placement: Placement | None
 
 
 def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, json: bool) -> int:
@@ -196,8 +220,13 @@ def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, js
         if how.finds_size:
             options = with_best_size(model, options, how.pool)
         options = how.pool.options_for(model.file, options)
+        if how.placement:
+            options = replace(options, resident=how.placement.pieces(model.file))
         session = open_session(model, options, options.ctx or 0, options.ctx or 0)
         try:
+            if how.placement:
+                how.placement.check(session)
+                note(how.placement.told(session))
             with open_batch(session, how.pool, options, how.schedule, how.timeline) as batch:
                 work = _Work(session, batch, files, options.sampling, n_predict)
                 signal_number = work.run(n_lines)
@@ -331,4 +360,5 @@ class _Work:
             "num_batches": how.schedule.num_batches,
             "overlap": how.schedule.overlap,
             "ledger": session.engine.ledger.as_dict(),
+            **({"placement": how.placement.figures(session)} if how.placement else {}),
         }

@@ -118,6 +118,7 @@ def settings_for(
         n_logits=max(n_logits, options.sequences),
         n_sequences=options.sequences,
         swap_bytes=options.swap_bytes,
+        resident=options.resident,
         overlap=options.overlap,
         n_threads=options.threads or default_threads(),
         kv_type=options.kv_type,

@@ -33,6 +33,7 @@ class SessionOptions:
     is_named: bool = True
     sequences: int = 1
     swap_bytes: int = 0
+    resident: frozenset[int] | None = None
     overlap: bool = True
     kind: str = PROMPT
     budget: Budget = field(default_factory=lambda: Budget.parse(None))

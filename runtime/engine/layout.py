@@ -54,6 +54,7 @@ class Layout:
         self._room = self._cache.steps(self._settings.n_ubatch)  # positions laid out for; others take no memory
         self._placed: tuple[frozenset[int], int, bool] | None = None  # resident pieces, window, repacked or not
         self._most_cells = 0  # of the cache that were taken at once since it was empty
+        self._all = frozenset(piece.number for piece in self._file.pieces)
         self._fits = False  # weights and what any pass needs, both at once
 
     # --- plans --------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class Layout:
             margin = fixed.margin_bytes + plan.budget_bytes - usable
             fixed = replace(fixed, kv_bytes=self.needs.kv_bytes(room), margin_bytes=margin)
             left = plan.budget_bytes - fixed.fixed_bytes
-            if left >= total:
+            if left >= total and self._asked_pieces(total) in (None, self._all):
                 window, limit = 0, total
             else:
                 window = min(window, left)
@@ -104,7 +105,9 @@ class Layout:
             plan = replace(plan, pinned_bytes=max(limit, 1))
         there = self._store.wanted
         leave = again and limit < self.ledger.resident_bytes
-        resident = resident_pieces(self._file, plan, limit, there, among=there if leave else None)
+        resident = self._asked_pieces(limit)
+        if resident is None:
+            resident = resident_pieces(self._file, plan, limit, there, among=there if leave else None)
         streamed = sum(p.span_bytes for p in self._file.pieces if p.number not in resident)
         window = min(page_down(window), streamed)
         pinned = total - streamed
@@ -117,6 +120,13 @@ class Layout:
         self.streamed_bytes = streamed
         for table in self.needs.tables:
             table.resize(self.needs.passes.embedding(table.tensor, long=use.long))
+
+    def _asked_pieces(self, limit: int) -> frozenset[int] | None:
+        """The pieces that the settings name, where there are such and they take no more than limit bytes."""
+        asked = self._settings.resident
+        if asked is None or sum(p.span_bytes for p in self._file.pieces if p.number in asked) > limit:
+            return None
+        return asked
 
     def _place(self, resident: frozenset[int], window: int, repack: bool) -> None:
         """Have these pieces in memory, rearranged or not, and the others come through the window."""
