@@ -189,6 +189,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         sequences=1,
         swap_bytes=0,
         overlap=True,
+        resident=None,
         model=resolve_model(named),
         is_named=named is not None,
         budget=budget,
