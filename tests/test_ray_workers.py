@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +18,8 @@ pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 from test_cli_worker import H2O, ROOT, run
 
 from h2o_cli.main import run_command as h2o
+from h2o_cli.session.ray_workers import RayWorkers
+from runtime.errors import WorkerError
 from runtime.sizes import MB
 
 NODES = 3
@@ -101,6 +106,30 @@ def test_without_ray(bundled_model, monkeypatch, capsys):
     assert h2o(["run", str(bundled_model), "-p", "a", "--cluster", "auto"]) == 2
     said = capsys.readouterr().err
     assert "the package `ray` is not installed" in said and "pip install '.[cluster]'" in said
+
+
+def test_ray_is_not_left_while_a_thread_is_inside_it(tmp_path):
+    """It would compute with memory that is gone: a lost worker is waited for in a thread of its own."""
+    inside, left = threading.Event(), []
+
+    def wait(_asked, timeout):
+        inside.set()
+        time.sleep(0.3)
+        assert (timeout, left) == (0, [])
+        return [], []
+
+    actor = SimpleNamespace(address=SimpleNamespace(remote=object))
+    found = RayWorkers.__new__(RayWorkers)
+    found._ray = SimpleNamespace(wait=wait, kill=lambda _: None, shutdown=lambda: left.append(True))
+    found._actors, found.addresses, found._is_closed, found._inside = [actor], ["a:1"], False, threading.Lock()
+    found._folder = SimpleNamespace(cleanup=lambda: None)
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(found.again, "a:1", lambda: None)
+        assert inside.wait(5)
+        found.close()
+        with pytest.raises(WorkerError, match="the cluster was left"):
+            waits.result(5)
+    assert left == [True]
 
 
 def test_no_cluster_there(bundled_model, capsys):

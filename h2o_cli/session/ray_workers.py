@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from runtime.distributed.keys import AUTHORITY, make_keys
@@ -95,6 +95,7 @@ class RayWorkers:
         """Start a worker for a model of n_bytes on every node that has memory. Raises UsageError, WorkerError."""
         self._actors: list[Any] = []
         self._is_closed = False
+        self._inside = Lock()  # Ray: it is not left while a thread of ours is in one of its calls
         with _signals_raise():
             self._ray = _connected(address)
             self._folder = tempfile.TemporaryDirectory(prefix="h2o-")
@@ -138,17 +139,24 @@ class RayWorkers:
 
     def _address_of(self, actor: Any, limit_s: float, check: Callable[[], object]) -> str:
         """Where an actor's worker listens, once Ray has (re)started it. Raises WorkerError."""
-        ray, asked, end_s = self._ray, actor.address.remote(), time.monotonic() + limit_s
-        while not ray.wait([asked], timeout=0)[0]:
+        asked, end_s = self._call(lambda _: actor.address.remote()), time.monotonic() + limit_s
+        while not self._call(lambda ray: ray.wait([asked], timeout=0)[0]):
             time.sleep(_POLL_S)
             check()
-            if time.monotonic() > end_s or self._is_closed:
+            if time.monotonic() > end_s:
                 raise WorkerError(f"Ray started no worker in {limit_s:.0f} s", "see `ray status`: is there memory?")
         try:
-            return str(ray.get(asked))
-        except ray.exceptions.RayError as error:
+            return str(self._call(lambda ray: ray.get(asked)))
+        except self._ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise WorkerError(f"a worker did not start on its node: {reason}", "see `ray status`") from None
+
+    def _call(self, do: Callable[[Any], Any]) -> Any:
+        """A short call of Ray. Raises WorkerError where the cluster was left meanwhile."""
+        with self._inside:
+            if self._is_closed:
+                raise WorkerError("the cluster was left", "run again")
+            return do(self._ray)
 
     def again(self, address: str, check: Callable[[], object]) -> str:
         """Where the worker that was at an address is now, once Ray has started it again. `check` is called all the
@@ -168,10 +176,11 @@ class RayWorkers:
 
     def close(self) -> None:
         """End the workers, and leave the cluster."""
-        self._is_closed = True
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._ray.shutdown()
+        with self._inside:
+            self._is_closed = True
+            for actor in self._actors:
+                self._ray.kill(actor)
+            self._ray.shutdown()
         self._folder.cleanup()
 
 

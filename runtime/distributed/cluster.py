@@ -190,6 +190,7 @@ class Cluster:
         self.restarted: Callable[[Link], Link] | None = None  # who starts workers again, and waits until they are
         self._spares = list(spares)
         self._lost: list[Link] = []
+        self._is_closed = False
         self.window_bytes: dict[str, int] = {}  # by address, for streamed weights; others choose their own
         self._shape = (0, 0, 0, "")
         self._journal = Journal(folder)
@@ -335,9 +336,13 @@ class Cluster:
     def _welcome_back(self, link: Link) -> None:
         """A worker that was lost may be there again: then it is a spare one."""
         try:
-            self._spares.append(self.restarted(link) if self.restarted else link.again())
+            fresh = self.restarted(link) if self.restarted else link.again()
         except H2OError:
             self._lost.append(link)
+            return
+        self._spares.append(fresh)
+        if self._is_closed:  # looked at last: it may be closed at any moment
+            fresh.close()
 
     def _successor(self, lost: Link, error: WorkerError) -> Link:
         """Who takes over a lost worker's layers: a spare one, itself if it is started again, or who has most memory."""
@@ -395,6 +400,7 @@ class Cluster:
 
     def close(self) -> None:
         """Leave all workers."""
+        self._is_closed = True
         for link in (*self.links, *self._spares):
             link.close()
         self._journal.close()
