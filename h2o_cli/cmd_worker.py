@@ -14,6 +14,7 @@ from h2o_cli.interrupts import interrupts
 from h2o_cli.output import note, print_json
 from h2o_cli.session.defaults import MOST_THREADS, default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, find_profile, resolve_model
+from h2o_cli.session.smallest import of_worker
 from h2o_cli.worker_log import one_line_each
 from runtime.errors import H2OError, UsageError
 from runtime.llama.model_file import ModelFile
@@ -77,7 +78,7 @@ def _serve(model: str | None, listen: str, tls: Path | None, limits: tuple[int, 
         keys = keys_for(listen, tls)
         with interrupts.held():
             file = ModelFile.open(resolve_model(model))
-            offer = measure(file, *limits)
+            offer = measure(file, *limits, of_worker)
         worker = Worker(_finder(file, is_named=model is not None), offer, note)
         listener = Listener(listen, keys, worker.begin)
         try:

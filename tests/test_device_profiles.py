@@ -57,7 +57,7 @@ def test_devices_are_measured_once_and_with_refresh(tiny_model, monkeypatch):
     measured, probes, delay = [], [], [0.0]
     round_trip = Link.round_trip_s
 
-    def measure(_file, budget_bytes, n_threads):
+    def measure(_file, budget_bytes, n_threads, _least):
         measured.append(budget_bytes)
         return Offer(budget_bytes, n_threads, budget_bytes, 1e9, 1e-9)
 

@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import pytest
 
+from h2o_cli.session import smallest
+from h2o_cli.session.smallest import of_worker
 from runtime.distributed import offer
 from runtime.errors import BudgetError
 from runtime.llama.model_file import ModelFile
+from runtime.plans.ledger import floor_for
 from runtime.sizes import MB
 
 
-def test_the_smallest_budget_that_is_named_works(tiny_model, monkeypatch):
+@pytest.fixture
+def file(tiny_model, monkeypatch, tmp_path):
     """With more memory more layers are measured, whose keys and values take more: but only where there is room."""
     monkeypatch.setattr(offer, "_rates", lambda _engine: (1.0, 1.0))
+    monkeypatch.setattr(smallest, "_path", lambda: tmp_path / "smallest.json")
     shape = "llama:layers=12,dim=512,ffn=512,heads=4,kv_heads=4,vocab=512,ctx=512"
-    file = ModelFile.open(tiny_model(shape, "q8_0"))
+    return ModelFile.open(tiny_model(shape, "q8_0"))
+
+
+def floor_named(file, budget_bytes):
     with pytest.raises(BudgetError) as refused:
-        offer.measure(file, MB, 1)
-    floor = refused.value.floor_bytes
+        offer.measure(file, budget_bytes, 1, of_worker)
+    return refused.value.floor_bytes
+
+
+def test_the_smallest_budget_that_is_named_works_and_one_mb_less_is_refused(file):
+    floor = floor_named(file, MB)
     assert floor // 4 > 2 * file.layers[0].pieces[0].span_bytes  # more layers than one are tried
-    assert offer.measure(file, floor, 1).weights_bytes > 0
-    with pytest.raises(BudgetError):
-        offer.measure(file, floor - 4 * MB, 1)
+    for _ in range(3):
+        assert offer.measure(file, floor, 1, of_worker).weights_bytes > 0
+        assert floor_named(file, floor - MB) == floor
+        assert floor_named(file, 2 * MB) == floor
+
+
+@pytest.mark.parametrize("off", [-MB, 3 * MB])
+def test_it_holds_where_the_next_process_takes_some_mb_more_or_less(file, monkeypatch, off):
+    """Less: the number stays. More: a new one, for every start from then on."""
+    floor, agreed = floor_named(file, MB), smallest.agreed
+    monkeypatch.setattr(smallest, "agreed", lambda *key: agreed(*key[:-1], key[-1] + off))
+    if off < 0:
+        assert floor_named(file, floor - MB) == floor
+        return
+    new = floor_named(file, floor - MB)
+    assert new > floor == floor_for(floor - MB)
+    assert floor_named(file, new - MB) == new

@@ -13,6 +13,7 @@ from cluster import MB, workers
 from h2o_cli.main import run_command as h2o
 from h2o_cli.session.members import Devices, survey
 from h2o_cli.session.placing import given, place
+from h2o_cli.session.smallest import of_worker
 from planner.placement import Device
 from runtime.distributed import offer
 from runtime.distributed.offer import measure
@@ -50,7 +51,7 @@ def test_layers_by_hand():
 
 
 def test_what_a_worker_offers_is_measured(file):
-    offer = measure(file, 2000 * MB, 1)
+    offer = measure(file, 2000 * MB, 1, of_worker)
     assert (offer.budget_bytes, offer.n_threads) == (2000 * MB, 1)
     assert 500 * MB < offer.weights_bytes < 2000 * MB
     assert offer.disk_bytes_per_s > 1e6
@@ -66,7 +67,7 @@ def test_measuring_ends_on_a_machine_that_has_no_time(file, monkeypatch):
 
     monkeypatch.setattr(Engine, "forward", counted)
     monkeypatch.setattr(offer, "_MOST_S", -1.0)
-    assert measure(file, 2000 * MB, 1).disk_bytes_per_s > 1e6
+    assert measure(file, 2000 * MB, 1, of_worker).disk_bytes_per_s > 1e6
     assert len(passes) == 1
 
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from h2o_cli.session.device_profiles import kept
+from h2o_cli.session.smallest import of_worker
 from planner.placement import Choice, Device, Placement, SplitModel, choose_devices
 from planner.rebalance import as_seen
 from runtime.distributed.cluster import Link
@@ -84,7 +85,7 @@ def here(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = 
     """This machine, as it was measured in the last hour, or now; the head's room is taken off. Raises H2OError."""
 
     def numbers() -> tuple[float, ...]:
-        offer = measure(file, budget_bytes, n_threads)
+        offer = measure(file, budget_bytes, n_threads, of_worker)
         return offer.weights_bytes, offer.disk_bytes_per_s, offer.compute_s_per_byte
 
     group = Path("/proc/self/cgroup").read_text()  # with limits of its own

@@ -27,7 +27,7 @@ from runtime.plans.residency import smallest_window
 from runtime.settings import FULL_TILES, MARGIN_BYTES, Settings
 from runtime.sizes import MB
 
-PROMPT, CHAT, CONVERSATION = "prompt", "chat", "conversation"  # kinds of runs: they load other code
+PROMPT, CHAT, CONVERSATION, WORKER = "prompt", "chat", "conversation", "worker"  # kinds of runs: they load other code
 NEAR_BYTES = 20 * MB  # an engine with so much more than it needs is above the smallest budget for certain
 _AGREES_BYTES = 4 * MB  # a written number may be so much above what is measured
 _MOST_WRITTEN = 200
@@ -45,6 +45,12 @@ def measure(file: ModelFile, hollow: HollowModel, settings: Settings, kind: str)
     engine = Engine(file, hollow, Plan(0, 1, window_bytes=smallest_window(file)), settings)
     engine.close()
     return agreed(file.hash, settings, kind, engine.layout.fixed_bytes + smallest_window(file))
+
+
+def of_worker(file: ModelFile, hollow: HollowModel, settings: Settings, budget_bytes: int) -> int:
+    """The smallest budget of a worker: the number written down where it is at most budget_bytes, else measured."""
+    known = written(file.hash, settings, WORKER)
+    return known if 0 < known <= budget_bytes else measure(file, hollow, settings, WORKER)
 
 
 def agreed(model_hash: int, settings: Settings, kind: str, need_bytes: int) -> int:

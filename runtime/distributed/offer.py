@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from runtime.engine.borders import Borders
 from runtime.engine.engine import Engine
@@ -13,7 +14,7 @@ from runtime.errors import BudgetError
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.passes import Pass
-from runtime.plans.ledger import usable_bytes
+from runtime.plans.ledger import below_floor, usable_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import layer_bytes, smallest_window
 from runtime.settings import FULL_TILES, Settings
@@ -51,38 +52,61 @@ class _Nowhere:
         return bytes(n_bytes)
 
 
-def measure(file: ModelFile, budget_bytes: int, n_threads: int) -> Offer:
-    """Compute some tokens with the first layers, read anew for each. Raises H2OError where the budget is too small."""
+class Least(Protocol):
+    """The smallest budget of a process with this part of a model; not measured again where it is at most the budget."""
+
+    def __call__(self, part: ModelFile, hollow: HollowModel, settings: Settings, budget_bytes: int, /) -> int:
+        """In bytes."""
+
+
+def measure(file: ModelFile, budget_bytes: int, n_threads: int, least: Least) -> Offer:
+    """Compute some tokens with the first layers, read anew for each. Raises BudgetError below the smallest budget:
+    that of the first layer alone, whatever this very process would need.
+    """
     layers, n_bytes = [0], layer_bytes(file.layers[0])
     for layer in file.layers[1:]:
         n_bytes += layer_bytes(layer)
         if n_bytes > min(_MOST_BYTES, budget_bytes // _SHARE):
             break
         layers.append(layer.index)
+    settings = Settings(n_ctx=_TYPICAL_CONTEXT, n_ubatch=FULL_TILES, n_threads=n_threads, repack=False)
+    _check(file, budget_bytes, settings, least, budget_bytes)
+    for chosen in (layers, layers[:1]):
+        with suppress(BudgetError):
+            return _measure(file, chosen, budget_bytes, settings)
+    _check(file, budget_bytes, settings, least, 0)
+    return _measure(file, layers[:1], budget_bytes, settings)
+
+
+def _check(file: ModelFile, budget_bytes: int, settings: Settings, least: Least, known_for: int) -> None:
+    part = file.owned([0], head=False, embedding=True)
+    with _opened(part) as hollow:
+        floor = least(part, hollow, settings, known_for)
+    if budget_bytes < floor:
+        raise below_floor(budget_bytes, floor)
+
+
+@contextmanager
+def _opened(part: ModelFile) -> Iterator[HollowModel]:
+    """A model that is gone after the block."""
+    hollow = HollowModel(part)
     try:
-        return _measure(file, layers, budget_bytes, n_threads)
-    except BudgetError:
-        if len(layers) == 1:
-            raise
-    return _measure(file, layers[:1], budget_bytes, n_threads)  # the smallest budget that is named is for these
+        yield hollow
+    finally:
+        hollow.free()
 
 
-def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, n_threads: int) -> Offer:
+def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, settings: Settings) -> Offer:
     """With these layers."""
     part = file.owned(layers, head=False, embedding=True)
     n_bytes, window = sum(layer_bytes(layer) for layer in part.layers), 2 * smallest_window(part)
-    settings = Settings(n_ctx=_TYPICAL_CONTEXT, n_ubatch=FULL_TILES, n_threads=n_threads, repack=False)
     plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes)
-    with ExitStack() as opened:
-        hollow = HollowModel(part)
-        opened.callback(hollow.free)
-        engine = Engine(part, hollow, plan, settings)
-        opened.callback(engine.close)
+    with _opened(part) as hollow, closing(Engine(part, hollow, plan, settings)) as engine:
         room = usable_bytes(budget_bytes) - engine.layout.fixed_bytes
         engine.apply(Plan(0, 1, Layout.BALANCED, window_bytes=window))  # nothing stays
         engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
         rate, token_s = _rates(engine)
-    return Offer(budget_bytes, n_threads, max(0, room), rate, token_s / n_bytes)
+    return Offer(budget_bytes, settings.n_threads, max(0, room), rate, token_s / n_bytes)
 
 
 def _rates(engine: Engine) -> tuple[float, float]:
