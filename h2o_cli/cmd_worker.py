@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,13 @@ from h2o_cli.session.defaults import MOST_THREADS, default_threads
 from h2o_cli.session.models import DEFAULT_MODEL, find_profile, resolve_model
 from h2o_cli.session.smallest import of_worker
 from h2o_cli.worker_log import one_line_each
+from runtime.answer.follower import PlanFollower
+from runtime.engine.engine import Engine
 from runtime.errors import H2OError, UsageError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.budget import Budget
+from runtime.plans.plan import Plan
+from runtime.plans.watcher import PlanWatcher
 from runtime.sizes import format_size
 
 EPILOG = """Examples:
@@ -41,6 +46,9 @@ Memory = Annotated[
 Threads = Annotated[
     int | None, typer.Option("-t", "--threads", metavar="N", help="Computing threads. [default: physical cores]")
 ]
+PlanFile = Annotated[
+    Path | None, typer.Option("-s", "--plan-file", metavar="PLANFILE", help="Follow the plans in this file, up to -m.")
+]
 Tls = Annotated[
     Path | None,
     typer.Option("--tls", metavar="DIR", help="This machine's keys; needed for any address but this machine's own."),
@@ -53,6 +61,7 @@ def worker(
     listen: Listen = "127.0.0.1:9999",
     memory: Memory = None,
     threads: Threads = None,
+    plan_file: PlanFile = None,
     tls: Tls = None,
     json: Json = False,
 ) -> None:
@@ -66,10 +75,12 @@ def worker(
         raise UsageError(f"--threads {threads} is not possible", f"give 1 to {MOST_THREADS}")
     budget = Budget.parse(memory).n_bytes
     limits = budget, threads or default_threads()
-    raise typer.Exit(_serve(model, listen, tls, limits, json))
+    raise typer.Exit(_serve(model, listen, tls, limits, plan_file, json))
 
 
-def _serve(model: str | None, listen: str, tls: Path | None, limits: tuple[int, int], json: bool) -> int:
+def _serve(
+    model: str | None, listen: str, tls: Path | None, limits: tuple[int, int], plan_file: Path | None, json: bool
+) -> int:
     with one_line_each(note):
         from runtime.distributed.offer import measure
         from runtime.distributed.wire import Listener, keys_for
@@ -79,7 +90,8 @@ def _serve(model: str | None, listen: str, tls: Path | None, limits: tuple[int, 
         with interrupts.held():
             file = ModelFile.open(resolve_model(model))
             offer = measure(file, *limits, of_worker)
-        worker = Worker(_finder(file, is_named=model is not None), offer, note)
+        follow = _following(plan_file, limits[0]) if plan_file else None
+        worker = Worker(_finder(file, is_named=model is not None), offer, note, follow)
         listener = Listener(listen, keys, worker.begin)
         try:
             _say(listener.address, file.hash, json)
@@ -87,6 +99,29 @@ def _serve(model: str | None, listen: str, tls: Path | None, limits: tuple[int, 
             return 128 + _work(worker.work, worker.stop)
         finally:
             listener.close()
+
+
+class _OwnPlans(PlanWatcher):
+    """Plans for a whole model, cut to the layers that are here."""
+
+    def __init__(self, path: Path, model_hash: int, n_layers: int) -> None:
+        super().__init__(path, model_hash)
+        self._n_layers = n_layers
+
+    def poll(self) -> Plan | None:
+        """A newer valid plan for this model, or None."""
+        plan, most = super().poll(), self._n_layers
+        return replace(plan, k=min(plan.k, most), w=min(plan.w, most)) if plan else None
+
+
+def _following(path: Path, budget_bytes: int) -> Callable[[Engine, int], PlanFollower]:
+    """What makes the one that follows the plans in a file, for an engine with layers of the model with a hash."""
+
+    def follow(engine: Engine, model_hash: int) -> PlanFollower:
+        watcher = _OwnPlans(path, model_hash, engine.file.n_layers)
+        return PlanFollower(engine, watcher, budget_bytes, note, cap_bytes=budget_bytes)
+
+    return follow
 
 
 def _finder(file: ModelFile, *, is_named: bool) -> Callable[[int], ModelFile | None]:

@@ -21,6 +21,9 @@ from h2o_cli.main import run_command as h2o
 from runtime.distributed.keys import Keys, make_keys
 from runtime.distributed.wire import Wire
 from runtime.errors import WorkerError
+from runtime.llama.model_file import ModelFile
+from runtime.plans.file import write_plan
+from runtime.plans.plan import Plan
 from runtime.sizes import MB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +83,31 @@ def test_the_answer_is_that_of_one_machine(bundled_model):
             f"h2o: the worker {one['listening']} is gone: nothing listens there",
             "  next: start it, and run again",
         ]
+
+
+def test_a_worker_follows_its_plan_file_up_to_its_budget(bundled_model, tmp_path):
+    path, model_hash = tmp_path / "plan", ModelFile.open(bundled_model).hash
+    prompt = ["run", bundled_model, "-p", "Once upon a time", "-n", "24", "--temp", "0", "-t", "1", "--json"]
+    arguments = (bundled_model, "--listen", "127.0.0.1:0", "-m", "100", "-s", path)
+    with worker(*arguments) as (process, said):
+        command = [*prompt, "--workers", f"local,{said['listening']}", "--split", "4,4", "--speculate", "off"]
+        found = []
+        for plan in (
+            None,
+            Plan(2, 1, model_hash=model_hash),
+            Plan(8, 1, budget_bytes=1000 * MB),
+            Plan(2, 1, model_hash=1),
+        ):
+            if plan:
+                write_plan(path, plan)
+            found.append(json.loads(run(*command)[1]))
+        process.terminate()
+        log = process.communicate(timeout=5)[1].decode()
+    streams = [facts["devices"][1]["bytes_read_per_token"] > MB for facts in found]
+    assert streams == [False, True, False, False]
+    assert len({facts["text"] for facts in found}) == 1
+    assert "h2o: the plan is for 1.00 GB: it is followed inside the 100.0 MB of -m\n" in log
+    assert log.count("is for another model; the plan before it stays in force") == 1
 
 
 def test_this_machine_alone_is_said(bundled_model):

@@ -43,6 +43,10 @@ class PlanFollower:
         if self._stats:
             self._stats.publish(self.engine, self.budget_bytes, self._generation, self._refused)
 
+    def close(self) -> None:
+        """Look no more."""
+        self._watcher.close()
+
     def _follow(self) -> None:
         plan = self._watcher.poll()
         problem = self._watcher.take_problem()

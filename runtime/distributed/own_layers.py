@@ -90,7 +90,8 @@ class OwnLayers:
         """What the root is told."""
         engine, shape = self.engine, self.shape
         resident, streamed = engine.ledger.resident_bytes, engine.streamed_bytes
-        return Ready(shape.n_tokens, shape.width, self._offer.budget_bytes, resident, streamed)
+        budget_bytes = engine.plan.budget_bytes or self._offer.budget_bytes
+        return Ready(shape.n_tokens, shape.width, budget_bytes, resident, streamed)
 
     @property
     def summary(self) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from runtime.distributed.messages import (
     PROTOCOL,
@@ -24,6 +25,7 @@ from runtime.distributed.messages import (
 from runtime.distributed.offer import Offer
 from runtime.distributed.own_layers import OwnLayers
 from runtime.distributed.protocol import CLOSED, COMPUTING, Again, Refusal, WorkerSide
+from runtime.engine.engine import Engine
 from runtime.errors import Cancelled, EngineError, H2OError, WorkerError
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
@@ -79,16 +81,31 @@ class Visit:
         self.worker.leave(self.talk)
 
 
+class Follower(Protocol):
+    """Adopts new plans of an engine."""
+
+    def __call__(self) -> None:
+        """Look for one, between two passes."""
+
+    def close(self) -> None:
+        """Look no more."""
+
+
 class Worker:
-    """What a worker has and does. `find` gives the model file with a hash, or None; notes go to `log`."""
+    """What a worker has and does. `find` gives the model file with a hash, or None; notes go to `log`.
+
+    follow: makes who adopts new plans of an engine for layers of the model with a hash; None: they stay as they are.
+    """
 
     def __init__(
         self,
         find: Callable[[int], ModelFile | None],
         offer: Offer,
         log: Callable[[str], None],
+        follow: Callable[[Engine, int], Follower] | None = None,
     ) -> None:
-        self._find, self._offer, self._log = find, offer, log
+        self._find, self._offer, self._log, self._follow = find, offer, log, follow
+        self._follower: Follower | None = None  # of the engine that is open
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._held: Job | None = None  # a job that was met inside a pass
         self._talk: Talk | None = None  # the conversation that has the engine
@@ -230,10 +247,14 @@ class Worker:
     def _set_up(self, talk: Talk, setup: Setup) -> None:
         part = self._part
         if part is None or part.model != talk.model or not part.fits(setup):
+            self._end_following()
             part = self._open(talk.model, setup)
             self._log(part.summary)
+            self._follower = self._follow(part.engine, part.model) if self._follow else None
         part.engine.forget_cancel()
         part.engine.truncate(0)
+        if self._follower:
+            self._follower()  # now, so that the root is told what is in force
         self._peak_bytes = peak_bytes()
         with talk.lock:
             if talk.side.state != CLOSED:
@@ -257,15 +278,23 @@ class Worker:
         return self._part
 
     def _close_part(self) -> None:
+        self._end_following()
         part, self._part = self._part, None
         if part:
             part.close()
+
+    def _end_following(self) -> None:
+        follower, self._follower = self._follower, None
+        if follower:
+            follower.close()
 
     def _compute(self, talk: Talk, step: Step) -> None:
         part = self._part
         if part is None or talk.side.is_shortening or talk.side.state != COMPUTING:
             return
         part.engine.forget_cancel()
+        if self._follower:
+            self._follower()
         self._step, self._began_s = step, time.perf_counter()
         try:
             part.compute(step)
