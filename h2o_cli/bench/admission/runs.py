@@ -118,9 +118,9 @@ class AdmissionBench:
                 yield self._row(CHECK, Admission.parse(text), simulator, runs=runs, simulated=beside)
             for i in range(settings.repeats):
                 for start in (0, _FRESH_SEEDS):
-                    prompts = engine.prompts(workload(settings.n_texts, settings.seed + start + i))
+                    prompts = self._prompts(engine, settings.n_texts, start + i)
                     self._texts[start + i] = [prompt.text for prompt in prompts]
-            traced = engine.prompts(workload(TRACED_TEXTS, settings.seed + _TRACE_SEED))
+            traced = self._prompts(engine, TRACED_TEXTS, _TRACE_SEED)
             simulator.trace([prompt.text for prompt in traced], self.trace)
             rows = []
             for row in self._sweeps(simulator):
@@ -131,8 +131,14 @@ class AdmissionBench:
             best = optimum([row for row in sweeps if row.policy in _RANGES], none)
             yield from self._engine_runs(engine, simulator, Admission.parse(best.admission))
 
+    def _prompts(self, engine: PressedEngine, n: int, seed: int) -> list[Prompt]:
+        """Of n texts those that fit the pool: every run then answers the same ones."""
+        pool = Pool(self.settings.fast, 0)
+        prompts = engine.prompts(workload(n, self.settings.seed + seed))
+        return [prompt for prompt in prompts if pool.blocks_for(prompt.job.most_cells) <= self.settings.fast]
+
     def _engine_prompts(self, engine: PressedEngine, seed: int) -> list[Prompt]:
-        return engine.prompts(workload(self.settings.n_engine_texts, self.settings.seed + seed))
+        return self._prompts(engine, self.settings.n_engine_texts, seed)
 
     def _simulator(self, engine: PressedEngine, last: int = 0) -> _Simulator:
         """A simulator that is fitted to the last runs of the engine, or all."""
