@@ -32,12 +32,19 @@ from runtime.answer.pool import Pool
 from runtime.answer.pool_trace import open_trace
 from runtime.answer.scheduler import Limits
 
-CHECKED = ("none", "reserve:2", "reserve:8", "average:4", "average:7")
-CALIBRATED = (
+# The engine's runs of a round: admission, and for those to fit to (not 0) what the pool is divided by, so that more is
+# swapped. They are spread among those to check: the speed of a machine changes within seconds.
+ROUND = (
     ("none", 1),
+    ("none", 0),
+    ("reserve:2", 0),
     ("none", 2),
+    ("reserve:8", 0),
+    ("average:4", 0),
     ("average:7", 1),
-)  # admission, and what the pool is divided by: so it swaps more
+    ("average:7", 0),
+)
+CHECKED = tuple(text for text, divisor in ROUND if not divisor)
 _WARM_UP = 4  # texts
 SHARE = 5  # the bandit takes such a part of the sweep's runs
 _C = 0.1  # of the bandit: a play is a run of a hundred texts, and its noise a good part of the range
@@ -154,16 +161,20 @@ class AdmissionBench:
         fit = [replace(prompt, at_pass=0) for prompt in self._engine_prompts(engine, _CALIBRATION_SEED)]
         checked = self._engine_prompts(engine, _CHECK_SEED)
         engine.run(fit[:_WARM_UP], Admission(NONE), seed, fast)
-        runs: dict[str, list[tuple[Run, Run]]] = {text: [] for text in CHECKED}
+        found: dict[str, list[tuple[Run, Run]]] = {text: [] for text in CHECKED}
         for i in range(self.settings.rounds):
-            for text, divisor in CALIBRATED:
-                engine.run(fit, Admission.parse(text), seed, fast // divisor, fit=True)
-            simulator = self._simulator(engine, last=1)
-            for text in CHECKED[:: -1 if i % 2 else 1]:
+            runs = {}
+            for text, divisor in ROUND[:: -1 if i % 2 else 1]:
                 admission = Admission.parse(text)
-                beside = simulator.run([prompt.text for prompt in checked], admission, seed + _CHECK_SEED)
-                runs[text].append((engine.run(checked, admission, seed + _CHECK_SEED, fast), beside))
-        return runs
+                if divisor:
+                    engine.run(fit, admission, seed, fast // divisor, fit=True)
+                else:
+                    runs[text] = engine.run(checked, admission, seed + _CHECK_SEED, fast)
+            simulator = self._simulator(engine, last=1)
+            for text, run in runs.items():
+                texts = [prompt.text for prompt in checked]
+                found[text].append((run, simulator.run(texts, Admission.parse(text), seed + _CHECK_SEED)))
+        return found
 
     def _engine_runs(self, engine: PressedEngine, simulator: _Simulator, best: Admission) -> Iterator[AdmissionRow]:
         """The best admission beside none, and beside none with twice the pool; in turns, a seed for each round."""
