@@ -24,7 +24,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.plans.budget import Budget
 from runtime.plans.plan import Plan
 from runtime.plans.watcher import PlanWatcher
-from runtime.sizes import format_size
+from runtime.sizes import format_size, parse_size
 
 EPILOG = """Examples:
 
@@ -49,6 +49,15 @@ Threads = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("-s", "--plan-file", metavar="PLANFILE", help="Follow the plans in this file, up to -m.")
 ]
+IdleS = Annotated[
+    float | None,
+    typer.Option(
+        "--idle", metavar="S", show_default=False, help="Give the layers' memory back after S s without a root."
+    ),
+]
+IdleAbove = Annotated[
+    str, typer.Option("--idle-above", metavar="SIZE", help="With --idle: only where the layers take more than this.")
+]
 Tls = Annotated[
     Path | None,
     typer.Option("--tls", metavar="DIR", help="This machine's keys; needed for any address but this machine's own."),
@@ -56,12 +65,14 @@ Tls = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object when it listens.")]
 
 
-def worker(
+def worker(  # noqa: PLR0913, PLR0917 - one parameter per flag
     model: Model = None,
     listen: Listen = "127.0.0.1:9999",
     memory: Memory = None,
     threads: Threads = None,
     plan_file: PlanFile = None,
+    idle: IdleS = None,
+    idle_above: IdleAbove = "500",
     tls: Tls = None,
     json: Json = False,
 ) -> None:
@@ -73,25 +84,34 @@ def worker(
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"--threads {threads} is not possible", f"give 1 to {MOST_THREADS}")
+    if idle is not None and idle <= 0:
+        raise UsageError(f"--idle {idle:g} is not possible", "give seconds, more than 0")
+    back = None if idle is None else (idle, parse_size(idle_above))
     budget = Budget.parse(memory).n_bytes
     limits = budget, threads or default_threads()
-    raise typer.Exit(_serve(model, listen, tls, limits, plan_file, json))
+    raise typer.Exit(_serve(model, listen, tls, limits, plan_file, back, json))
 
 
 def _serve(
-    model: str | None, listen: str, tls: Path | None, limits: tuple[int, int], plan_file: Path | None, json: bool
+    model: str | None,
+    listen: str,
+    tls: Path | None,
+    limits: tuple[int, int],
+    plan_file: Path | None,
+    back: tuple[float, int] | None,
+    json: bool,
 ) -> int:
     with one_line_each(note):
         from runtime.distributed.offer import measure
         from runtime.distributed.wire import Listener, keys_for
-        from runtime.distributed.worker import Worker
+        from runtime.distributed.worker import Idle, Worker
 
         keys = keys_for(listen, tls)
         with interrupts.held():
             file = ModelFile.open(resolve_model(model))
             offer = measure(file, *limits, of_worker)
         follow = _following(plan_file, limits[0]) if plan_file else None
-        worker = Worker(_finder(file, is_named=model is not None), offer, note, follow)
+        worker = Worker(_finder(file, is_named=model is not None), offer, note, follow, Idle(*back) if back else None)
         listener = Listener(listen, keys, worker.begin)
         try:
             _say(listener.address, file.hash, json)

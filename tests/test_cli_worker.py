@@ -110,6 +110,29 @@ def test_a_worker_follows_its_plan_file_up_to_its_budget(bundled_model, tmp_path
     assert log.count("is for another model; the plan before it stays in force") == 1
 
 
+@pytest.mark.parametrize(("above", "given"), [("1", True), ("50", False)])
+def test_an_idle_worker_gives_memory_back(bundled_model, above, given):
+    prompt = ["run", bundled_model, "-p", "Once upon a time", "-n", "8", "--temp", "0", "-t", "1"]
+    arguments = (bundled_model, "--listen", "127.0.0.1:0", "-m", "100", "--idle", "0.5", "--idle-above", above)
+    with worker(*arguments) as (process, said):
+        command = [*prompt, "--workers", said["listening"]]
+        texts = [run(*command)[1]]
+        held = anonymous_bytes(process.pid)
+        time.sleep(1.5)
+        left = anonymous_bytes(process.pid)
+        texts.append(run(*command)[1])
+        process.terminate()
+        log = process.communicate(timeout=5)[1].decode()
+    assert texts[0] == texts[1] != ""
+    assert (held - left > 5 * MB) == given
+    assert ("h2o: idle for 0.5 s: 6.1 MB of layers given back" in log) == given
+
+
+def anonymous_bytes(pid):
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
 def test_this_machine_alone_is_said(bundled_model):
     code, _, said = run("run", bundled_model, "-p", "a", "-n", "1", "--workers", "local")
     assert (code, "no other device is named: this machine computes alone" in said) == (0, True)
@@ -155,6 +178,7 @@ def test_a_stranger_is_refused_and_said_once(bundled_model, tmp_path):
         (["worker", "--listen", "0.0.0.0:0"], "can be reached from other machines, so it needs certificates"),
         (["worker", "--listen", "nowhere"], "'nowhere' is no address"),
         (["worker", "--tls", "/nonexistent"], "authority.pem cannot be read"),
+        (["worker", "--idle", "0"], "--idle 0 is not possible"),
         (["worker", "-t", "0"], "--threads 0 is not possible"),
         (["run", "-p", "a", "--workers", ""], "--workers names no worker"),
         (["run", "-p", "a", "--workers", "a:1,a:1"], "a:1 cannot be named here"),

@@ -29,8 +29,9 @@ from runtime.engine.engine import Engine
 from runtime.errors import Cancelled, EngineError, H2OError, WorkerError
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
-from runtime.memory import peak_bytes
+from runtime.memory import peak_bytes, trim_heap
 from runtime.passes import Pass
+from runtime.sizes import format_size
 
 GIVEN_UP = 0  # the number of a Cancelled that no signal brought
 _PROGRESS_S = 1.0
@@ -91,10 +92,19 @@ class Follower(Protocol):
         """Look no more."""
 
 
+@dataclass(frozen=True)
+class Idle:
+    """When memory of layers is given back: no root for so many seconds, and more than so many bytes held."""
+
+    seconds: float
+    above_bytes: int
+
+
 class Worker:
     """What a worker has and does. `find` gives the model file with a hash, or None; notes go to `log`.
 
     follow: makes who adopts new plans of an engine for layers of the model with a hash; None: they stay as they are.
+    idle None: weights stay for the next root.
     """
 
     def __init__(
@@ -103,8 +113,9 @@ class Worker:
         offer: Offer,
         log: Callable[[str], None],
         follow: Callable[[Engine, int], Follower] | None = None,
+        idle: Idle | None = None,
     ) -> None:
-        self._find, self._offer, self._log, self._follow = find, offer, log, follow
+        self._find, self._offer, self._log, self._follow, self._idle = find, offer, log, follow, idle
         self._follower: Follower | None = None  # of the engine that is open
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._held: Job | None = None  # a job that was met inside a pass
@@ -218,7 +229,22 @@ class Worker:
 
     def _next(self) -> Job:
         job, self._held = self._held, None
-        return job or self._jobs.get()
+        while job is None:
+            is_idle = self._idle and self._part and self._talk is None
+            try:
+                job = self._jobs.get(timeout=self._idle.seconds if self._idle and is_idle else None)
+            except queue.Empty:
+                self._give_back()
+        return job
+
+    def _give_back(self) -> None:
+        """No root was there for a while."""
+        part, idle = self._part, self._idle
+        if part and idle and self._talk is None and part.engine.ledger.resident_bytes > idle.above_bytes:
+            n_bytes = part.engine.ledger.resident_bytes
+            self._close_part()
+            trim_heap()
+            self._log(f"idle for {idle.seconds:g} s: {format_size(n_bytes)} of layers given back")
 
     def _do(self, job: Job) -> None:
         talk, event = job.talk, job.event
