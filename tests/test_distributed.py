@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -402,6 +405,17 @@ def test_a_setup_that_cannot_be_is_refused(paths, addresses, ranges, n_ctx, kv_t
     with pytest.raises(WorkerError, match=reason):
         link.wait_ready(lambda: None)
     link.close()
+
+
+@pytest.mark.parametrize("theirs", [None, "tcp_frame_size_tuning"])
+def test_switches_of_our_grpc_are_not_those_of_another_one(theirs):
+    """Ray has one of its own in the same process."""
+    code = "import os, runtime.distributed.wire; print(os.environ.get('GRPC_EXPERIMENTS'))"
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)} | ({"GRPC_EXPERIMENTS": theirs} if theirs else {})
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.strip() == str(theirs)
 
 
 def test_one_root_at_a_time(paths, addresses):

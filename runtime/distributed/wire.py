@@ -25,12 +25,18 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what went wrong is said here,
 _ENGINE_OFF = "-event_engine_client,-event_engine_listener"  # it hands every message to one more thread, of a pool
 _ENGINE_KNOWN = (1, 85)  # releases up to this one have these switches; another would say so on standard error
 
+_SWITCHES = "GRPC_EXPERIMENTS"
+_theirs = os.environ.get(_SWITCHES)
+
 try:
     if tuple(int(part) for part in version("grpcio").split(".")[:2]) <= _ENGINE_KNOWN:
-        os.environ.setdefault("GRPC_EXPERIMENTS", _ENGINE_OFF)
+        os.environ.setdefault(_SWITCHES, _ENGINE_OFF)
     import grpc
 except ImportError:
     raise UsageError("the package `grpcio` is not installed, which workers need", INSTALL) from None
+finally:
+    if _theirs is None:
+        os.environ.pop(_SWITCHES, None)  # they were read: Ray brings a gRPC of its own into this process
 
 SERVICE = "h2o.Worker"
 _PATH = f"/{SERVICE}/Converse"
