@@ -121,7 +121,7 @@ Draft = Annotated[
         "--draft",
         metavar="MODEL|auto",
         show_default=False,
-        help="A small model that guesses tokens ahead; auto: a copy of the model with 4 bits per weight, made once.",
+        help="A small model that guesses tokens ahead; auto: a copy of it with fewer bits per weight, made once.",
     ),
 ]
 

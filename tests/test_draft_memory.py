@@ -15,6 +15,7 @@ from h2o_cli import main as cli
 from h2o_cli.closing import closing_line
 from h2o_cli.session.drafting import speculation_of
 from runtime.answer.drafters import DraftModel, Lodging, LookupDrafter, ModelDrafter
+from runtime.answer.gauge import Gauge
 from runtime.answer.meter import Statistics
 from runtime.answer.speculate import MOST_DRAFTED, Speculation
 from runtime.engine.engine import Counters
@@ -125,6 +126,17 @@ def test_text_that_is_easy_to_guess_takes_a_third_of_the_time(seed):
     assert seconds < 0.5 * disk.plain_s(128)
     assert speculation.saved_s == pytest.approx(disk.plain_s(128) - seconds, rel=0.1)
     assert disk.answer(speculation, 128)[0] >= 4.5
+
+
+def test_a_copy_with_more_bits_comes_for_text_that_is_harder_to_guess():
+    def visits(odds_power):
+        disk = Disk(0.9)
+        disk._see_odds = lambda speculation: speculation.wants_odds and speculation.saw_odds(0.35)
+        gauge = Gauge(disk.relative_cost, odds_power)
+        disk.answer(Speculation(disk, MOST_DRAFTED, gauge, clock=lambda: disk.now), 64)
+        return disk.visits
+
+    assert (visits(0.5), visits(0.08)) == (0, 1)
 
 
 def test_it_goes_when_the_text_changes_and_comes_back():

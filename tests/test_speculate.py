@@ -3,6 +3,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +14,8 @@ import pytest
 from engines import engine
 
 from h2o_cli import main as cli
+from h2o_cli.session import model
+from h2o_cli.session.drafting import best_copy
 from runtime.answer.drafters import DraftModel, LookupDrafter, ModelDrafter, can_take_back, check_vocabulary
 from runtime.answer.gauge import Gauge, Mean, PassTime
 from runtime.answer.generate import CANCELLED, EOS, LENGTH, STOP, Request, generate
@@ -27,6 +31,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
 from runtime.plans.plan import Plan
 from runtime.settings import Settings
+from runtime.sizes import MB
 
 RECALL = (
     "It was a rainy day and Henry felt tired. Emma's scarf is in the green pot. Henry found an old map in a tin. "
@@ -44,6 +49,7 @@ REPEATING = [(f"{RECALL}{who}", 8) for who in ("Emma's scarf?", "Zoe's frog?", "
 ]
 STORIES = ["One foggy summer Simon went to the castle.", "Tom lost his blue hat.", "Once upon a time there was a girl"]
 GREEDY = Sampling(temp=0)
+FOUR_BITS = quantize.COPY_TYPES[0]
 
 
 class Always(Gauge):
@@ -500,7 +506,9 @@ def test_copy_is_made_once_by_one_of_several(bundled_model, tmp_path, monkeypatc
     file = ModelFile.open(bundled_model)
     paths = []
     threads = [
-        threading.Thread(target=lambda: paths.append(quantize.low_bit_copy(file, tmp_path, notes.append, NoProgress)))
+        threading.Thread(
+            target=lambda: paths.append(quantize.low_bit_copy(file, FOUR_BITS, tmp_path, notes.append, NoProgress))
+        )
         for _ in range(3)
     ]
     for thread in threads:
@@ -509,25 +517,80 @@ def test_copy_is_made_once_by_one_of_several(bundled_model, tmp_path, monkeypatc
         thread.join()
     assert len(set(paths)) == len(made) == 1
     assert f"{file.hash:016x}" in paths[0].name
-    assert 0.4 < paths[0].stat().st_size / quantize.copy_bytes(file) < 1.05
+    assert paths[0] == quantize.copy_path(file, FOUR_BITS, tmp_path)
     assert {p.name for p in tmp_path.iterdir() if p.name.endswith((".gguf", ".part"))} == {paths[0].name}
     paths[0].write_bytes(b"damaged")
-    assert quantize.low_bit_copy(file, tmp_path, notes.append, NoProgress) == paths[0]
+    assert quantize.low_bit_copy(file, FOUR_BITS, tmp_path, notes.append, NoProgress) == paths[0]
     assert ModelFile.open(paths[0]).n_layers == file.n_layers
 
 
 def test_copies_that_cannot_be_made(bundled_model, bundled_variant, tmp_path, monkeypatch):
     file = ModelFile.open(bundled_model)
-    assert not quantize.copy_pays(ModelFile.open(bundled_variant("q4_0")))
+    assert not quantize.useful_copies(ModelFile.open(bundled_variant("q4_0")))
     with pytest.raises(H2OError, match="no copy of"):
-        quantize.low_bit_copy(replace(file, paths=(tmp_path / "gone.gguf",)), tmp_path, print, NoProgress)
+        quantize.low_bit_copy(replace(file, paths=(tmp_path / "gone.gguf",)), FOUR_BITS, tmp_path, print, NoProgress)
     (tmp_path / "a file").write_text("")
     with pytest.raises(H2OError, match="cannot be written"):
-        quantize.low_bit_copy(file, tmp_path / "a file", print, NoProgress)
+        quantize.low_bit_copy(file, FOUR_BITS, tmp_path / "a file", print, NoProgress)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(H2OError, match="0 B free"):
-        quantize.low_bit_copy(file, tmp_path, print, NoProgress)
+        quantize.low_bit_copy(file, FOUR_BITS, tmp_path, print, NoProgress)
     assert [p for p in tmp_path.rglob("*") if p.suffix in (".gguf", ".part")] == []
+
+
+_QUANTIZE = """
+import sys
+from runtime.llama.quantize import child
+assert child(*sys.argv[1:]) == 0
+print([row.split()[1] for row in open("/proc/self/status") if row.startswith("VmHWM")][0])
+"""
+
+
+@pytest.mark.parametrize("dim", [256, 288])
+def test_sizes_of_copies_are_known_beforehand(tiny_model, tmp_path, dim):
+    for tied in (0, 1):
+        path = tiny_model(f"llama:layers=4,dim={dim},ffn=512,heads=4,kv_heads=4,vocab=4096,ctx=64,tied={tied}")
+        file = ModelFile.open(path)
+        for kind in quantize.COPY_TYPES:
+            quantize.quantize(path, tmp_path / "copy.gguf", kind.name)
+            found = (tmp_path / "copy.gguf").stat().st_size
+            assert found == pytest.approx(quantize.copy_bytes(file, kind), rel=0.04)
+
+
+def test_a_copy_is_made_in_little_memory(tiny_model, tmp_path):
+    path = tiny_model("llama:layers=1,dim=256,ffn=256,heads=4,kv_heads=4,vocab=98304,ctx=64")
+    command = [sys.executable, "-c", _QUANTIZE, path, tmp_path / "copy.gguf", "q8_0"]
+    peak_bytes = 1024 * int(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert peak_bytes < path.stat().st_size + 60 * MB  # its largest matrix has 101 MB as f32
+
+
+def test_more_bits_where_they_take_less_time(tiny_model, bundled_variant, monkeypatch):
+    monkeypatch.setattr("h2o_cli.session.drafting.GUESSED_DRAFT_BYTES", 0)
+    monkeypatch.setattr("h2o_cli.session.drafting.guessed_room", lambda _, budget_bytes: budget_bytes)
+    file = ModelFile.open(tiny_model("llama"))
+
+    def best(room, disk_bytes_per_s=10**7):
+        return best_copy(file, "auto", int(room * file.n_bytes), 32, disk_bytes_per_s).name
+
+    assert best(0.1) == "q4_k_m"  # none fits
+    assert best(0.5) == "q6_k"  # q8_0 does not fit
+    assert best(0.6) == "q8_0"
+    assert best(2.0) == "q4_k_m"  # nothing is read, so what counts is how fast it computes
+    assert best(0.6, 10**12) == "q4_k_m"
+    assert best_copy(file, None, 10**9, 32, 0) is best_copy(file, "small.gguf", 10**9, 32, 0) is None
+    assert best_copy(ModelFile.open(bundled_variant("q4_0")), "auto", 10**9, 32, 0) is None
+
+
+def test_weights_are_not_read_while_a_copy_is_made(run, monkeypatch):
+    read, made, make = [], [], quantize._make
+    head_start = model.head_start
+    monkeypatch.setattr(model, "head_start", lambda *args: (read.append(1), head_start(*args))[1])
+    monkeypatch.setattr(quantize, "_make", lambda *args: (made.append(len(read)), make(*args)))
+    arguments = ["--draft", "auto", "-p", "a", "-n", 2, "-m", 1000]
+    assert run(*arguments)[0] == 0
+    assert (read, made) == ([], [0])
+    assert run(*arguments)[0] == 0
+    assert (read, made) == ([1], [0])
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -583,11 +646,11 @@ def test_draft_model_inside_the_budget(run, bundled_variant):
 def test_draft_auto_makes_its_copy_in_the_cache_folder(run, tmp_path):
     arguments = ["--draft", "auto", "-p", STORIES[0], "-n", 8, "-m", 1000]  # the whole test process counts
     code, _, err = run(*arguments)
-    assert (code, err.count("making a copy")) == (0, 1)
+    assert (code, err.count("making a q4_k_m copy")) == (0, 1)
     copies = list((tmp_path / ".user" / "cache" / "h2o-llm").glob("*.gguf"))
     assert len(copies) == 1
     code, _, err = run(*arguments)
-    assert (code, err.count("making a copy")) == (0, 0)
+    assert (code, err.count("making a q4_k_m copy")) == (0, 0)
 
 
 def test_drafts_that_are_refused(run, tiny_model, monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from h2o_cli.session import team
 from h2o_cli.session.caller import Caller
 from h2o_cli.session.defaults import CONVERSATION_CONTEXT, UBATCH, default_threads
-from h2o_cli.session.drafting import draft_file, expected_draft_bytes
+from h2o_cli.session.drafting import best_copy, draft_file, expected_draft_bytes, needs_copy
 from h2o_cli.session.first_plan import FirstPlan
 from h2o_cli.session.options import SessionOptions
 from h2o_cli.session.profiled import Profiled, early_child
@@ -53,18 +53,22 @@ class OpenModel:
             path, is_named = options.plan_file or default_plan_path(), options.plan_file is not None
             self.first_plan = FirstPlan.find(self.file, path, options.budget, note, is_named=is_named)
             settings = settings_for(self.file, options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
-            settings = replace(settings, draft_bytes=expected_draft_bytes(self.file, options.draft))
+            rate = self.profile.machine.disk_bytes_per_s if self.profile else 0.0
+            self.copy = best_copy(self.file, options.draft, self.first_plan.budget_bytes, settings.n_logits - 1, rate)
+            settings = replace(settings, draft_bytes=expected_draft_bytes(self.file, options.draft, self.copy))
             plan = self.first_plan.choose(self.file, self.profile, settings, options.fixed_layout).plan
             plan = replace(plan, budget_bytes=max(0, plan.budget_bytes - settings.draft_bytes))
-            self.weights = head_start(self.file, plan, settings)
+            if not needs_copy(self.file, self.copy):
+                self.weights = head_start(self.file, plan, settings)
             try:
                 self.hollow = HollowModel(self.file)
             except H2OError:
-                self.weights.close()
+                if self.weights:
+                    self.weights.close()
                 raise
         try:
             self.tokenizer = Tokenizer(self.hollow, self.file)
-            self.draft_file = draft_file(self.file, self.hollow, options.draft, caller)
+            self.draft_file = draft_file(self.file, self.hollow, options.draft, self.copy, caller)
         except H2OError:
             self.close()
             raise

@@ -93,7 +93,7 @@ def open_session(model: OpenModel, options: SessionOptions, n_ctx: int, n_prompt
             settings = replace(settings, draft_bytes=draft.n_bytes)
         chosen, engine = _open_planned(model, options, settings)
         opened.callback(engine.close)
-        speculation = speculation_of(engine, model.hollow, draft)
+        speculation = speculation_of(engine, model.hollow, draft, model.copy)
         if speculation:
             opened.callback(speculation.close)
         cleanup = opened.pop_all()

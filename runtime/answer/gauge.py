@@ -12,7 +12,8 @@ _LOSS_SHARE = 0.01  # of all time that may be lost to drafts that did not pay
 _PLAIN_EVERY = 64  # passes after which one without a draft is made, to know what it costs
 _WORTH_TAKING = 3  # times its cost that a draft model has to save before it takes memory from the weights
 _GAIN_TAKING = 1.2  # and the least speed it has to promise
-_DOUBT = 0.25  # in what one token tells of that: it may be right so much less often
+ODDS_POWER = 0.5  # a draft model proposes a token about as often as its probability to this power
+_DOUBT = 0.5  # x that power: in what one token tells of that, it may be right so much less often
 _LEAST_SEEN = 3  # tokens of an answer that tell whether it will
 _UNSURE = 6  # observations that what was seen without the draft model counts for
 _TRIAL_TOKENS = 3  # drafted in a trial of a drafter that did not pay
@@ -61,15 +62,18 @@ class PassTime:
 class Gauge:
     """How many tokens to draft: the number with the most expected tokens per second, as far as measured."""
 
-    def __init__(self, relative_cost: float = 0.0) -> None:
-        self._relative_cost = relative_cost
+    def __init__(self, relative_cost: float = 0.0, odds_power: float = ODDS_POWER) -> None:
+        """relative_cost: the drafter's; odds_power: how often it proposes a token, as a power of its probability."""
+        self._relative_cost, self._odds_power = relative_cost, odds_power
+        self._doubt = _DOUBT * odds_power
+        self._right = _NEXT_RIGHT ** (odds_power / ODDS_POWER)  # how often a proposal is right, until it is measured
         self._pass_s: Mean | None = None  # one pass without a draft
         self._compute_s: Mean | None = None
         self._growth = Mean(_GROWTH)
         self._drafting: Mean | None = None  # drafting one token / a pass without a draft
         self._ratios: dict[int, Mean] = {}  # pass with n drafted tokens / pass without a draft
         self._first: dict[int, Mean] = {}
-        self._next = Mean(_NEXT_RIGHT)
+        self._next = Mean(self._right)
         self._total_s = self._lost_s = 0.0
         self._since_plain = self._since_draft = 0
         self._here_s: float | None = None  # a pass without a draft, while the drafter has the place of weights
@@ -134,9 +138,9 @@ class Gauge:
             self._see_both(right)
 
     def see_odds(self, odds: float) -> None:
-        """How likely a token was that was not drafted; a copy of the model agrees as often as the root of that."""
+        """How likely a token was that was not drafted."""
         self._n_odds += 1
-        self._see_both(math.sqrt(odds))
+        self._see_both(odds**self._odds_power)
 
     def _see_both(self, right: float) -> None:
         self._first_right(0).see(right)
@@ -164,7 +168,7 @@ class Gauge:
         """Whether a drafter that is not in memory should be, for n_left tokens and drafts of at most `most`."""
         if self._pass_s is None or self._n_odds < _LEAST_SEEN or self._total_s < self._not_before_s:
             return False
-        doubt = _DOUBT / math.sqrt(min(self._n_odds, _MEMORY))
+        doubt = self._doubt / math.sqrt(min(self._n_odds, _MEMORY))
         gain = max(self._gains(0, min(n_left, most), doubt))
         saved_s = n_left * self._pass_s.value * (1 - 1 / gain)
         return gain > _GAIN_TAKING and saved_s > _WORTH_TAKING * self._visit_s()
@@ -177,7 +181,7 @@ class Gauge:
 
     def pays_to_go(self, n_left: int, most: int) -> bool:
         """Whether the drafter should give its place back to the weights."""
-        gain = max(self._gains(0, min(n_left, most), -_DOUBT / math.sqrt(_MEMORY)))
+        gain = max(self._gains(0, min(n_left, most), -self._doubt / math.sqrt(_MEMORY)))
         lost_s = n_left * self._pass_s.value * (1 / gain - 1) if self._pass_s else 0.0
         return gain < 1 - _MARGIN and lost_s > self._visit_s() - self._coming_s
 
@@ -230,7 +234,7 @@ class Gauge:
 
     def _first_right(self, grade: int) -> Mean:
         if grade not in self._first:
-            self._first[grade] = Mean(_FIRST_RIGHT.get(grade, _NEXT_RIGHT))
+            self._first[grade] = Mean(_FIRST_RIGHT.get(grade, self._right))
         return self._first[grade]
 
     def _ratio(self, n: int) -> float:
@@ -242,5 +246,8 @@ class Gauge:
             return math.inf
         compute = self._compute_s.value / self._pass_s.value
         drafting = self._drafting.value if self._drafting else compute * self._relative_cost
-        least = max(1.0, (self._here_s or 0.0) / self._pass_s.value)
-        return least + (compute * self._growth.value + drafting) * n  # as if computing never overlapped with reading
+        if self._here_s is None:
+            return 1.0 + (compute * self._growth.value + drafting) * n  # as if computing never overlapped with reading
+        # Where weights give way to the drafter, passes wait for the disk, and more positions are computed meanwhile.
+        least = max(1.0, self._here_s / self._pass_s.value)
+        return max(least, compute * (1 + self._growth.value * n)) + drafting * n

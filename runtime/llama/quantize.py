@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,9 +41,34 @@ FILE_TYPES: dict[str, int] = {
 }
 """File types by name and llama.cpp's number for each."""
 
-COPY_TYPE = "q4_0"
-_COPY_BYTES_PER_VALUE = 0.6  # 4.5 bits, and more for the output matrix and small tensors
+
+@dataclass(frozen=True)
+class CopyType:
+    """A file type for copies that draft.
+
+    bits: per weight of a matrix; odd_bits: where its rows are no multiple of 256 values, and llama.cpp takes another
+    type; head_bits, odd_head_bits: of the output matrix. odds_power: a copy proposes the token that the model chooses
+    about as often as that token's probability to this power.
+    """
+
+    name: str
+    bits: float
+    odd_bits: float
+    head_bits: float
+    odd_head_bits: float
+    odds_power: float
+
+
+COPY_TYPES = (
+    CopyType("q4_k_m", 4.9, 5.7, 6.6, 8.5, odds_power=0.25),
+    CopyType("q6_k", 6.6, 8.5, 6.6, 8.5, odds_power=0.12),
+    CopyType("q8_0", 8.5, 8.5, 8.5, 8.5, odds_power=0.08),
+)
+"""The smallest first."""
+
 _WORTH = 0.8  # a copy of more than this share of its original is no use as a draft
+_BUFFER_BYTES = 8 * 2**20  # rows that llama.cpp converts at a time; it takes whole tensors unless told
+_K_BLOCK = 256
 _POLL_S = 0.2
 _CHILD = (
     "import sys; sys.path[0] = sys.argv[1]; from runtime.llama.quantize import child; sys.exit(child(*sys.argv[2:]))"
@@ -67,6 +94,7 @@ def quantize(source: Path, target: Path, file_type: str, *, requantize: bool = F
     params.ftype = FILE_TYPES[parse_file_type(file_type)]
     params.nthread = len(os.sched_getaffinity(0))
     params.allow_requantize = requantize
+    params.max_buf_size = _BUFFER_BYTES
     abi.take_log()
     status = abi.llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status != 0:
@@ -85,23 +113,30 @@ Progress = Callable[[Callable[[], float]], contextlib.AbstractContextManager[obj
 """Shows progress while a block runs; called with a function that gives the share done."""
 
 
-def low_bit_copy(file: ModelFile, folder: Path, note: Callable[[str], None], progress: Progress) -> Path:
-    """The 4-bit copy of a model in `folder`, made if it is not there. Raises H2OError.
+def copy_path(file: ModelFile, kind: CopyType, folder: Path) -> Path:
+    """Where a copy of a model is, once it was made."""
+    return folder / f"{file.path.stem}-{file.hash:016x}-{kind.name}.gguf"
+
+
+def low_bit_copy(
+    file: ModelFile, kind: CopyType, folder: Path, note: Callable[[str], None], progress: Progress
+) -> Path:
+    """The copy of a model in `folder`, made if it is not there. Raises H2OError.
 
     It is made by a process of its own, so that the caller keeps to its memory budget; of several callers one makes
     it and the others wait.
     """
-    target = folder / f"{file.path.stem}-{file.hash:016x}-{COPY_TYPE}.gguf"
+    target = copy_path(file, kind, folder)
     if _usable(target):
         return target
-    n_bytes = copy_bytes(file)
+    n_bytes = copy_bytes(file, kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f".{target.name}.lock", note):
             if not _usable(target):
                 _check_space(folder, n_bytes)
-                note(f"making a copy of {file.path.name} with 4 bits per weight, once ({format_size(n_bytes)})")
-                _make(file.path, target, n_bytes, progress)
+                note(f"making a {kind.name} copy of {file.path.name}, once ({format_size(n_bytes)})")
+                _make(file.path, kind, target, n_bytes, progress)
     except OSError as error:
         raise H2OError(
             f"the copy for --draft auto cannot be written to {folder}: {error.strerror}",
@@ -120,20 +155,26 @@ def _usable(path: Path) -> bool:
         return False
 
 
-def copy_bytes(file: ModelFile) -> int:
-    """About the size of the low-bit copy."""
-    values = 0
+def copy_bytes(file: ModelFile, kind: CopyType) -> int:
+    """About the size of a copy."""
+    heads = [tensor.name for tensor in file.tensors if tensor.name == "output.weight"] or ["token_embd.weight"]
+    n_bytes = float(sum(file.data_offsets))
     for tensor in file.tensors:
-        count = 1
-        for n in tensor.shape:
-            count *= n
-        values += count
-    return int(_COPY_BYTES_PER_VALUE * values) + sum(file.data_offsets)
+        if tensor.shape[1] == 1:  # no matrix: it stays as it is
+            n_bytes += tensor.n_bytes
+            continue
+        is_odd = tensor.shape[0] % _K_BLOCK > 0
+        if tensor.name in heads:
+            bits = kind.odd_head_bits if is_odd else kind.head_bits
+        else:
+            bits = kind.odd_bits if is_odd else kind.bits
+        n_bytes += math.prod(tensor.shape) * bits / 8
+    return int(n_bytes)
 
 
-def copy_pays(file: ModelFile) -> bool:
-    """Whether a low-bit copy would be much smaller than its original."""
-    return copy_bytes(file) <= _WORTH * file.n_bytes
+def useful_copies(file: ModelFile) -> list[CopyType]:
+    """The types whose copy would be much smaller than the original, the smallest first."""
+    return [kind for kind in COPY_TYPES if copy_bytes(file, kind) <= _WORTH * file.n_bytes]
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:
@@ -169,11 +210,11 @@ def _taken(fd: int) -> bool:
     return True
 
 
-def _make(source: Path, target: Path, n_bytes: int, progress: Progress) -> None:
+def _make(source: Path, kind: CopyType, target: Path, n_bytes: int, progress: Progress) -> None:
     """Quantise into a file beside the target and put it in place when it is complete."""
     partial = target.with_name(f".{target.name}.part")
     root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", _CHILD, root, str(source), str(partial), COPY_TYPE]
+    command = [sys.executable, "-c", _CHILD, root, str(source), str(partial), kind.name]
 
     def share() -> float:  # llama.cpp writes the file from front to back
         return partial.stat().st_size / n_bytes if partial.exists() else 0.0
@@ -201,7 +242,7 @@ def _not_made(code: int, said: str, source: Path) -> H2OError:
     lines = [line for line in said.splitlines() if line.strip()]
     reason = "it was killed, perhaps for want of memory" if code < 0 else (lines or ["no reason given"])[-1]
     return H2OError(
-        f"no copy of {source.name} with 4 bits per weight could be made: {reason}",
+        f"no copy of {source.name} could be made: {reason}",
         "give a draft model: --draft FILE, or leave --draft out",
     )
 
