@@ -18,7 +18,7 @@ pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 from test_cli_worker import H2O, ROOT, run
 
 from h2o_cli.main import run_command as h2o
-from h2o_cli.session.ray_workers import RayWorkers
+from h2o_cli.session.ray_workers import DISK, RayWorkers
 from runtime.errors import WorkerError
 from runtime.sizes import MB
 
@@ -33,7 +33,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = str(ROOT)  # of the nodes' processes
-    node = {"num_cpus": 1, "memory": 1000 * MB, "object_store_memory": 80 * MB}
+    node = {"num_cpus": 1, "memory": 1000 * MB, "object_store_memory": 80 * MB, "resources": {DISK: 400}}
     made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     for _ in range(NODES - 1):
         made.add_node(**node)
@@ -106,6 +106,15 @@ def test_without_ray(bundled_model, monkeypatch, capsys):
     assert h2o(["run", str(bundled_model), "-p", "a", "--cluster", "auto"]) == 2
     said = capsys.readouterr().err
     assert "the package `ray` is not installed" in said and "pip install '.[cluster]'" in said
+
+
+def test_what_is_asked_of_the_nodes():
+    """Memory for the model, and half of the disk's rate where the node declares one."""
+    has = [("a", True, 4000, {DISK: 401}), ("b", True, 300, {}), ("c", True, 10, {}), ("d", False, 4000, {})]
+    nodes = [{"NodeID": n, "Alive": alive, "Resources": {"memory": m * MB, **more}} for n, alive, m, more in has]
+    found = RayWorkers.__new__(RayWorkers)
+    found._ray = SimpleNamespace(nodes=lambda: nodes)
+    assert found._nodes(1000 * MB) == [("a", 1256 * MB, 200), ("b", 300 * MB, 0)]
 
 
 def test_ray_is_not_left_while_a_thread_is_inside_it(tmp_path):

@@ -36,6 +36,8 @@ AUTO = "auto"
 INSTALL = "in the project's folder: pip install '.[cluster]'"
 _ROOM_BYTES = 256 * MB  # of a worker beside the weights, at most
 _LEAST_BYTES = 64 * MB
+DISK = "h2o_disk_mbps"  # a resource of a node: MB per second of its disk
+_WORKERS_PER_DISK = 2  # one more than its own: that of a node that is gone
 _POLL_S = 0.1
 _CONNECT_S = 5.0
 _START_S, _AGAIN_S = 120.0, 60.0  # for all workers; for one that Ray starts again
@@ -109,15 +111,19 @@ class RayWorkers:
         work = Path(self._folder.name)
         (self.keys,) = make_keys(work, ["root"])
         authority = (work / f"{AUTHORITY}.pem").read_bytes(), (work / f"{AUTHORITY}.key").read_bytes()
-        for node, memory in self._nodes(n_bytes):
-            options = self._options(node, memory)
+        for node, memory, disk in self._nodes(n_bytes):
+            options = self._options(node, memory, disk)
             self._actors.append(options.remote(str(model.resolve()), memory, n_threads, authority))
         self.addresses = [self._address_of(actor, _START_S, lambda: None) for actor in self._actors]
 
-    def _nodes(self, n_bytes: int) -> list[tuple[str, int]]:
-        """The nodes and the memory that is asked of each: what the model needs, or all there is."""
-        rooms = [(n["NodeID"], int(n["Resources"].get("memory", 0))) for n in self._ray.nodes() if n["Alive"]]
-        found = [(node, min(room, n_bytes + _ROOM_BYTES)) for node, room in rooms if room >= _LEAST_BYTES]
+    def _nodes(self, n_bytes: int) -> list[tuple[str, int, int]]:
+        """The nodes, the memory that is asked of each (what the model needs, or all there is), and MB/s of its disk.
+
+        Ray takes whole numbers only. A node that declares no disk is asked for none.
+        """
+        has = [(node["NodeID"], node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
+        rooms = [(node, int(r.get("memory", 0)), int(r.get(DISK, 0) // _WORKERS_PER_DISK)) for node, r in has]
+        found = [(node, min(room, n_bytes + _ROOM_BYTES), disk) for node, room, disk in rooms if room >= _LEAST_BYTES]
         if not found:
             raise WorkerError(
                 f"no node of the Ray cluster has {format_size(_LEAST_BYTES)} of memory",
@@ -125,12 +131,13 @@ class RayWorkers:
             )
         return found
 
-    def _options(self, node: str, memory: int) -> Any:
+    def _options(self, node: str, memory: int, disk: int) -> Any:
         """The actor's class, with what Ray is to know: restarted where it is, or elsewhere when that node is gone."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         return self._ray.remote(NodeWorker).options(
             memory=memory,
+            resources={DISK: disk} if disk else {},
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
