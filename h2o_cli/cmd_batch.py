@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from h2o_cli.batch_work import Work
 from h2o_cli.console import CONSOLE
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, note, print_json
-from h2o_cli.session.batch_files import Answers, BadLine, BatchRequest, answered, read_requests, refused
+from h2o_cli.session.batch_files import Answers, read_requests
 from h2o_cli.session.batch_pool import PoolChoice, open_batch
 from h2o_cli.session.batch_schedule import CONTINUOUS, MOST_SEQUENCES, ZIGZAG, Schedule, timeline_in
 from h2o_cli.session.batch_size import AUTO, parse_batch_size, with_best_size
 from h2o_cli.session.defaults import N_PREDICT
 from h2o_cli.session.model import OpenModel
 from h2o_cli.session.models import DEFAULT_MODEL, resolve_model
-from h2o_cli.session.opening import Session, open_session
+from h2o_cli.session.opening import open_session
 from h2o_cli.session.options import SessionOptions
 from h2o_cli.session.percent import Placement
 from h2o_cli.session.smallest import CONVERSATION
-from runtime.answer.batch import Batch, Finished, Wanted, finish_reason
 from runtime.answer.drafters import can_take_back
-from runtime.answer.generate import Request
 from runtime.answer.sampler import Sampling
-from runtime.errors import Cancelled, ModelError, PromptError, UsageError
-from runtime.llama.chat import Chat
+from runtime.errors import Cancelled, ModelError, UsageError
 from runtime.memory import peak_bytes
 from runtime.plans.budget import Budget
 from runtime.sizes import MB
@@ -44,6 +42,7 @@ EPILOG = """Examples:
   h2o batch model.gguf -f questions.txt -o answers.jsonl -n 64 --temp 0
   h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400 --batch-size auto
   h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400 --percent 0 40 0 100 0 100
+  h2o batch model.gguf -f prompts.jsonl -o answers.jsonl -m 400 --cluster auto
   h2o batch model.gguf -f prompts.jsonl -o answers.jsonl --kv-pool 50 --admission reserve:1 --trace trace.jsonl
 
 A line of prompts is an OpenAI batch request, {"prompt": "..."}, {"messages": [...]}, or plain text. Answers are
@@ -139,6 +138,15 @@ Rule = Annotated[
         help="With --percent: by bytes, or whole tensors by FlexGen's rule. [default: exact]",
     ),
 ]
+Nodes = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="auto|ADDRESS",
+        show_default=False,
+        help="Spread the prompts over the nodes of a Ray cluster; -m and --batch-size are of each.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the totals as one JSON object.")]
 
 
@@ -163,6 +171,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
     timeline: When = None,
     percent: Percents = None,
     placement: Rule = None,
+    cluster: Nodes = None,
     json: Json = False,
 ) -> None:
     """Answer the prompts of a file, many at once: each pass over the weights computes a token of all of them.
@@ -188,10 +197,36 @@ def batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         sampling=Sampling(temp=temp, seed=seed),
         speculate="off",
     )
+    if cluster is not None:
+        _check_cluster(locals())
+        raise typer.Exit(_on_cluster(cluster, options, prompts, output, n_predict, json))
     with Answers(output) as answers, timeline_in(timeline) as times:
         how = _How(choice, order, times, n_texts is None, shares)
         code = _batch(options, how, _Files(prompts, answers), n_predict, json)
     raise typer.Exit(code)
+
+
+def _check_cluster(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for flags that an engine on a node does not have."""
+    alone = ("kv_pool", "swap", "trace", "timeline", "percent")
+    changed = [name for name in alone if given[name] is not None]
+    changed += [name for name, usual in (("schedule", CONTINUOUS), ("admission", "simulate")) if given[name] != usual]
+    changed += ["batch_size"] if given["n_texts"] is None else []
+    if changed:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise UsageError(f"--cluster does not go with {flags}", "leave out one or the other")
+
+
+def _on_cluster(address: str, options: SessionOptions, prompts: Path, output: Path, n_predict: int, json: bool) -> int:
+    from h2o_cli.batch_cluster import batch_on_cluster
+    from h2o_cli.batch_node import Setup
+
+    options = replace(options, model=options.model.resolve())
+    n_lines = sum(1 for _ in read_requests(prompts, options.sampling))
+    with Answers(output) as answers:
+        items = read_requests(prompts, options.sampling)
+        setup = Setup(options, n_predict)
+        return batch_on_cluster(address, setup, items, answers, n_lines=n_lines, json=json)
 
 
 class _Files(NamedTuple):
@@ -228,9 +263,9 @@ def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, js
                 how.placement.check(session)
                 note(how.placement.told(session))
             with open_batch(session, how.pool, options, how.schedule, how.timeline) as batch:
-                work = _Work(session, batch, files, options.sampling, n_predict)
-                signal_number = work.run(n_lines)
-                work.tell(how, json)
+                run = _Run(Work(session, batch, files.answers, n_predict), files, options.sampling)
+                signal_number = run.run(n_lines)
+                run.tell(how, json)
             return 128 + signal_number if signal_number else 0
         finally:
             session.close()
@@ -238,84 +273,28 @@ def _batch(options: SessionOptions, how: _How, files: _Files, n_predict: int, js
         model.close()
 
 
-@dataclass
-class _Totals:
-    answers: int = 0
-    errors: int = 0
-    skipped: int = 0
+class _Run:
+    """A run of the command: what it is told while it goes on, and what it says at its end."""
 
-
-class _Work:
-    """The prompts of a file on their way to answers."""
-
-    def __init__(self, session: Session, batch: Batch, files: _Files, sampling: Sampling, n_predict: int) -> None:
-        self._session, self._batch = session, batch
-        self._prompts, self._answers = files
-        self._sampling, self._n_predict = sampling, n_predict
-        self._chat: Chat | None = None
-        self._requests: dict[int, BatchRequest] = {}  # those under way
-        self._totals = _Totals()
+    def __init__(self, work: Work, files: _Files, sampling: Sampling) -> None:
+        self._work, self._files, self._sampling = work, files, sampling
         self._seconds = 0.0
 
     def run(self, n_lines: int) -> int:
         """Answer all that is not answered yet; the signal that ended it, or 0."""
         start = time.perf_counter()
-        engine, totals = self._session.engine, self._totals
-
-        def share() -> float:
-            return (totals.answers + totals.errors + totals.skipped) / max(1, n_lines)
-
+        engine, totals = self._work.session.engine, self._work.totals
         try:
-            with interrupts.ending(engine.cancel), Progress(f"answering {n_lines} prompts", share):
-                for done in self._batch.answer(self._wanted()):
-                    self._take(done)
+            with (
+                interrupts.ending(engine.cancel),
+                Progress(f"answering {n_lines} prompts", lambda: totals.n_done / max(1, n_lines)),
+            ):
+                self._work.answer(read_requests(self._files.prompts, self._sampling))
         except Cancelled:
             engine.forget_cancel()
         finally:
             self._seconds = time.perf_counter() - start
         return interrupts.take()
-
-    def _wanted(self) -> Iterator[Wanted]:
-        """What is to be answered, line by line; lines that cannot be get their error at once."""
-        for item in read_requests(self._prompts, self._sampling):
-            if item.custom_id in self._answers.done:
-                self._totals.skipped += 1
-                continue
-            try:
-                if isinstance(item, BadLine):
-                    raise PromptError(f"line {item.number}: {item.problem}")
-                request = self._request(item)
-            except PromptError as error:
-                self._totals.errors += 1
-                self._answers.add(refused(item.custom_id, str(error)))
-                continue
-            self._requests[item.number] = item
-            yield Wanted(item.number, request, item.sampling)
-
-    def _request(self, item: BatchRequest) -> Request:
-        """The tokens of a prompt. Raises PromptError where they do not fit."""
-        model, tokenizer = self._session.model, self._session.model.tokenizer
-        n_ctx = min(self._session.engine.settings.n_ctx, model.n_positions)
-        stop = item.stop
-        if item.messages:
-            self._chat = self._chat or Chat(tokenizer, note)
-            tokens = self._chat.encode(item.messages, n_ctx)
-            stop += self._chat.stop
-        else:
-            tokens = tokenizer.encode(item.prompt, most=n_ctx)
-        request = Request(tuple(tokens), item.n_predict or self._n_predict, stop)
-        if not tokens:
-            raise PromptError("the prompt is empty")
-        if len(tokens) + request.n_predict > n_ctx or not self._batch.can_ever_run(request):
-            wanted = f"{len(tokens)} tokens and {request.n_predict} of an answer"
-            raise PromptError(f"{wanted} do not fit {n_ctx} positions", "raise --ctx, or lower max_tokens")
-        return request
-
-    def _take(self, done: Finished) -> None:
-        item = self._requests.pop(done.key)
-        name = self._session.model.file.path.name
-        self._answers.add(answered(item, done.text, finish_reason(done.finish), done.n_prompt, done.n_tokens, name))
-        self._totals.answers += 1
 
     def tell(self, how: _How, json: bool) -> None:
         """The totals, for programs or for people."""
@@ -331,22 +310,22 @@ class _Work:
 
     def figures(self, how: _How) -> dict[str, Any]:
         """The figures of --json."""
-        counts, times = self._batch.counts, self._batch.swap_times
-        counters, session = self._session.engine.counters, self._session
+        batch, session, totals = self._work.batch, self._work.session, self._work.totals
+        counts, times, counters = batch.counts, batch.swap_times, session.engine.counters
         return {
-            "answers": self._totals.answers,
-            "errors": self._totals.errors,
-            "skipped": self._totals.skipped,
-            "generated_tokens": self._batch.n_tokens,
-            "prompt_tokens": self._batch.n_prompt_tokens,
-            "shared_prompt_tokens": self._batch.n_shared_tokens,
+            "answers": totals.answers,
+            "errors": totals.errors,
+            "skipped": totals.skipped,
+            "generated_tokens": batch.n_tokens,
+            "prompt_tokens": batch.n_prompt_tokens,
+            "shared_prompt_tokens": batch.n_shared_tokens,
             "seconds": self._seconds,
-            "tokens_per_s": self._batch.n_tokens / self._seconds if self._seconds else 0.0,
+            "tokens_per_s": batch.n_tokens / self._seconds if self._seconds else 0.0,
             "passes": counters.passes,
             "bytes_read": counters.bytes_read,
             "peak_memory_bytes": peak_bytes(),
             "budget_bytes": session.budget_bytes,
-            "largest_batch": self._batch.largest,
+            "largest_batch": batch.largest,
             "preemptions": counts.swaps_out,
             "swaps_in": counts.swaps_in,
             "swaps_out": counts.swaps_out,

@@ -201,14 +201,14 @@ def test_a_batch_lives_inside_its_budget(tiny_model, tmp_path):
 
 def test_the_batch_size_is_the_fastest_by_the_profile(bundled_model, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("H2O_PROFILES", str(tmp_path))
-    command = batch(bundled_model, prompts, tmp_path / "a", "-m", 100, "--batch-size", "auto")
+    command = batch(bundled_model, prompts, tmp_path / "a", "-m", 400, "--batch-size", "auto")
     assert run_command(command) == 0
     assert "--batch-size 16 is taken: `h2o profile` can say what is best" in capsys.readouterr().err
     profile = Measurement(bundled_model, 1, n_threads=1).run()
     slow = Spread(100.0, 0.0, 1, 100.0, 100.0)  # seconds: one text alone is faster
     batches = tuple(msgspec.structs.replace(b, streamed_s=slow, resident_s=slow) for b in profile.batches)
     save_profile(msgspec.structs.replace(profile, batches=batches), tmp_path / "p.json")
-    assert run_command(batch(bundled_model, prompts, tmp_path / "b", "-m", 100, "--batch-size", "auto", "--json")) == 0
+    assert run_command(batch(bundled_model, prompts, tmp_path / "b", "-m", 400, "--batch-size", "auto", "--json")) == 0
     out, err = capsys.readouterr()
     assert "--batch-size 1 is chosen: about" in err
     assert json.loads(out)["largest_batch"] == 1

@@ -67,7 +67,7 @@ class NodeWorker:
                     stdout=subprocess.PIPE,
                     stderr=stderr,
                     stdin=subprocess.DEVNULL,
-                    preexec_fn=_end_with_parent,  # noqa: PLW1509 - this actor has no threads of its own yet
+                    preexec_fn=end_with_parent,  # noqa: PLW1509 - this actor has no threads of its own yet
                 )
             assert self._child.stdout
             line = self._child.stdout.readline()
@@ -86,8 +86,26 @@ class NodeWorker:
         return self._address
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a child, before it begins: end when the process that started it does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def actor_on(ray: Any, kind: type, node: str, memory: int, disk: int = 0) -> Any:
+    """A class of actors for a node, with what Ray is to know: restarted there, or elsewhere when that node is gone.
+
+    disk: what is asked of the resource DISK.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return ray.remote(kind).options(
+        memory=memory,
+        resources={DISK: disk} if disk else {},
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+    )
 
 
 class RayWorkers:
@@ -98,8 +116,8 @@ class RayWorkers:
         self._actors: list[Any] = []
         self._is_closed = False
         self._inside = Lock()  # Ray: it is not left while a thread of ours is in one of its calls
-        with _signals_raise():
-            self._ray = _connected(address)
+        with signals_raise():
+            self._ray = connected(address)
             self._folder = tempfile.TemporaryDirectory(prefix="h2o-")
             try:
                 self._start(model, n_bytes, n_threads)
@@ -112,7 +130,7 @@ class RayWorkers:
         (self.keys,) = make_keys(work, ["root"])
         authority = (work / f"{AUTHORITY}.pem").read_bytes(), (work / f"{AUTHORITY}.key").read_bytes()
         for node, memory, disk in self._nodes(n_bytes):
-            options = self._options(node, memory, disk)
+            options = actor_on(self._ray, NodeWorker, node, memory, disk)
             self._actors.append(options.remote(str(model.resolve()), memory, n_threads, authority))
         self.addresses = [self._address_of(actor, _START_S, lambda: None) for actor in self._actors]
 
@@ -130,19 +148,6 @@ class RayWorkers:
                 "start one with `ray start --memory BYTES`",
             )
         return found
-
-    def _options(self, node: str, memory: int, disk: int) -> Any:
-        """The actor's class, with what Ray is to know: restarted where it is, or elsewhere when that node is gone."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return self._ray.remote(NodeWorker).options(
-            memory=memory,
-            resources={DISK: disk} if disk else {},
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
-        )
 
     def _address_of(self, actor: Any, limit_s: float, check: Callable[[], object]) -> str:
         """Where an actor's worker listens, once Ray has (re)started it. Raises WorkerError."""
@@ -192,7 +197,7 @@ class RayWorkers:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """What a signal's handler raises inside Ray's C code comes out of it wrapped up."""
     try:
         yield
@@ -200,7 +205,7 @@ def _signals_raise() -> Iterator[None]:
         raise error.__cause__ or error from None
 
 
-def _connected(address: str) -> Any:
+def connected(address: str) -> Any:
     """Ray, connected to a cluster; this process's signals stay its own."""
     try:
         import ray
