@@ -20,9 +20,18 @@ class CodePages:
 
     def __init__(self) -> None:
         self._counted_bytes = file_bytes()
-        drop_file_pages()  # those of opening; what computing uses of them was counted
+        self._has_begun = False
         self._n_short = -1  # short passes since pages were given back; -1: they have to be
         self.spared_bytes = 0
+
+    def begin(self) -> None:
+        """Before any pass; before the first one, while weights are on their way, pages of opening are given back.
+
+        Not sooner: other engines may yet be opened, and count what the process takes.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            drop_file_pages()
 
     def begin_pass(self, *, long: bool) -> bool:
         """Before a pass of a prompt (long) or of a few tokens; whether spared_bytes has changed."""

@@ -148,6 +148,7 @@ class Layout:
 
         Where there is room for everything, what was touched stays for the next time.
         """
+        self._code.begin()
         n_tokens = n_outputs = 0
         for pass_ in passes:
             n_tokens, n_outputs = max(n_tokens, pass_.n_tokens), max(n_outputs, pass_.n_outputs)
