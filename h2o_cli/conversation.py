@@ -65,6 +65,10 @@ def _line_editing() -> ModuleType | None:
     return readline
 
 
+class _Left(Cancelled):
+    """Ctrl-C at an empty prompt: the conversation is over."""
+
+
 class Conversation:
     """The turns of one conversation. Without a chat every line starts a text of its own."""
 
@@ -96,13 +100,15 @@ class Conversation:
         """Read lines and answer them until the end; returns the exit code."""
         with interrupts.ending(_stop, patient=True):  # also while a message is made ready for the model
             while True:
-                line = self._read()
-                if line is None or line.strip() in ("/exit", "/quit", "/bye"):
-                    return 0
                 try:
+                    line = self._read()
+                    if line is None or line.strip() in ("/exit", "/quit", "/bye"):
+                        return 0
                     self._take(line)
                 except PromptError as error:
                     print_error(error.message, error.next_step)
+                except _Left:
+                    raise
                 except Cancelled as error:
                     if error.signal_number != signal.SIGINT:
                         raise
@@ -148,11 +154,12 @@ class Conversation:
         return text.rstrip().removesuffix(QUOTES).strip("\n")
 
     def _read_line(self, prompt: str) -> str | None:
-        """One line. Ctrl-C throws a line away that was begun, and is raised at an empty one."""
-        typed = ""
+        """One line. Ctrl-C throws a line away that was begun. Raises _Left at an empty one, Cancelled behind a line."""
+        typed: str | None = None
 
         def stop(number: int) -> None:
             nonlocal typed
+            typed = ""
             if self._readline:
                 typed = self._readline.get_line_buffer() or ("\n" if _takes_lines() else "")
             interrupts.take()
@@ -167,9 +174,11 @@ class Conversation:
                 return None
             except Cancelled as error:
                 emit("\n")
-                if error.signal_number != signal.SIGINT or not typed:
+                if error.signal_number != signal.SIGINT or typed is None:
                     raise
-                typed = ""
+                if not typed:
+                    raise _Left(error.signal_number) from None
+                typed = None
                 _drop_typed_ahead()
 
     @staticmethod

@@ -237,7 +237,11 @@ def test_the_engine_loads_and_computes_in_the_order_of_the_source(
         if i in done.without_output and j == done.head - 1:
             continue  # llama.cpp computes a part of the last layer for outputs only
         compute = done.computed[i, j]
-        assert sum(e["bytes"] for e in loads) == done.layer_bytes[j]  # each byte once for all batches
+        n_bytes = sum(e["bytes"] for e in loads)  # each byte once for all batches
+        if i == 0:  # the order in which llama.cpp uses a layer's pieces is learnt: what was read too soon is read again
+            assert n_bytes >= done.layer_bytes[j]
+        else:
+            assert n_bytes == done.layer_bytes[j]
         assert all(e["end_s"] <= compute["end_s"] for e in loads)
         assert overlap or all(compute["begin_s"] <= e["begin_s"] for e in loads)
     assert {(0, 1), (0,)} & {tuple(event["k"]) for event in done.computed.values()}
