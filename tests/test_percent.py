@@ -132,7 +132,7 @@ def test_answers_do_not_depend_on_the_placement(bundled_model, tmp_path, capsys)
 def test_weights_that_the_budget_cannot_hold_are_refused(bundled_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The dog\n")
-    command = ["batch", str(bundled_model), "-f", str(prompts), "-o", str(tmp_path / "a"), "-t", "1", "-m", "46"]
+    command = ["batch", str(bundled_model), "-f", str(prompts), "-o", str(tmp_path / "a"), "-t", "1", "-m", "52"]
     done = subprocess.run(
         [sys.executable, "-m", "h2o_cli.main", *command, *shares(100)], capture_output=True, text=True, check=False
     )
