@@ -58,8 +58,9 @@ class LazyGroup(TyperGroup):
             raise UsageError(*hints.for_command(cmd_name, [*self.list_commands(ctx), "help"]))
         _check_address_space()
         module = import_module(f"h2o_cli.cmd_{cmd_name}")
-        gc.freeze()  # none of it is garbage, ever
-        gc.enable()
+        if not gc.isenabled():  # as the console script begins
+            gc.freeze()  # none of it is garbage, ever
+            gc.enable()
         group = getattr(module, "app", None)
         if group is None:
             group = typer.Typer(rich_markup_mode=None, add_completion=False)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.kv.cache_memory import STEP, CacheMemory, Rows
-from runtime.plans.ledger import touched_bytes
+from runtime.plans.ledger import budget_for, touched_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.sizes import MB, page_down, page_up
@@ -116,7 +116,7 @@ def test_room_for_a_long_context_costs_nothing_before_it_is_used(tiny_model):
     path, budget, resident = tiny_model(SHAPE), 0, []
     for n_ctx in (2048, 256):
         with engine(path, n_ubatch=64, n_ctx=n_ctx) as opened:
-            budget = budget or opened.layout.fixed_bytes + smallest_window(opened.file)  # the floor of the long one
+            budget = budget or budget_for(opened.layout.fixed_bytes + smallest_window(opened.file))
             opened.apply(budget_plan(budget))
             opened.forward(TOKENS[:30])
             opened.forward(TOKENS[:1])

@@ -22,7 +22,7 @@ from runtime.kv.slots import Move, Slots
 from runtime.kv.store import DiskStore, RamStore
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
-from runtime.memory import resident_bytes
+from runtime.memory import HUGE_PAGE, file_bytes, resident_bytes
 from runtime.plans.plan import Plan
 
 THREADS = 2
@@ -109,11 +109,13 @@ def test_memory_falls_by_the_rows_that_are_not_kept(tiny_model, tmp_path):
             for _ in range(3):
                 opened.forward([5])
             assert len(opened.kv.figures()["sparse_layers"]) == n_sparse
-            used[store] = resident_bytes()
+            used[store] = resident_bytes() - file_bytes()  # pages of libraries come and go
             ledger = opened.ledger
             if store == "disk":
                 assert opened.kv.figures()["bytes_on_disk"] == n * row_bytes * n_sparse
-    assert used["ram"] - used["disk"] == pytest.approx(n * row_bytes * n_sparse, rel=0.05)
+    expected = n * row_bytes * n_sparse
+    # the heap of this process of tests may have a huge page more or less
+    assert used["ram"] - used["disk"] == pytest.approx(expected, abs=expected // 20 + HUGE_PAGE)
     assert ledger.kv_bytes == pytest.approx(4096 * row_bytes * 2, rel=0.01)
 
 
