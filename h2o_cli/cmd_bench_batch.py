@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from h2o_cli.session.models import BUNDLED_MODEL
 from runtime.errors import UsageError
 from runtime.sizes import MB
+
+if TYPE_CHECKING:
+    from h2o_cli.bench.batch.runs import Settings
 
 MODEL = "qwen2.5-0.5b/f16"
 BUDGETS = ("419", "60%", "112%")
@@ -57,33 +61,14 @@ def bench_batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Speed and latency against the number of texts that are answered at once, in several budgets.
     """
+    given = locals()
     from h2o_cli.bench.batch.report import BATCH
-    from h2o_cli.bench.batch.runs import ENGINES, BatchBench, Settings
+    from h2o_cli.bench.batch.runs import BatchBench
     from h2o_cli.bench.box import Device, check_rights
-    from h2o_cli.bench.models.named import bench_model
-    from h2o_cli.bench.results import Results, check_names
-    from h2o_cli.bench.speed.runs import check_budget
+    from h2o_cli.bench.results import Results
     from h2o_cli.output import Progress
-    from h2o_cli.session.defaults import default_threads
 
-    check_names("engine", engine, ENGINES)
-    for text in budget or ():
-        check_budget(text)
-    cut = (0 if quick else CUT) if cut_gen_len is None else cut_gen_len
-    if cut == 1:
-        raise UsageError("--cut-gen-len 1 is not possible", "give 0, or 2 or more")
-    rate = (QUICK_DISK if quick else DISK_MB_PER_S) if disk is None else disk
-    settings = Settings(
-        bench_model(model or (str(BUNDLED_MODEL) if quick else MODEL)),
-        tuple(budget or (QUICK_BUDGETS if quick else BUDGETS)),
-        tuple(batch_size or (QUICK_SIZES if quick else BATCH_SIZES)),
-        tuple(name for name in ENGINES if not engine or name in engine),
-        prompt_len,
-        gen_len,
-        cut if cut < gen_len else 0,
-        int(rate * MB),
-        default_threads(),
-    )
+    settings = _settings(given)
     settings.model.path.parent.mkdir(parents=True, exist_ok=True)
     check_rights(Device(0, settings.read_bytes_per_s, settings.model.path.parent))
     results = Results(BATCH, output, json)
@@ -94,3 +79,33 @@ def bench_batch(  # noqa: PLR0913, PLR0917 - one parameter per flag
         with Progress("the benchmark", lambda: measuring.share, ahead=True):
             results.keep(measuring.run())
     results.finish(results.read())
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """What to measure, by the flags as given. Raises UsageError."""
+    from h2o_cli.bench.batch.runs import ENGINES, Settings
+    from h2o_cli.bench.models.named import bench_model
+    from h2o_cli.bench.results import check_names
+    from h2o_cli.bench.speed.runs import check_budget
+    from h2o_cli.session.defaults import default_threads
+
+    quick, engine, cut, disk = given["quick"], given["engine"], given["cut_gen_len"], given["disk"]
+    check_names("engine", engine, ENGINES)
+    for text in given["budget"] or ():
+        check_budget(text)
+    if cut is None:
+        cut = 0 if quick else CUT
+    if cut == 1:
+        raise UsageError("--cut-gen-len 1 is not possible", "give 0, or 2 or more")
+    rate = (QUICK_DISK if quick else DISK_MB_PER_S) if disk is None else disk
+    return Settings(
+        bench_model(given["model"] or (str(BUNDLED_MODEL) if quick else MODEL)),
+        tuple(given["budget"] or (QUICK_BUDGETS if quick else BUDGETS)),
+        tuple(given["batch_size"] or (QUICK_SIZES if quick else BATCH_SIZES)),
+        tuple(name for name in ENGINES if not engine or name in engine),
+        given["prompt_len"],
+        given["gen_len"],
+        cut if cut < given["gen_len"] else 0,
+        int(rate * MB),
+        default_threads(),
+    )

@@ -49,7 +49,7 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
     as_json: Json = False,
 ) -> None:
     """Show what workers offer for a model, and which of them would take part in a run."""
-    named = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory, cluster, refresh)
+    named = Flags.of(locals())
     show(model, named, memory, threads, as_json)
 
 

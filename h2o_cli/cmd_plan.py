@@ -64,6 +64,23 @@ class PlanOptions:
     compat: bool = False
     n_predict: int = N_PREDICT
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> PlanOptions:
+        """From the flags as given. Raises UsageError."""
+        flags, layout, by_hand = KvFlags.of(given), given["layout"], given["by_hand"]
+        return cls(
+            budget=Budget.parse(given["memory"]),
+            plan_file=given["plan_file"] or default_plan_path(),
+            layout=None if layout == "auto" else Layout.parse(layout),
+            ctx=given["ctx"],
+            by_hand=_parse_set(by_hand) if by_hand else None,
+            kv_type=given["kv_type"],
+            kv=choose_filter(flags, read_kv_config(given["kv_config"])),
+            kv_flags=flags,
+            n_predict=given["predict"],
+            compat=given["compat"],
+        )
+
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"A profiled model. {DEFAULT_MODEL}")
@@ -158,48 +175,45 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     The plan goes into the plan file; `h2o run` takes it over, also while it is running. With workers the layers are
     placed over devices, and nothing is written.
     """
-    devices = Flags(workers, device_file, None, None, tls, priority, prioritize_by_memory, None, refresh)
+    given = locals()
+    devices = Flags.of(given)
     devices.check()
     if devices.are_given:
         show_devices(model, devices, memory, None, json)
         return
-    flags = KvFlags.of(locals())
-    _check_flags(locals())
-    if batch and source and (profile or compat or plan_file):
-        raise UsageError("--batch --source needs no profile and writes no file", "leave out -c, -s and --compat")
-    if batch and (show or live or by_hand or explain or kv_filter):
-        raise UsageError(
-            "--batch predicts batch sizes and chooses no plan", "leave out the other ways, and --kv-filter"
-        )
-    options = PlanOptions(
-        budget=Budget.parse(memory),
-        plan_file=plan_file or default_plan_path(),
-        layout=None if layout == "auto" else Layout.parse(layout),
-        ctx=ctx,
-        by_hand=_parse_set(by_hand) if by_hand else None,
-        kv_type=kv_type,
-        kv=choose_filter(flags, read_kv_config(kv_config)),
-        kv_flags=flags,
-        n_predict=predict,
-        compat=compat,
-    )
-    if source and batch:
-        from h2o_cli.plan_batches import show_as_source
-
-        show_as_source(resolve_model(model), options.budget.n_bytes, ctx, json=json)
-    elif source:
-        search = SourceSearch(profile, model, memory or "", c, episodes, seed)
-        plan_as_source(search, options.plan_file, compat=compat, json=json)
+    _check_flags(given)
+    options = PlanOptions.of(given)
+    if source:
+        _plan_as_source(options, given)
     elif show:
         _show(options, profile, model, json=json)
-    elif batch:
-        _batches(options, _load(profile, model), json=json)
-    elif live:
-        _live(options, _load(profile, model), explain=explain, json=json)
-    elif options.by_hand and profile is None and not _has_profile(model, compat=compat):
-        set_by_hand(options.by_hand, options.layout, options.plan_file, model, compat=compat, json=json)
     else:
-        _make(options, _load(profile, model), explain=explain, json=json)
+        _choose(options, given)
+
+
+def _plan_as_source(options: PlanOptions, given: Mapping[str, Any]) -> None:
+    """What the source systems would do: FlexGen's batches, or the layers of the first one."""
+    if given["batch"]:
+        from h2o_cli.plan_batches import show_as_source
+
+        show_as_source(resolve_model(given["model"]), options.budget.n_bytes, options.ctx, json=given["json"])
+        return
+    settings = given["memory"] or "", given["c"], given["episodes"], given["seed"]
+    search = SourceSearch(given["profile"], given["model"], *settings)
+    plan_as_source(search, options.plan_file, compat=options.compat, json=given["json"])
+
+
+def _choose(options: PlanOptions, given: Mapping[str, Any]) -> None:
+    """Predict batches, search on the running process, or make a plan: what needs the profile of the model."""
+    profile, model, json = given["profile"], given["model"], given["json"]
+    if given["batch"]:
+        _batches(options, _load(profile, model), json=json)
+    elif given["live"]:
+        _live(options, _load(profile, model), explain=given["explain"], json=json)
+    elif options.by_hand and profile is None and not _has_profile(model, compat=options.compat):
+        set_by_hand(options.by_hand, options.layout, options.plan_file, model, compat=options.compat, json=json)
+    else:
+        _make(options, _load(profile, model), explain=given["explain"], json=json)
 
 
 def _check_flags(given: Mapping[str, Any]) -> None:
@@ -217,12 +231,23 @@ def _check_flags(given: Mapping[str, Any]) -> None:
         raise UsageError("--compat writes a file of 8 bytes", "name it with -s, leave out --show and --live")
     if given["compat"] and given["layout"] not in ("auto", Layout.PREFIX.label):
         raise UsageError("a file of 8 bytes knows no layout but prefix", "leave out --layout or --compat")
+    _check_batch(given)
     if given["kv_type"] not in KV_TYPES:
         raise UsageError(f"--kv-type {given['kv_type']} is not possible", f"choose one of {', '.join(KV_TYPES)}")
     if given["predict"] < -1:
         raise UsageError(f"-n {given['predict']} is not possible", "give 0 or more, or -1 for no limit")
     if given["ctx"] is not None and given["ctx"] < 1:
         raise UsageError(f"--ctx {given['ctx']} is not possible", "give 1 or more")
+
+
+def _check_batch(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for flags that do not go with --batch."""
+    if given["batch"] and given["source"] and (given["profile"] or given["compat"] or given["plan_file"]):
+        raise UsageError("--batch --source needs no profile and writes no file", "leave out -c, -s and --compat")
+    if given["batch"] and any(given[name] for name in ("show", "live", "by_hand", "explain", "kv_filter")):
+        raise UsageError(
+            "--batch predicts batch sizes and chooses no plan", "leave out the other ways, and --kv-filter"
+        )
 
 
 def _has_profile(model: str | None, *, compat: bool) -> bool:

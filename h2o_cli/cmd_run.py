@@ -7,8 +7,9 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -178,12 +179,17 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     The text goes to standard output as it comes, everything else to standard error.
     """
-    given = locals()
+    raise typer.Exit(_run(locals()))
+
+
+def _run(given: dict[str, Any]) -> int:
+    """Run with the flags as given; the exit code."""
+    model, dash = given["model"], given["dash"]
     model, dash = (None, "-") if model == "-" and dash is None else (model, dash)
-    budget = Budget.parse(memory)
-    text = _prompt_text(prompt, file, dash, _most_prompt_bytes(budget))
-    config = read_kv_config(kv_config)
-    named, chat = model or (config.model if config else None), chat or bool(config and config.chat)
+    budget = Budget.parse(given["memory"])
+    text = _prompt_text(given["prompt"], given["file"], dash, _most_prompt_bytes(budget))
+    config = read_kv_config(given["kv_config"])
+    named, chat = model or (config.model if config else None), given["chat"] or bool(config and config.chat)
     session = SessionOptions.of(
         given,
         sequences=1,
@@ -194,13 +200,14 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
         is_named=named is not None,
         budget=budget,
         kind=CONVERSATION if text is None else CHAT if chat else PROMPT,
-        sampling=Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed),
+        sampling=Sampling(**{field.name: given[field.name] for field in fields(Sampling)}),
         kv=choose_filter(KvFlags.of(given), config),
-        devices=Flags(workers, device_file, spare, split, tls, priority, prioritize_by_memory, cluster, refresh),
+        devices=Flags.of(given),
     )
-    options = RunOptions(session, n_predict, tuple(stop or ()), chat, json, config.max_context if config else 0)
+    stop, max_context = tuple(given["stop"] or ()), config.max_context if config else 0
+    options = RunOptions(session, given["n_predict"], stop, chat, given["json"], max_context)
     _check(options)
-    raise typer.Exit(_reply(options, text))
+    return _reply(options, text)
 
 
 def _reply(options: RunOptions, text: str | None) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from h2o_cli.session.caller import Caller
 from h2o_cli.session.defaults import default_threads
@@ -39,6 +39,13 @@ class Flags:
     cluster: str | None = None
     refresh: bool = False
     slower: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Flags:
+        """From the flags as a command was given them, some of which it may not have."""
+        names = {"devices": "device_file", "by_memory": "prioritize_by_memory"}
+        wanted = {one.name: names.get(one.name, one.name) for one in fields(cls)}
+        return cls(**{name: given[flag] for name, flag in wanted.items() if flag in given})
 
     @property
     def are_given(self) -> bool:
