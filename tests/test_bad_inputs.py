@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import random
-import shlex
 import shutil
 import struct
 import subprocess
@@ -15,42 +14,17 @@ import broken_models
 import children
 import pytest
 from broken_models import INT32, UINT16, Tensor
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from one_line import h2o, is_one_line
+from terminals import ROOT
 
 from runtime.errors import ModelError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import encode_record, write_plan
 from runtime.plans.plan import Plan
 
-ROOT = Path(__file__).resolve().parent.parent
-H2O = [sys.executable, "-m", "h2o_cli.main"]
 SHORT = ["-n", "3", "--temp", "0", "-t", "1"]
 DECODES = {name for name, does in broken_models.LLAMA_CPP.items() if does == "decodes"} | {"no_byte_tokens"}
 SAME_WEIGHTS = ("trailing_bytes", "key_not_utf8", "zero_context_length", "bos_out_of_range", "endless_chat_template")
-
-
-def is_one_line(answer, *parts, code=1):
-    """Whether a command ended as bad input has to: one line, at most one more that says what to do, nothing else."""
-    found, out, err = answer
-    lines = [line for line in err.splitlines() if not line.startswith("h2o: measuring ")]  # of work that took long
-    assert found == code, answer
-    assert out == "", answer
-    assert lines and lines[0].startswith("h2o: "), answer
-    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("  next: ")), answer
-    assert "Traceback" not in err and "unexpected" not in err, answer
-    assert "/proc/self/fd" not in err, answer
-    for part in parts:
-        assert str(part) in err, answer
-    return True
-
-
-def h2o(*arguments, shell="H2O", **options):
-    """(exit code, stdout, stderr) of the real command; shell: how it is called, H2O standing for it."""
-    command = [*H2O, *map(str, arguments)]
-    line = ["bash", "-c", shell.replace("H2O", shlex.join(command))]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, timeout=120, check=False, **options)
-    return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -441,32 +415,3 @@ def test_little_address_space(tiny_model):
     for kib in (60_000, 250_000):
         assert is_one_line(h2o(*answer, shell=f"ulimit -v {kib}; H2O"), "address space", "ulimit -v")
     assert h2o(*answer, shell="ulimit -v 1000000; H2O")[0] == 0
-
-
-# --- headers that somebody turned over ------------------------------------------------------------------------------
-
-HEADER = b"".join(broken_models.valid_model().parts()[:3])
-DATA = broken_models.valid_model().parts()[3]
-PLACES = st.integers(0, len(HEADER) - 9) | st.integers(0, 600) | st.integers(len(HEADER) - 1500, len(HEADER) - 9)
-EDGES = [struct.pack("<Q", n) for n in (0, 1, 2**31 - 1, 2**31, 2**32, 2**62, 2**63, 2**64 - 1)]
-VALUES = st.binary(min_size=1, max_size=8) | st.sampled_from(EDGES)
-
-
-@pytest.fixture(scope="module")
-def opener(tmp_path_factory):
-    made = children.Opener()
-    yield made, tmp_path_factory.mktemp("turned") / "m.gguf"
-    made.close()
-
-
-@given(st.lists(st.tuples(PLACES, VALUES), max_size=3), st.just(len(HEADER)) | st.integers(0, len(HEADER)))
-@settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-def test_turned_bytes_never_crash_the_indexer(opener, changes, cut):
-    child, path = opener
-    header = bytearray(HEADER)
-    for place, value in changes:
-        header[place : place + len(value)] = value
-    path.write_bytes(bytes(header[:cut]) + (DATA if cut == len(HEADER) else b""))
-    answer = child.open(path)
-    assert answer == "ok" or answer.startswith("ModelError: "), answer
-    assert changes or answer == "ok" or cut < len(HEADER)

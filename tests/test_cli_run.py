@@ -1,16 +1,15 @@
+"""`h2o run`: an answer, plans, signals."""
+
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import msgspec
 import pytest
 import reference
+from terminals import H2O, ROOT
 from test_model_profile import make_profile
 
 from h2o_cli import main as cli
@@ -20,8 +19,6 @@ from runtime.llama.model_file import ModelFile
 from runtime.plans.file import write_plan, write_source_plan
 from runtime.plans.plan import Layout, Plan
 
-ROOT = Path(__file__).resolve().parent.parent
-H2O = [sys.executable, "-m", "h2o_cli.main"]
 KEYS = {
     "text",
     "tokens",
@@ -346,143 +343,3 @@ def test_signal_before_the_answer(tmp_path):
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
-
-
-# --- a conversation -------------------------------------------------------------------------------------------------
-
-
-class Terminal:
-    """A process on a terminal of its own."""
-
-    def __init__(self, command):
-        self.seen = ""
-        self._after = 0  # what was waited for ends here
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.environ.update(TERM="xterm", NO_COLOR="1")
-            os.execv(command[0], command)
-
-    def wait_for(self, text, seconds=60):
-        """Read until a text appears behind the one waited for before."""
-        end = time.monotonic() + seconds
-        while text not in self.seen[self._after :]:
-            assert time.monotonic() < end, f"{text!r} did not come: {self.seen[-500:]!r}"
-            if not select.select([self._fd], [], [], 0.5)[0]:
-                continue
-            try:
-                self.seen += os.read(self._fd, 65536).decode(errors="replace")
-            except OSError:
-                raise AssertionError(f"{text!r} did not come before the end: {self.seen[-500:]!r}") from None
-        self._after = self.seen.index(text, self._after) + len(text)
-
-    def send(self, text):
-        os.write(self._fd, text.encode())
-
-    def exit_code(self, again=lambda: None):
-        """Read to the end; the exit code. `again` repeats what shall end the process: one may come before it waits."""
-        end = time.monotonic() + 60
-        again()
-        while True:
-            assert time.monotonic() < end, f"no end came: {self.seen[-500:]!r}"
-            if not select.select([self._fd], [], [], 1.0)[0]:
-                again()
-                continue
-            try:
-                data = os.read(self._fd, 65536)
-            except OSError:
-                break
-            if not data:
-                break
-            self.seen += data.decode(errors="replace")
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-@pytest.fixture
-def conversation(tiny_model):
-    """conversation(*flags): `h2o run` on a terminal, at its first prompt."""
-
-    def open_terminal(*flags):
-        terminal = Terminal([*H2O, "run", str(tiny_model("qwen2")), "--temp", "0", "-t", "1", *map(str, flags)])
-        terminal.wait_for("> ")
-        return terminal
-
-    return open_terminal
-
-
-def test_conversation_with_commands(conversation):
-    terminal = conversation("-n", 4)
-    for line, answer in (
-        ("hello", "tokens/s)"),
-        ("and\\\nthen", "tokens/s)"),
-        ("/stats", "peak "),
-        ("/help", "goes on in the next one"),
-        ("/nonsense", "there is no command /nonsense"),
-        ("/clear", "forgotten"),
-    ):
-        terminal.send(f"{line}\n")
-        terminal.wait_for(answer)
-    terminal.send("/exit\n")
-    assert terminal.exit_code() == 0
-    assert "Traceback" not in terminal.seen
-
-
-def test_interrupt_stops_the_answer_and_then_the_conversation(conversation):
-    terminal = conversation("-n", -1, "--ctx", 2048, "--speculate", "off")
-    terminal.send("hello\n")
-    terminal.wait_for("hello\r\n")
-    time.sleep(0.1)
-    terminal.send("\x03")
-    terminal.wait_for("stopped")
-    terminal.wait_for("> ")
-    terminal.send("half a line")
-    terminal.wait_for("half a line")
-    time.sleep(0.3)
-    terminal.send("\x03")  # the line is thrown away
-    terminal.wait_for("> ")
-    time.sleep(0.3)
-    assert terminal.exit_code(lambda: terminal.send("\x03")) == 130
-    assert "Traceback" not in terminal.seen
-
-
-def test_an_interrupt_at_any_moment_of_an_answer_leaves_the_conversation_open(conversation):
-    terminal = conversation("-n", -1, "--ctx", 512, "--speculate", "off")
-    for wait_ms in (0, 1, 2, 3, 5, 10, 20):
-        terminal.send("hello\n")
-        terminal.wait_for("hello\r\n")
-        time.sleep(wait_ms / 1000)
-        terminal.send("\x03")
-        terminal.wait_for("> ")
-    terminal.send("/exit\n")
-    assert terminal.exit_code() == 0
-
-
-def test_end_of_input_and_sigterm_end_a_conversation(conversation):
-    terminal = conversation()
-    assert terminal.exit_code(lambda: terminal.send("\x04")) == 0
-    terminal = conversation()
-    assert terminal.exit_code(lambda: os.kill(terminal.pid, signal.SIGTERM)) == 143
-
-
-def test_conversation_longer_than_the_context_forgets_its_beginning(conversation):
-    terminal = conversation("-n", 2, "--ctx", 128)
-    for _ in range(3):
-        terminal.send("one two three four five six seven eight nine ten eleven\n")
-        terminal.wait_for("tokens/s)")
-    assert "oldest turns are left out" in terminal.seen
-    terminal.send("word " * 60 + "\n")
-    terminal.wait_for("do not fit a context")
-    assert terminal.exit_code(lambda: terminal.send("\x04")) == 0
-
-
-def test_text_model_goes_on_at_an_empty_line(stories):
-    terminal = Terminal([*H2O, "run", str(stories()), "--temp", "0", "-n", "6", "-t", "1"])
-    terminal.wait_for("> ")
-    terminal.send("Once upon a time\n")
-    terminal.wait_for(", there was a little")
-    terminal.wait_for("> ")
-    terminal.send("\n")
-    terminal.wait_for("irl named Lily")
-    terminal.send("/exit\n")
-    assert terminal.exit_code() == 0

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli_run import Terminal
+from terminals import Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 TAB = "\t"

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from test_cli_run import H2O, Terminal
+from terminals import H2O, Terminal
 
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 
-from test_cli_run import H2O, Terminal
+from terminals import H2O, Terminal
 from test_cli_worker import worker
 
 from h2o_cli.session.device_changes import DeviceChanges

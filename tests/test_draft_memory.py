@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from answers import STORIES, Always, Known, Rig
 from engines import engine
-from test_layer_store import bytes_in_memory
-from test_speculate import STORIES, Always, Known, Rig
+from stores import bytes_in_memory
 
 from h2o_cli import main as cli
 from h2o_cli.closing import closing_line

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_layer_store import PatternFiles, bytes_in_memory, pattern
+from stores import PatternFiles, bytes_in_memory, pattern
 from test_residency import make_index
 
 from runtime.errors import DiskError

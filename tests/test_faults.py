@@ -15,7 +15,7 @@ import broken_models
 import numpy as np
 import pytest
 from broken_models import Tensor
-from test_bad_inputs import h2o, is_one_line
+from one_line import h2o, is_one_line
 
 from runtime.errors import DiskError
 from runtime.llama.model_file import ModelFile

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from cgroups import memory_limit
-from test_layer_store import bytes_in_memory
+from stores import bytes_in_memory
 from test_memory import flags_of
 
 from runtime.llama.model_file import Piece, TensorInfo

@@ -144,6 +144,18 @@ def test_heavy_packages_only_where_they_are_needed(path):
             assert relative(path) in inside_functions, f"{relative(path)} imports {package}"
 
 
+def test_files_and_functions_are_short():
+    n_lines, functions = {}, []
+    for path in (*FILES, *sorted((ROOT / "tests").glob("*.py"))):
+        text = path.read_text()
+        n_lines[relative(path)] = text.count("\n")
+        found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        functions += [(node.end_lineno - node.lineno + 1, node.name, relative(path)) for node in found]
+    assert {path: n for path, n in n_lines.items() if n > 450} == {}
+    longest = sorted(functions, reverse=True)[: len(functions) // 100]  # one of a hundred
+    assert longest[-1][0] <= 60, longest
+
+
 def test_packages_have_empty_init_files():
     for path in FILES:
         assert path.name != "__init__.py" or not path.read_text().strip(), f"{relative(path)} is not empty"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from engines import engine
-from test_bad_inputs import is_one_line
+from one_line import is_one_line
 from test_engine import what_is_open
 
 from h2o_cli import main as cli

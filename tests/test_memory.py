@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layer_store import bytes_in_memory
+from stores import bytes_in_memory
 
 from runtime import memory
 from runtime.errors import EngineError

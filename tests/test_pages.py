@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 TESTS = [
     "test_memory.py::test_drop_gives_whole_pages_inside_back_and_only_those",
     "test_layer_store.py::test_need_always_returns_the_pieces_bytes_and_memory_is_kept",
-    "test_layer_store.py::test_pieces_that_are_no_longer_wanted_give_all_their_memory_back",
+    "test_store_ends.py::test_pieces_that_are_no_longer_wanted_give_all_their_memory_back",
     "test_homes.py",
     "test_embedding.py",
     "test_parity.py::test_plans_change_between_any_two_tokens",

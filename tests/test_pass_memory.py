@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from engines import engine
-from test_layer_store import bytes_in_memory
+from stores import bytes_in_memory
 
 from runtime.engine.pass_memory import Use, rows_for
 from runtime.llama import abi

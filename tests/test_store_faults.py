@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from test_layer_store import (
+from stores import (
     EVERYTHING,
     ONE,
     PATIENCE_S,
