@@ -19,7 +19,7 @@ _INDENT = "  "
 
 def figures(session: Session, statistics: Statistics, meter_start_s: float) -> dict[str, Any]:
     """The figures of `h2o run --json`. meter_start_s: the age of the process when the answer began."""
-    plan = session.engine.plan
+    plan, team = session.engine.plan, session.model.team
     return {
         "ttft_s": statistics.ttft_s,
         "ttft_process_s": None if statistics.ttft_s is None else meter_start_s + statistics.ttft_s,
@@ -50,7 +50,7 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "ledger": session.engine.ledger.as_dict(),
         "plan_origin": session.plan_origin,
         "kv": session.engine.kv.figures() if session.engine.kv else None,
-        **({"devices": session.model.team.figures(statistics.bytes_read_per_token)} if session.model.team else {}),
+        **({"devices": team.figures(statistics.bytes_read_per_token), "hidden": team.hidden} if team else {}),
     }
 
 

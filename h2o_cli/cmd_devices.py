@@ -46,6 +46,7 @@ def devices(  # noqa: PLR0913, PLR0917 - one parameter per flag
     threads: Threads = None,
     tls: flags.Tls = None,
     refresh: flags.Refresh = False,
+    hidden: flags.Hidden = "f32",
     as_json: Json = False,
 ) -> None:
     """Show what workers offer for a model, and which of them would take part in a run."""
@@ -64,12 +65,16 @@ def show(model: str | None, named: Flags, memory: str | None, threads: int | Non
     file = ModelFile.open(resolve_model(model))
     limits = Budget.parse(memory).n_bytes, threads or default_threads()
     if named.cluster is None:
-        found = survey(file, Devices(named.addresses(), None, named.tls, None, named.refresh), *limits, note)
+        found = survey(
+            file, Devices(named.addresses(), None, named.tls, None, named.refresh, hidden=named.hidden), *limits, note
+        )
     else:
         from h2o_cli.session.ray_workers import RayWorkers
 
         with closing(RayWorkers(named.cluster, file.path, file.n_bytes, limits[1])) as nodes:
-            found = survey(file, Devices(",".join(nodes.addresses), None, nodes.keys), *limits, note)
+            found = survey(
+                file, Devices(",".join(nodes.addresses), None, nodes.keys, hidden=named.hidden), *limits, note
+            )
     print_json(found) if as_json else emit(_text(found) + "\n")
 
 

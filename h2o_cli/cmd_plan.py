@@ -169,6 +169,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter per flag
     prioritize_by_memory: device_flags.ByMemory = False,
     tls: device_flags.Tls = None,
     refresh: device_flags.Refresh = False,
+    hidden: device_flags.Hidden = "f32",
 ) -> None:
     """Choose what stays in memory and what is streamed, for a budget.
 

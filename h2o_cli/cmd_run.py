@@ -162,6 +162,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per flag
     split: devices.Split = None,
     tls: devices.Tls = None,
     refresh: devices.Refresh = False,
+    hidden: devices.Hidden = "f32",
     kv_filter: kv.Switch = False,
     kv_layers: kv.Layers = None,
     kv_wait: kv.Wait = None,

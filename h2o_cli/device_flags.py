@@ -49,6 +49,14 @@ Split = Annotated[
 Tls = Annotated[
     Path | None, typer.Option("--tls", metavar="DIR", show_default=False, help="This machine's keys (`h2o keys`).")
 ]
+Hidden = Annotated[
+    str,
+    typer.Option(
+        "--hidden",
+        metavar="f32|f16",
+        help="How hidden states travel; f16: half the bytes, for slow links. The answer is not exact then.",
+    ),
+]
 Refresh = Annotated[
     bool, typer.Option("--refresh", help="Measure devices and links anew; else what was measured in the last hour.")
 ]

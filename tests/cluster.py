@@ -7,6 +7,9 @@ import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+from engines import engine, greedy
+
 from runtime.distributed.cluster import Cluster, Stage, greet
 from runtime.distributed.messages import PROTOCOL, Hello
 from runtime.distributed.worker import build, cpu_class
@@ -19,6 +22,17 @@ from runtime.plans.plan import Plan
 from runtime.settings import Settings
 
 MB = 10**6
+CUTS = {
+    "halves": [0, 0, 1, 1],
+    "uneven": [0, 1, 1, 1],
+    "three": [0, 1, 2, 2],
+    "ring": [0, 1, 0, 1],
+    "root in front": [None, 0, 0, 1],
+    "root between": [None, 0, None, 1],
+    "root behind": [0, 1, 1, None],
+}
+PROMPT = [int(token) for token in np.random.default_rng(1).integers(1, 500, 18)]
+LONG = [int(token) for token in np.random.default_rng(2).integers(1, 500, 220)]
 
 
 class WorkerProcess:
@@ -57,6 +71,20 @@ def workers(n, paths, **options):
             worker.process.communicate()
 
 
+def one_machine(paths):
+    """answer(arch, prompt, n): that of one machine."""
+    known = {}
+
+    def answer(arch, prompt, n, **settings):
+        key = (arch, tuple(prompt), n, *settings.items())
+        if key not in known:
+            with engine(paths[arch], repack=False, n_ubatch=64, n_threads=1, **settings) as opened:
+                known[key] = greedy(opened, prompt, n)
+        return known[key]
+
+    return answer
+
+
 def stages_of(owners, links):
     """owners: the device of each layer, None for the root."""
     stages = []
@@ -71,7 +99,7 @@ def stages_of(owners, links):
 
 
 @contextmanager
-def shared_engine(path, owners, addresses, plan=None, spares=(), **settings):
+def shared_engine(path, owners, addresses, plan=None, spares=(), hidden="f32", **settings):
     """An Engine that computes its own layers and the head, and has the others computed at these addresses."""
     settings = Settings(**{"n_ctx": 512, "n_threads": 1, "repack": False, **settings})
     with ExitStack() as opened:
@@ -86,6 +114,7 @@ def shared_engine(path, owners, addresses, plan=None, spares=(), **settings):
         check_cut(part, hollow, settings)
         engine = Engine(part, hollow, plan or Plan(0, 1), settings)
         opened.callback(engine.close)
+        cluster.hidden = hidden
         cluster.width = int(abi.llama.llama_model_n_embd(hollow.pointer))
         engine.most_tokens = cluster.set_up(settings.n_ctx, engine.pass_tokens, settings.n_logits, settings.kv_type)
 

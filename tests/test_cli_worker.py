@@ -66,12 +66,17 @@ def test_the_answer_is_that_of_one_machine(bundled_model):
     with worker(*arguments) as (first, one), worker(*arguments) as (_, two):
         addresses = f"{one['listening']},local,{two['listening']}"
         assert one["pid"] == first.pid
-        found = json.loads(run(*prompt, "--workers", addresses, "--split", "3,2,3", "-m", "100", "--json")[1])
+        shared = [*prompt, "--workers", addresses, "--split", "3,2,3", "-m", "100", "--json"]
+        found = json.loads(run(*shared)[1])
+        assert found["hidden"] == {"type": "f32", "exact": True}
         assert found["text"] + "\n" == text
         local, *others = found["devices"]
         assert (local["layers"], others[0]["layers"], others[1]["layers"]) == ([[3, 5]], [[0, 3]], [[5, 8]])
         assert [d["address"] for d in found["devices"]] == ["local", one["listening"], two["listening"]]
         assert all(0 < device["peak_memory_bytes"] < 110e6 for device in found["devices"])
+        code, answer, said = run(*shared, "--hidden", "f16")
+        assert (code, json.loads(answer)["hidden"]) == (0, {"type": "f16", "exact": False})
+        assert said.count("h2o: hidden states travel rounded to 16 bits: the answer is not exact\n") == 1
         code, again, said = run(*prompt, "--workers", one["listening"], "--spare", two["listening"])
         assert (code, again) == (0, text)
         assert f"{one['listening']}: layers 0-7, " in said
@@ -187,6 +192,8 @@ def test_a_stranger_is_refused_and_said_once(bundled_model, tmp_path):
         (["run", "-p", "a", "--tls", "x"], "--tls is for --workers"),
         (["run", "-p", "a", "--split", "1"], "--split is for --workers"),
         (["run", "-p", "a", "--refresh"], "--refresh is for --workers"),
+        (["run", "-p", "a", "--hidden", "f16"], "--hidden is for --workers"),
+        (["run", "-p", "a", "--workers", "a:1", "--hidden", "f8"], "--hidden f8 is not possible"),
         (["run", "-p", "a", "--workers", "a:1", "--devices", "x"], "the devices were named twice"),
         (["run", "-p", "a", "--priority", "x"], "an order of devices is for --devices"),
         (["run", "-p", "a", "--workers", "127.0.0.1:1", "--draft", "auto"], "--workers does not work with"),

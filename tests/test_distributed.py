@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +12,10 @@ import pytest
 
 pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 
-from cluster import MB, WorkerProcess, shared_engine, workers
+from cluster import CUTS, LONG, PROMPT, one_machine, shared_engine, workers
 from engines import assert_same, engine, greedy
 from skip_models import skip_model
 
-from runtime.distributed import wire
 from runtime.distributed.cluster import Link
 from runtime.distributed.messages import PROTOCOL, Hello, Setup
 from runtime.distributed.worker import build, cpu_class
@@ -31,18 +27,7 @@ from runtime.passes import Part
 from runtime.settings import Settings
 
 ARCHS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
-CUTS = {
-    "halves": [0, 0, 1, 1],
-    "uneven": [0, 1, 1, 1],
-    "three": [0, 1, 2, 2],
-    "ring": [0, 1, 0, 1],
-    "root in front": [None, 0, 0, 1],
-    "root between": [None, 0, None, 1],
-    "root behind": [0, 1, 1, None],
-}
-PROMPT = [int(token) for token in np.random.default_rng(1).integers(1, 500, 18)]
 SHORT = [1, 7, 8, 9, 250, 3, 99]
-LONG = [int(token) for token in np.random.default_rng(2).integers(1, 500, 220)]
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +46,7 @@ def addresses(paths):
 @pytest.fixture(scope="module")
 def alone(paths):
     """alone(arch, prompt, n): the answer of one machine."""
-    known = {}
-
-    def answer(arch, prompt, n, **settings):
-        key = (arch, tuple(prompt), n, *settings.items())
-        if key not in known:
-            with engine(paths[arch], repack=False, n_ubatch=64, n_threads=1, **settings) as opened:
-                known[key] = greedy(opened, prompt, n)
-        return known[key]
-
-    return answer
+    return one_machine(paths)
 
 
 def used(owners, addresses):
@@ -116,6 +92,42 @@ def test_something_else_comes_out_when_something_else_goes_in(paths, addresses, 
         monkeypatch.setattr(opened.cluster, "enter", wrong)
         with pytest.raises(AssertionError):
             assert_same(greedy(opened, PROMPT, 2), alone("llama", PROMPT, 2))
+
+
+def test_hidden_states_in_16_bits_halve_the_bytes_and_are_near(paths, addresses, alone, monkeypatch):
+    owners, sizes = CUTS["ring"], {}
+    for kind in ("f32", "f16"):
+        with shared_engine(paths["qwen2"], owners, used(owners, addresses), hidden=kind, n_ubatch=64) as opened:
+            put, sizes[kind] = opened.cluster._journal.put, []
+
+            def counted(layer, data, put=put, sizes=sizes[kind]):
+                sizes.append(len(data))
+                put(layer, data)
+
+            monkeypatch.setattr(opened.cluster._journal, "put", counted)
+            found = greedy(opened, PROMPT, 1)
+        expected = alone("qwen2", PROMPT, 1)
+        assert np.array_equal(found[0][0], expected[0][0]) == (kind == "f32")
+        assert np.allclose(found[0][0], expected[0][0], atol=0.01)
+    assert sizes["f16"] == [size // 2 for size in sizes["f32"]] != []
+
+
+def test_what_16_bits_do_not_hold_is_refused(paths, addresses, monkeypatch):
+    """And no worker is taken for lost because of it."""
+    owners = CUTS["halves"]
+    with shared_engine(paths["llama"], owners, used(owners, addresses), hidden="f16", n_ubatch=64) as opened:
+        result = Link.result
+
+        def larger(link, check):
+            return b"\x00\x7c" + result(link, check)[2:]  # what ggml makes of a larger one: infinite
+
+        opened.forward(PROMPT)
+        monkeypatch.setattr(Link, "result", larger)
+        with pytest.raises(EngineError, match="what goes into layer 2 is beyond 65504"):
+            opened.forward([1])
+        monkeypatch.undo()
+        opened.forward([1])
+        assert not any(link.is_lost for link in opened.cluster.links)
 
 
 def test_positions_are_taken_back_and_computed_again(paths, addresses, alone):
@@ -205,173 +217,7 @@ def test_where_something_comes_in_and_goes_out():
     assert borders.borders_of([0, 3], 6, head=True) == ({b"l_out-2": 3, b"l_out-5": 6}, {b"l_out-0": 1, b"l_out-3": 4})
 
 
-# --- workers that go -------------------------------------------------------------------------------------------------
-
-
-def test_a_worker_that_dies_is_one_clear_line_at_once(paths):
-    with workers(1, [paths["llama"]]) as (worker,):
-        with shared_engine(paths["llama"], [0] * 4, [worker.address], n_ubatch=64) as opened:
-            opened.forward(PROMPT)
-            threading.Timer(0.1, worker.process.kill).start()
-            start = time.monotonic()
-            with pytest.raises(WorkerError, match="is gone"):
-                while time.monotonic() - start < 5:
-                    opened.forward([1])
-                    if opened.n_past > 400:
-                        opened.truncate(20)
-        assert time.monotonic() - start < 1.1
-
-
-@pytest.mark.parametrize("cut", ["halves", "three", "ring", "root between"])
-@pytest.mark.parametrize("who", ["spare", "survivor"])
-@pytest.mark.parametrize("dies", [0, 1])
-def test_another_worker_takes_over_and_the_answer_is_the_same(cut, who, dies, paths, alone):
-    owners = CUTS[cut]
-    n, expected = 1 + max(o for o in owners if o is not None), alone("qwen2", LONG, 24)
-    with workers(n + (who == "spare"), [paths["qwen2"]]) as found:
-        addresses = [worker.address for worker in found]
-        with shared_engine(paths["qwen2"], owners, addresses[:n], spares=addresses[n:], n_ubatch=64) as opened:
-
-            def die(i):
-                if i == 12:
-                    found[dies].process.kill()
-
-            assert_same(greedy(opened, LONG, 24, before_token=die), expected)
-            assert sum(link.replacements for link in opened.cluster.links) == 1
-
-
-def test_a_worker_that_comes_back_can_take_over(paths, alone):
-    with workers(2, [paths["llama"]]) as found:
-        addresses = [worker.address for worker in found]
-        with shared_engine(paths["llama"], CUTS["halves"], addresses, n_ubatch=64) as opened:
-            opened.forward(PROMPT)
-            found[1].process.kill()
-            opened.forward([1])
-            assert [link.address for link in opened.cluster.links] == addresses[:1]
-            found[1].process.communicate()
-            found[1] = WorkerProcess([paths["llama"]], listen=addresses[1])
-            assert found[1].address == addresses[1]
-            opened.truncate(0)
-            opened.forward(PROMPT[:5])
-            deadline = time.monotonic() + 5
-            while not opened.cluster._spares and time.monotonic() < deadline:
-                time.sleep(0.01)
-            found[0].process.kill()
-            opened.truncate(0)
-            assert_same(greedy(opened, PROMPT, 6), alone("llama", PROMPT, 6))
-            assert [link.address for link in opened.cluster.links] == addresses[1:]
-
-
-@pytest.mark.parametrize("comes", [True, False])
-def test_a_worker_that_somebody_starts_again_elsewhere(comes, paths, alone):
-    """Where it does not come, the others take over."""
-    notes = []
-    with workers(3, [paths["llama"]]) as found:
-        addresses = [worker.address for worker in found]
-        with shared_engine(paths["llama"], CUTS["halves"], addresses[:2], n_ubatch=64) as opened:
-
-            def restarted(link):
-                assert link.address == addresses[1]
-                if not comes:
-                    raise WorkerError("nobody starts it again")
-                return link.again(addresses[2])
-
-            opened.cluster.restarted, opened.cluster.note = restarted, notes.append
-
-            def die(i):
-                if i == 2:
-                    found[1].process.kill()
-
-            assert_same(greedy(opened, PROMPT, 6, before_token=die), alone("llama", PROMPT, 6))
-            expected = [addresses[0], addresses[2]] if comes else addresses[:1]
-            assert [link.address for link in opened.cluster.links] == expected
-            assert len(opened.cluster._lost) == (not comes)
-    assert ("nobody starts it again" in notes) == (not comes)
-
-
-def test_workers_die_one_after_the_other_at_any_moment(paths, alone):
-    expected = alone("gemma3", PROMPT, 40)
-    with workers(4, [paths["gemma3"]]) as found:
-        addresses = [worker.address for worker in found]
-        with shared_engine(paths["gemma3"], CUTS["ring"], addresses[:2], spares=addresses[2:], n_ubatch=64) as opened:
-            timers = [threading.Timer(0.05 * (i + 1), found[i].process.kill) for i in range(3)]
-
-            def begin(i):
-                time.sleep(0.01)
-                if i == 0:
-                    for timer in timers:
-                        timer.start()
-
-            assert_same(greedy(opened, PROMPT, 40, before_token=begin), expected)
-
-
-def test_a_worker_ends_at_once_and_says_nothing_wrong(paths):
-    worker = WorkerProcess([paths["llama"]])
-    with shared_engine(paths["llama"], [0, 0, 0, 0], [worker.address], n_ubatch=64) as opened:
-        opened.forward(PROMPT)
-        start = time.monotonic()
-        assert worker.close() == 0
-        assert time.monotonic() - start < 2
-    assert worker.log == "layers 0-3: 4.8 MB in memory\n"
-
-
-def bytes_read(process):
-    """By a process until now, from files of any kind."""
-    fields = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
-    return int(fields["rchar"])
-
-
-def test_weights_stay_for_the_next_root_also_with_another_context(paths):
-    worker = WorkerProcess([paths["llama"]])
-    address, read = worker.address, []
-    for n_ctx, prompt in ((512, PROMPT), (512, PROMPT * 4), (256, PROMPT)):
-        before = bytes_read(worker.process)
-        with shared_engine(paths["llama"], [0] * 4, [address], n_ubatch=len(prompt), n_ctx=n_ctx) as opened:
-            opened.forward(prompt)
-            opened.forward([1])
-        read.append(bytes_read(worker.process) - before)
-    assert worker.close() == 0
-    assert worker.log.count("layers 0-3") == 2
-    assert read[0] > 4 * MB
-    assert max(read[1:]) < MB
-
-
-@pytest.fixture
-def short_pings(monkeypatch):
-    """A second each."""
-    pings = [(name, 1000 if name.endswith("_ms") else value) for name, value in wire._PINGS]
-    monkeypatch.setattr(wire, "_PINGS", pings)
-
-
-def test_a_worker_that_hangs_is_noticed(paths, short_pings):
-    with (
-        workers(1, [paths["llama"]]) as (worker,),
-        shared_engine(paths["llama"], [0] * 4, [worker.address], n_ubatch=64) as opened,
-    ):
-        opened.forward(PROMPT)
-        worker.process.send_signal(signal.SIGSTOP)
-        start = time.monotonic()
-        with pytest.raises(WorkerError, match="does not answer any more"):
-            opened.forward([1])
-        assert time.monotonic() - start < 4
-
-
-def test_another_worker_takes_over_from_one_that_hangs(paths, alone, short_pings):
-    notes = []
-    with workers(3, [paths["llama"]]) as found:
-        addresses = [worker.address for worker in found]
-        owners = CUTS["ring"]
-        with shared_engine(paths["llama"], owners, addresses[:2], spares=addresses[2:], n_ubatch=64) as opened:
-            opened.cluster.note = notes.append
-
-            def stop(i):
-                if i == 3:
-                    found[1].process.send_signal(signal.SIGSTOP)
-
-            assert_same(greedy(opened, PROMPT, 8, before_token=stop), alone("llama", PROMPT, 8))
-    assert [note.split("; ")[0] for note in notes] == [
-        f"the worker {addresses[1]} is gone: it does not answer any more"
-    ]
+# --- what is refused ------------------------------------------------------------------------------------------------
 
 
 def hello(model, protocol=PROTOCOL, what=None):
@@ -397,11 +243,13 @@ def test_what_would_not_be_the_same_answer_is_refused(paths, addresses):
         ([(0, 2), (2, 4)], 64, "f16", "layers 2 to 3"),
         ([(0, 2)], 2**24, "f16", "is too long"),
         ([(0, 2)], 64, "q9", "no KV type"),
+        ([(0, 2)], 64, "f16 f8", "do not travel as 'f8'"),
     ],
 )
 def test_a_setup_that_cannot_be_is_refused(paths, addresses, ranges, n_ctx, kv_type, reason):
+    kv_type, _, hidden = kv_type.partition(" ")
     link = Link(addresses[0], None, hello(ModelFile.open(paths["llama"]).hash))
-    link.set_up(Setup(ranges, n_ctx, 16, 1, kv_type))
+    link.set_up(Setup(ranges, n_ctx, 16, 1, kv_type, 0, hidden or "f32"))
     with pytest.raises(WorkerError, match=reason):
         link.wait_ready(lambda: None)
     link.close()

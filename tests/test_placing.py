@@ -12,7 +12,7 @@ from cluster import MB, workers
 
 from h2o_cli.main import run_command as h2o
 from h2o_cli.session.members import Devices, survey
-from h2o_cli.session.placing import given, place
+from h2o_cli.session.placing import given, place, split_model
 from h2o_cli.session.smallest import of_worker
 from planner.placement import Device
 from runtime.distributed import offer
@@ -40,6 +40,13 @@ def test_a_device_behind_a_slow_link_is_left_out_with_both_numbers(file):
     ((address, with_s, without_s),) = found.left_out
     assert (address, found.layers_of("b:1")) == ("b:1", [])
     assert without_s == found.token_s < 0.5 < with_s
+
+
+def test_hidden_states_in_16_bits_are_half_as_long(file):
+    assert 2 * split_model(file, "f16").hidden_bytes == split_model(file).hidden_bytes > 0
+    slow = [Device(name, 100 * MB, 1e6, 1e-9, 1e-5, 1e4) for name in ("a:1", "b:1")]
+    (short,), (long,) = place(file, slow, hidden="f16").left_out, place(file, slow).left_out
+    assert short[1] < long[1]  # seconds with the device that is left out
 
 
 def test_layers_by_hand():

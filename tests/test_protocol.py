@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -167,6 +168,15 @@ def test_the_same_step_with_other_contents_is_refused():
     worker.receive(encode(step()))
     worker.result(bytes(3 * WIDTH * 4))
     assert "other contents" in worker.receive(encode(step(ids=(1, 2, 4)))).reason
+
+
+def test_hidden_states_of_another_size_are_checked():
+    worker = ready_worker()
+    worker.shape = replace(SHAPE, number_bytes=2)
+    sent = step()
+    assert worker.receive(encode(sent)) == sent
+    worker.result(bytes(3 * WIDTH * 2))
+    assert "hidden state of 96 bytes instead of 48" in worker.receive(encode(step(part=1))).reason
 
 
 def test_positions_are_forgotten_in_the_middle_of_a_pass():

@@ -12,6 +12,7 @@ from h2o_cli.session.placing import LOCAL, Place, device_of, given, here, hidden
 from planner.placement import Device, SplitModel
 from planner.rebalance import LEAST_SEEN, corrected, moved, slowness, smoothed
 from runtime.distributed.cluster import Cluster, Link, Stage, greet
+from runtime.distributed.hidden import F32
 from runtime.distributed.messages import PROTOCOL, Hello
 from runtime.distributed.wire import keys_for, parse_address
 from runtime.distributed.worker import build, cpu_class
@@ -33,8 +34,8 @@ SPLIT_POSITIONS = 512  # from here on llama.cpp cuts the attention of a token by
 class Devices:
     """What the flags say: addresses in the order of their layers (`local`: this machine), and spare ones.
 
-    refresh: devices are measured, also where they were in the last hour. slower: those that were seen to take so many
-    times as long as measured.
+    refresh: devices are measured, also where they were in the last hour. hidden: how hidden states travel. slower:
+    those that were seen to take so many times as long as measured.
     """
 
     workers: str
@@ -42,6 +43,7 @@ class Devices:
     tls: Path | None = None
     split: str | None = None
     refresh: bool = False
+    hidden: str = F32
     slower: Mapping[str, float] = field(default_factory=dict)
 
     def counts(self, n_layers: int) -> list[int]:
@@ -99,7 +101,7 @@ class Team:
                 found = given(addresses, counts)
             else:
                 measured = _measured(file, devices, by_address, budget_bytes, n_threads)
-                found = place(file, measured, devices.slower)
+                found = place(file, measured, devices.slower, devices.hidden)
         except BaseException:
             _close(links)
             raise
@@ -114,8 +116,10 @@ class Team:
         part = file.owned(found.layers_of(LOCAL), head=True, embedding=True)
         spares = [link for link in links if link.address not in used]
         cluster = Cluster(stages, file.n_layers, spares, _journal_folder())
-        cluster.window_bytes = found.window_bytes
-        return cls(part, found, cluster, split_model(file))
+        cluster.window_bytes, cluster.hidden = found.window_bytes, devices.hidden
+        if devices.hidden != F32:
+            note("hidden states travel rounded to 16 bits: the answer is not exact")
+        return cls(part, found, cluster, split_model(file, devices.hidden))
 
     def check(self, hollow: HollowModel, settings: Settings) -> None:
         """Raise EngineError where the model cannot be cut like this."""
@@ -154,6 +158,11 @@ class Team:
         if self.place.token_s:
             lines.append(f"a token is predicted to take {_ms(self.place.token_s)} without the head")
         return lines
+
+    @property
+    def hidden(self) -> dict[str, Any]:
+        """How hidden states travel, and whether the answer is exact with it, for `--json`."""
+        return {"type": self.cluster.hidden, "exact": self.cluster.hidden == F32}
 
     def figures(self, bytes_read_per_token: float | None) -> list[dict[str, Any]]:
         """The devices of `--json`; layers as [first, last). bytes_read_per_token: on this machine."""
@@ -257,7 +266,7 @@ def _measured(
     file: ModelFile, devices: Devices, links: Mapping[str, Link], budget_bytes: int, n_threads: int
 ) -> list[Device]:
     """The devices as they are."""
-    n_bytes, refresh = hidden_bytes(file), devices.refresh
+    n_bytes, refresh = hidden_bytes(file, devices.hidden), devices.refresh
     return [
         here(file, budget_bytes, n_threads, refresh=refresh)
         if address == LOCAL
@@ -275,7 +284,7 @@ def survey(
         measured = _measured(file, devices, links, budget_bytes, n_threads)
     finally:
         _close(links.values())
-    found = place(file, measured)
+    found = place(file, measured, hidden=devices.hidden)
     left_out = {address: {"with_ms": _finite(a), "without_ms": _finite(b)} for address, a, b in found.left_out}
     n_bytes = sum(layer_bytes(layer) for layer in file.layers)
     return {

@@ -13,6 +13,7 @@ from h2o_cli.session.smallest import of_worker
 from planner.placement import Choice, Device, Placement, SplitModel, choose_devices
 from planner.rebalance import as_seen
 from runtime.distributed.cluster import Link
+from runtime.distributed.hidden import F32, NUMBER_BYTES
 from runtime.distributed.offer import measure
 from runtime.distributed.worker import build
 from runtime.llama.model_file import ModelFile
@@ -44,18 +45,18 @@ class Place:
         return [layer for first, last, owner in self.stages if owner == address for layer in range(first, last)]
 
 
-def split_model(file: ModelFile) -> SplitModel:
+def split_model(file: ModelFile, hidden: str = F32) -> SplitModel:
     """The layers as the planner sees them; the head stays where the token is chosen."""
     return SplitModel(
         group_bytes=tuple(layer_bytes(layer) for layer in file.layers),
-        hidden_bytes=hidden_bytes(file),
+        hidden_bytes=hidden_bytes(file, hidden),
         piece_bytes=max(1, smallest_window(file.owned(range(file.n_layers), head=False, embedding=False))),
     )
 
 
-def hidden_bytes(file: ModelFile) -> int:
-    """Bytes of a token's hidden state."""
-    return 4 * file.hyper_parameter("embedding_length")
+def hidden_bytes(file: ModelFile, hidden: str = F32) -> int:
+    """Bytes of a token's hidden state as it travels."""
+    return NUMBER_BYTES[hidden] * file.hyper_parameter("embedding_length")
 
 
 def device_of(link: Link, n_bytes: int, *, refresh: bool = False) -> Device:
@@ -94,12 +95,14 @@ def here(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = 
     return Device(LOCAL, max(0, int(weights_bytes) - layer_bytes(file.head)), rate, s_per_byte)
 
 
-def place(file: ModelFile, devices: Sequence[Device], slower: Mapping[str, float] | None = None) -> Place:
+def place(
+    file: ModelFile, devices: Sequence[Device], slower: Mapping[str, float] | None = None, hidden: str = F32
+) -> Place:
     """The fastest placement on these devices, which are in the order of their priority. Raises BudgetError.
 
     slower: address -> how many times longer it was seen to take than it was measured.
     """
-    choice: Choice = choose_devices(split_model(file), as_seen(devices, slower or {}))
+    choice: Choice = choose_devices(split_model(file, hidden), as_seen(devices, slower or {}))
     placement = choice.placement
     return Place(
         tuple((r.begin, r.end, placement.devices[r.device].address) for r in placement.ranges),

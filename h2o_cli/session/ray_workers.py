@@ -228,14 +228,20 @@ def connected(address: str) -> Any:
 
 
 def join_cluster(
-    address: str, split: str | None, file: ModelFile, budget_bytes: int, n_threads: int, note: Callable[[str], None]
+    address: str,
+    split: str | None,
+    hidden: str,
+    file: ModelFile,
+    budget_bytes: int,
+    n_threads: int,
+    note: Callable[[str], None],
 ) -> Team | None:
     """A team of workers that Ray runs. Raises UsageError, WorkerError, BudgetError."""
     from h2o_cli.session.members import Devices, Team
 
     found = RayWorkers(address, file.path, file.n_bytes, n_threads)
     try:
-        devices = Devices(",".join(found.addresses), tls=found.keys, split=split)
+        devices = Devices(",".join(found.addresses), tls=found.keys, split=split, hidden=hidden)
         team = Team.join(file, devices, budget_bytes, n_threads, note)
     except BaseException:
         found.close()

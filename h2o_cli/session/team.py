@@ -17,6 +17,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.plans.budget import Budget
 
 LOCAL = "local"
+HIDDEN_KINDS = ("f32", "f16")
 
 if TYPE_CHECKING:
     from h2o_cli.session.members import Team
@@ -38,6 +39,7 @@ class Flags:
     by_memory: bool = False
     cluster: str | None = None
     refresh: bool = False
+    hidden: str = "f32"
     slower: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -63,9 +65,11 @@ class Flags:
             )
         if self.devices is None and (self.priority is not None or self.by_memory):
             raise UsageError("an order of devices is for --devices", "--workers names them in their order")
+        if self.hidden not in HIDDEN_KINDS:
+            raise UsageError(f"--hidden {self.hidden} is not possible", f"give {' or '.join(HIDDEN_KINDS)}")
         flags = (("--spare", self.spare), ("--split", self.split), ("--tls", self.tls))
         alone = next((flag for flag, value in flags if value is not None), None)
-        alone = alone or ("--refresh" if self.refresh else None)
+        alone = alone or ("--refresh" if self.refresh else "--hidden" if self.hidden != HIDDEN_KINDS[0] else None)
         if not self.are_given and alone:
             raise UsageError(f"{alone} is for --workers", "name some")
         if self.are_given and others:
@@ -106,14 +110,14 @@ def join(
     if flags.cluster is not None:
         from h2o_cli.session.ray_workers import join_cluster
 
-        return join_cluster(flags.cluster, flags.split, file, budget.n_bytes, n_threads, note)
+        return join_cluster(flags.cluster, flags.split, flags.hidden, file, budget.n_bytes, n_threads, note)
     addresses = flags.addresses()
     if flags.devices is not None:
         note(f"order of the devices: {addresses}")
     if addresses == LOCAL:
         note("no other device is named: this machine computes alone")
         return None
-    devices = Devices(addresses, flags.spare, flags.tls, flags.split, flags.refresh, flags.slower)
+    devices = Devices(addresses, flags.spare, flags.tls, flags.split, flags.refresh, flags.hidden, flags.slower)
     return Team.join(file, devices, budget.n_bytes, n_threads, note)
 
 

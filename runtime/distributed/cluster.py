@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 
+from runtime.distributed.hidden import F32, NUMBER_BYTES, packed, refuse_too_large, unpacked
 from runtime.distributed.journal import Entry, Journal
 from runtime.distributed.keys import Keys
 from runtime.distributed.messages import (
@@ -28,7 +29,7 @@ from runtime.distributed.messages import (
     Step,
     Truncated,
 )
-from runtime.distributed.protocol import CLOSED, FLOAT_BYTES, PLANNING, READY, WAITING, Refusal, RootSide, Stale
+from runtime.distributed.protocol import CLOSED, PLANNING, READY, WAITING, Refusal, RootSide, Stale
 from runtime.distributed.wire import Wire
 from runtime.errors import H2OError, WorkerError
 from runtime.passes import Pass
@@ -184,7 +185,7 @@ class Cluster:
     ) -> None:
         self.stages = list(stages)
         self.n_layers = n_layers
-        self.width = 0
+        self.width, self.hidden = 0, F32
         self.check: Callable[[], object] = lambda: None
         self.note: Callable[[str], None] = lambda _: None
         self.restarted: Callable[[Link], Link] | None = None  # who starts workers again, and waits until they are
@@ -217,7 +218,7 @@ class Cluster:
             for part, stage in enumerate(mine):
                 stage.part = part
             window = self.window_bytes.get(link.address, 0) if link.replacements == 0 else 0
-            link.set_up(Setup([(stage.first, stage.last) for stage in mine], *self._shape, window))
+            link.set_up(Setup([(stage.first, stage.last) for stage in mine], *self._shape, window, self.hidden))
         found = [link.wait_ready(self.check) for link in links]
         for link, ready in zip(links, found, strict=True):
             if ready.width != self.width:
@@ -253,7 +254,9 @@ class Cluster:
 
     def leave(self, layer: int, hidden: memoryview) -> None:
         """To the worker that has this layer."""
-        self._journal.put(layer, hidden)
+        data = packed(hidden, self.hidden)
+        refuse_too_large(data, self.hidden, layer)
+        self._journal.put(layer, data)
         stage = next(stage for stage in self.stages if stage.first == layer)
         self._give_early(stage)
 
@@ -283,9 +286,10 @@ class Cluster:
             if self._is_timed:
                 stage.link.note_latency(stage.part)
             at = stage.last
+            refuse_too_large(hidden, self.hidden, at)
             if at == layer:
                 self._waited_s += time.perf_counter() - start_s
-                return hidden
+                return unpacked(hidden, self.hidden)
             self._journal.put(at, hidden)
 
     def _start_of_chain(self, layer: int) -> int:
@@ -303,7 +307,7 @@ class Cluster:
         hidden = self._journal.get(entry, stage.first) if hidden is None else hidden
         tokens = array("i", part.tokens).tobytes()
         step = Step(stage.link.number, stage.part, part.first, part.n_outputs, tokens, hidden)
-        stage.link.send(step, rows * self.width * FLOAT_BYTES)
+        stage.link.send(step, rows * self.width * NUMBER_BYTES[self.hidden])
 
     # --- a worker is lost ---------------------------------------------------------------------------------------
 

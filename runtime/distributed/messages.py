@@ -1,8 +1,8 @@
 """What a root and a worker say to each other: one message, one block of bytes.
 
 A message is a msgpack map with its kind under "kind"; the limits below are checked while it is decoded. Tokens and
-hidden states are raw bytes inside: int32 and float32, little-endian, row by row. What their lengths have to be is known
-to both sides, and both compare.
+hidden states are raw bytes inside: int32, and float32 or float16, little-endian, row by row. What their lengths have to
+be is known to both sides, and both compare.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 MOST_LAYERS = 4096
 MOST_TOKENS = 65536  # of one step
 MOST_CONTEXT = 2**24
@@ -67,7 +67,7 @@ class Probe(Message, frozen=True):
 class Setup(Message, frozen=True):
     """Root: the worker computes these ranges of layers, each [first, last), in passes like the root's own.
 
-    window_bytes: for streamed weights, 0: the worker's choice.
+    window_bytes: for streamed weights, 0: the worker's choice. hidden: how hidden states travel, both ways.
     """
 
     ranges: Ranges
@@ -76,6 +76,7 @@ class Setup(Message, frozen=True):
     n_logits: PerStep
     kv_type: Word
     window_bytes: Count = 0
+    hidden: Word = "f32"
 
 
 class Ready(Message, frozen=True):
@@ -93,7 +94,7 @@ class Step(Message, frozen=True):
 
     number: of the pass, one more than that of the pass before; the same step sent twice is answered with the same
     bytes. n_past: positions in the cache before it. n_logits: rows of the last layer that are wanted. tokens: of the
-    pass, int32. hidden: what the layer before the range gave, float32; empty for a range that begins the model.
+    pass, int32. hidden: what the layer before the range gave; empty for a range that begins the model.
     """
 
     number: Positive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+from runtime.distributed.hidden import NUMBER_BYTES
 from runtime.distributed.messages import Ready, Setup, Step
 from runtime.distributed.offer import Offer
 from runtime.distributed.protocol import Shape
@@ -68,8 +69,8 @@ class OwnLayers:
     def fits(self, setup: Setup) -> bool:
         """Whether the engine is one for this setup as it is."""
         mine = self.setup
-        same = (mine.ranges, mine.n_ctx, mine.kv_type, mine.window_bytes)
-        others = (setup.ranges, setup.n_ctx, setup.kv_type, setup.window_bytes)
+        same = (mine.ranges, mine.n_ctx, mine.kv_type, mine.window_bytes, mine.hidden)
+        others = (setup.ranges, setup.n_ctx, setup.kv_type, setup.window_bytes, setup.hidden)
         return (
             self._engine is not None
             and same == others
@@ -83,7 +84,8 @@ class OwnLayers:
         engine, setup = self.engine, self.setup
         width = int(abi.llama.llama_model_n_embd(self._hollow.pointer))
         n_tokens, n_vocab = engine.pass_tokens, engine.n_vocab
-        return Shape(tuple(setup.ranges), self._n_layers, setup.n_ctx, n_tokens, setup.n_logits, n_vocab, width)
+        sizes = setup.n_ctx, n_tokens, setup.n_logits, n_vocab, width, NUMBER_BYTES[setup.hidden]
+        return Shape(tuple(setup.ranges), self._n_layers, *sizes)
 
     @property
     def ready(self) -> Ready:
@@ -136,6 +138,8 @@ def check_setup(setup: Setup, n_layers: int, budget_bytes: int) -> None:
         end = last + 1
     if setup.kv_type not in KV_TYPES:
         raise WorkerError(f"there is no KV type {setup.kv_type!r}")
+    if setup.hidden not in NUMBER_BYTES:
+        raise WorkerError(f"hidden states do not travel as {setup.hidden!r}")
 
 
 def longest_pass(setup: Setup) -> int:

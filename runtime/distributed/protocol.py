@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from runtime.distributed.messages import (
     MOST_HIDDEN_BYTES,
     PROTOCOL,
+    TOKEN_BYTES,
     Bye,
     Error,
     Hello,
@@ -33,7 +34,6 @@ from runtime.distributed.messages import (
     encode,
 )
 
-FLOAT_BYTES = 4
 GREETING, CHOOSING, PROBING, PLANNING, READY, COMPUTING, WAITING, CLOSED = (
     "greeting",
     "choosing",
@@ -77,19 +77,20 @@ class Shape:
     n_logits: int
     n_vocab: int
     width: int
+    number_bytes: int = 4  # of a hidden state's numbers
 
     def hidden_in(self, step: Step) -> int:
         """Bytes of hidden state that a step brings."""
-        return step.n_tokens * self.width * FLOAT_BYTES if self.ranges[step.part][0] else 0
+        return step.n_tokens * self.width * self.number_bytes if self.ranges[step.part][0] else 0
 
     def hidden_out(self, step: Step) -> int:
         """Bytes of hidden state that its result brings."""
         rows = step.n_logits if self.ranges[step.part][1] == self.n_layers else step.n_tokens
-        return rows * self.width * FLOAT_BYTES
+        return rows * self.width * self.number_bytes
 
     def wrong_step(self, step: Step) -> str:
         """What does not fit in a step, or an empty text."""
-        if len(step.tokens) % FLOAT_BYTES or not 1 <= step.n_tokens <= self.n_tokens:
+        if len(step.tokens) % TOKEN_BYTES or not 1 <= step.n_tokens <= self.n_tokens:
             return f"{len(step.tokens)} bytes of tokens; 1 to {self.n_tokens} tokens are possible"
         if step.part >= len(self.ranges):
             return f"part {step.part} of {len(self.ranges)}"

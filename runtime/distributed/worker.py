@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from runtime.distributed.hidden import packed, unpacked
 from runtime.distributed.messages import (
     PROTOCOL,
     Hello,
@@ -349,7 +350,7 @@ class Worker:
         assert step and part
         if part.setup.ranges[step.part][0] != layer:
             step = self._step = self._next_step()
-        return step.hidden
+        return unpacked(step.hidden, part.setup.hidden)
 
     def _next_step(self) -> Step:
         while True:
@@ -367,12 +368,11 @@ class Worker:
         talk, part = self._talk, self._part
         assert talk and part
         n_read, seconds = part.engine.counters.bytes_read, time.perf_counter() - self._began_s
+        data = packed(hidden, part.setup.hidden)
         with talk.lock:
             if talk.side.state != COMPUTING:
                 raise Cancelled(GIVEN_UP)
-            talk.send(
-                talk.side.result(bytes(hidden), bytes_read=n_read, peak_bytes=self._peak_bytes, compute_s=seconds)
-            )
+            talk.send(talk.side.result(data, bytes_read=n_read, peak_bytes=self._peak_bytes, compute_s=seconds))
 
 
 class _WorkerHops:

@@ -294,6 +294,8 @@ ggml_vec_dot_f32 = bind(
 ggml_vec_soft_max_f32 = bind(
     ggml_cpu, "ggml_vec_soft_max_f32", ctypes.c_double, ctypes.c_int, POINTER, POINTER, ctypes.c_float
 )
+ggml_fp32_to_fp16_row = bind(ggml_base, "ggml_fp32_to_fp16_row", None, POINTER, POINTER, ctypes.c_int64)
+ggml_fp16_to_fp32_row = bind(ggml_base, "ggml_fp16_to_fp32_row", None, POINTER, POINTER, ctypes.c_int64)
 _type_traits_cpu = bind(ggml_cpu, "ggml_get_type_traits_cpu", POINTER, ctypes.c_int)
 
 ggml_backend_sched_get_n_backends = bind(ggml_base, "ggml_backend_sched_get_n_backends", ctypes.c_int, POINTER)
