@@ -126,7 +126,7 @@ KvType = Annotated[
     typer.Option(
         "--kv-type",
         metavar="|".join(KV_TYPES),
-        help="Precision of keys and values; f32: twice the memory of f16, q8_0: half of it.",
+        help="Precision of keys and values; f32: twice the memory of f16, q8_0: half of it, q4_0: a quarter.",
     ),
 ]
 
@@ -285,10 +285,11 @@ def _live(options: PlanOptions, profile: ModelProfile, *, explain: bool, json: b
 def _batches(options: PlanOptions, profile: ModelProfile, *, json: bool) -> None:
     """Predict how fast `h2o batch` is with each batch size; --ctx is for each text."""
     from h2o_cli.plan_batches import show
+    from planner.kv import KvUse
 
     if not profile.knows_memory:
         raise ProfileError("this profile has no memory figures", "measure the model with `h2o profile`")
-    show(profile, options.budget.n_bytes, options.ctx, json=json)
+    show(profile, options.budget.n_bytes, options.ctx, KvUse(options.kv_type), json=json)
 
 
 def _parse_set(text: str) -> tuple[int, int]:

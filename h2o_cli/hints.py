@@ -37,10 +37,14 @@ OPTIONS = {
     **dict.fromkeys(("--mmap", "--no-mmap", "--mlock"), f"{_LEAVE}h2o reads weights itself, inside -m"),
     **dict.fromkeys(("-sys", "--system", "--system-prompt"), "use /system TEXT in a conversation (`h2o run MODEL`)"),
     **dict.fromkeys(("-b", "-ub", "--batch-size", "--ubatch-size"), "use --ubatch N"),
-    **dict.fromkeys(("-ctk", "-ctv", "--cache-type-k", "--cache-type-v"), "use --kv-type f32, f16 or q8_0"),
+    **dict.fromkeys(("-ctk", "-ctv", "--cache-type-k", "--cache-type-v"), "use --kv-type f16, q8_0 or q4_0"),
     **dict.fromkeys(("-md", "--model-draft"), "use --draft MODEL"),
     **dict.fromkeys(("--n-threads", "--num-threads"), "use -t N"),
     "--temperature": "use --temp T",
+    "--kv-filter": "keys and values are filtered for one text: `h2o run MODEL --kv-filter`",
+    "--compress-cache": "use --kv-type q8_0 or q4_0",
+    "--compress-weight": "give a GGUF file of a smaller type, such as q4_k_m",
+    "--attn-sparsity": "`h2o run MODEL --kv-filter` attends to some of the positions of one text",
 }
 
 

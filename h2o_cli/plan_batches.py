@@ -7,14 +7,15 @@ from typing import Any
 
 from h2o_cli.output import emit, print_json, table
 from planner.batches import POSITIONS_EACH, SIZES, Prediction, best, predict
+from planner.kv import KvUse
 from profiler.model_profile import ModelProfile
 from runtime.errors import ModelError
 from runtime.sizes import MB
 
 
-def show(profile: ModelProfile, budget_bytes: int, positions_each: int | None, *, json: bool) -> None:
+def show(profile: ModelProfile, budget_bytes: int, positions_each: int | None, kv: KvUse, *, json: bool) -> None:
     """Print the predictions and the best batch size. Raises BudgetError where none fits."""
-    found = predict(profile, budget_bytes, SIZES, positions_each or POSITIONS_EACH)
+    found = predict(profile, budget_bytes, SIZES, positions_each or POSITIONS_EACH, kv)
     chosen = best(found)
     if json:
         print_json(
@@ -31,8 +32,9 @@ def show(profile: ModelProfile, budget_bytes: int, positions_each: int | None, *
         times = (1000 * one.pass_s, 1000 * one.read_s, 1000 * one.compute_s)
         cells = [f"{one.tokens_per_s:.2f}", *(f"{ms:.0f}" for ms in times), f"{one.streamed_bytes / MB:.0f}"]
         lines.append([str(one.n_texts), *cells])
+    kv_flag = f" --kv-type {kv.kv_type}" if kv != KvUse() else ""
     emit(table(lines, right=range(6)) + "\n")
-    emit(f"h2o batch -m {budget_bytes / MB:.0f} --batch-size {chosen.n_texts}\n")
+    emit(f"h2o batch -m {budget_bytes / MB:.0f} --batch-size {chosen.n_texts}{kv_flag}\n")
 
 
 def show_as_source(model: Path, cpu_bytes: int, prompt_tokens: int | None, *, json: bool) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from planner.arms import h2o_arms
 from planner.choose import pick
 from planner.footprint import Footprint, measure_footprint, streamable_bytes
+from planner.kv import KvUse
 from planner.simulator import decode_rates, token_s
 from profiler.model_profile import BatchProfile, ModelProfile
 from runtime.errors import BudgetError
@@ -24,6 +25,7 @@ _LOGIT_BYTES = 8  # of a token in the vocabulary: in the graph, and where llama.
 USED = 2 / 3  # of its positions a text has on average: its prompt is a third of them, and its answer grows
 MEASURED_POSITIONS = 64  # of each text, while batches were measured
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+F16 = KvUse()
 POSITIONS_EACH = 256  # where nothing is said
 LEAST_EACH = 64  # positions: with fewer of them not much of an answer fits
 WORTH = 1.02  # a larger batch has to be so much faster than a smaller one
@@ -46,7 +48,9 @@ class Prediction:
         return self.n_texts / self.pass_s
 
 
-def predict(profile: ModelProfile, budget_bytes: int, sizes: Iterable[int], positions_each: int) -> list[Prediction]:
+def predict(
+    profile: ModelProfile, budget_bytes: int, sizes: Iterable[int], positions_each: int, kv: KvUse = F16
+) -> list[Prediction]:
     """What passes take for each of these batch sizes that fits the budget, each text with so many positions.
 
     The keys and values of all positions count, as those of texts near their ends. Raises BudgetError where no size
@@ -55,7 +59,7 @@ def predict(profile: ModelProfile, budget_bytes: int, sizes: Iterable[int], posi
     found, refused = [], BudgetError("no batch fits the budget", "raise -m")
     for n in sizes:
         try:
-            available = batch_footprint(profile, n, positions_each).available_bytes(budget_bytes)
+            available = batch_footprint(profile, n, positions_each, kv).available_bytes(budget_bytes)
         except BudgetError as error:
             refused = error
             continue
@@ -66,13 +70,13 @@ def predict(profile: ModelProfile, budget_bytes: int, sizes: Iterable[int], posi
     return found
 
 
-def predict_inside(profile: ModelProfile, budget_bytes: int, n_cells: int) -> list[Prediction]:
+def predict_inside(profile: ModelProfile, budget_bytes: int, n_cells: int, kv: KvUse = F16) -> list[Prediction]:
     """The same where so many positions are shared out among the texts."""
     found = []
     for n in SIZES:
         if n == 1 or n_cells // n >= LEAST_EACH:
             with suppress(BudgetError):
-                found += predict(profile, budget_bytes, [n], n_cells // n)
+                found += predict(profile, budget_bytes, [n], n_cells // n, kv)
     return found
 
 
@@ -91,9 +95,9 @@ def _predicted(profile: ModelProfile, n_texts: int, arm: Plan, positions_each: i
     return Prediction(n_texts, arm, streamed, read_s, took_s, token_s(profile, arm, scaled))
 
 
-def batch_footprint(profile: ModelProfile, n_texts: int, positions_each: int) -> Footprint:
+def batch_footprint(profile: ModelProfile, n_texts: int, positions_each: int, kv: KvUse = F16) -> Footprint:
     """What a process needs besides weights, all its positions in use."""
-    one, unused = measure_footprint(profile, positions_each * n_texts, FULL_TILES), profile.memory.unused_bytes
+    one, unused = measure_footprint(profile, positions_each * n_texts, FULL_TILES, kv), profile.memory.unused_bytes
     compute_bytes, prompt_bytes = one.compute_bytes, one.prompt_bytes
     if n_texts > 1 and profile.batches:
         compute_bytes = int(_between([(b.n_texts, b.pass_bytes) for b in profile.batches], n_texts))

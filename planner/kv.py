@@ -15,7 +15,7 @@ from runtime.plans.ledger import touched_bytes
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
 EARLY_POSITIONS = 256  # a prompt and the beginning of its answer: what a plan is made for
 _F16_BYTES = 2  # per element: rows in a profile are f16
-_BLOCKS = {"f16": (1, 2), "f32": (1, 4), "q8_0": (32, 34)}  # elements and bytes of a block
+_BLOCKS = {"f16": (1, 2), "f32": (1, 4), "q8_0": (32, 34), "q4_0": (32, 18)}  # elements and bytes of a block
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class KvUse:
         if self.kv_type not in _BLOCKS:
             raise UsageError(f"--kv-type {self.kv_type} is not possible", f"choose one of {', '.join(_BLOCKS)}")
         if self.filter and self.kv_type == "f32":
-            raise UsageError("--kv-filter does not work with --kv-type f32", "use --kv-type f16 or q8_0")
+            raise UsageError("--kv-filter does not work with --kv-type f32", "use --kv-type f16, q8_0 or q4_0")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MARGIN_BYTES = 5 * MB  # thread stacks, kernel memory charged to the process, heap growth while it runs
 TURNS_MARGIN_BYTES = 8 * MB  # of a conversation: a turn is rendered and tokenised while the engine is open
-KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 SHORT_PASS = 16  # tokens up to which a pass counts as no prompt: a token and a few drafts
 FULL_TILES = 128  # memory never makes passes shorter than this; see passes.cut
 

@@ -60,7 +60,7 @@ def cache_in_memory(opened):
     return before - rss()
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3", "gpt2", "qwen3moe"])
 def test_positions_take_no_more_than_is_counted(tiny_model, arch, kv_type):
     for n in (10, 70, 300):

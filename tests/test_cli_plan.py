@@ -214,7 +214,7 @@ def test_a_longer_answer_keeps_more_rows(plan_json, kv_profile):
         (("--kv-filter", "--kv-layers", "10"), "there is no layer 10"),
         (("--kv-filter", "--kv-wait", "9"), "leave no layer to filter"),
         (("--kv-filter", "--kv-type", "f32"), "--kv-type f32"),
-        (("--kv-type", "q4_0"), "--kv-type q4_0 is not possible"),
+        (("--kv-type", "q4_1"), "--kv-type q4_1 is not possible"),
         (("--live", "--kv-filter"), "--live takes the running process as it is"),
     ],
     ids=str,

@@ -129,7 +129,7 @@ def poison(opened, chosen):
                 ctypes.memmove(part.data + row * part.row_bytes, nan.ctypes.data, part.row_bytes)
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 def test_rows_that_are_not_chosen_are_never_read(tiny_model, taken, kv_type):
     path, kv = tiny_model("llama"), KvFilter(keep=30)
     settings = {"n_ubatch": 64, "n_threads": THREADS, "kv": kv, "kv_type": kv_type}

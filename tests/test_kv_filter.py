@@ -23,7 +23,7 @@ def answer(path, plan=RESIDENT, n_predict=8, prompt=PROMPT, **settings):
         return greedy(opened, prompt, n_predict)
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "phi3", "falcon", "gpt2", WINDOWED])
 def test_all_rows_kept_gives_the_same_bits(tiny_model, arch, kv_type):
     path = tiny_model(arch)
@@ -58,7 +58,7 @@ def test_rows_that_are_not_chosen_are_not_read(tiny_model):
         assert_same(greedy(opened, PROMPT, 8, before_token=lambda i: poison(opened) if i == 1 else None), expected)
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("plan", [RESIDENT, STREAMED])
 @pytest.mark.parametrize("options", [{"keep": 1.0}, {"keep": 0.1, "least": 1}, {"keep": 33, "block": 8}])
 def test_a_store_on_disk_gives_the_same_bits(tiny_model, tmp_path, kv_type, plan, options):

@@ -54,7 +54,7 @@ def talk(opened):
     return logits, tokens
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("strategy", ["multi", "without_pack", "brutal", "lazy"])
 def test_turns_and_cuts(tiny_model, tmp_path, strategy, kv_type):
     """With all rows kept every strategy and store gives the bits of a run without a filter."""

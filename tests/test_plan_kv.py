@@ -60,7 +60,7 @@ FILTERS = {
 
 @pytest.mark.parametrize("name", ["bundled", WINDOWED])
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("n_ctx", [300, 4096])
 def test_the_plan_counts_what_the_engine_counts(opened, bundled_model, tiny_model, name, options, kv_type, n_ctx):
     path = bundled_model if name == "bundled" else tiny_model(name)

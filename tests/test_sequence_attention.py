@@ -45,7 +45,7 @@ def assert_equal(found, wanted):
         assert np.array_equal(own, other), f"step {step}: {np.abs(own - other).max()}"
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 def test_cells_that_others_left_are_as_good_as_any(bundled_model, kv_type):
     a, b = tokens(1, 40), tokens(2, 60)
     wanted = logits_alone(bundled_model, b, 30, kv_type=kv_type)

@@ -15,7 +15,9 @@ from runtime.answer.admission import Admission
 from runtime.answer.batch import Batch
 from runtime.answer.pool import BLOCK_TOKENS, Pool
 from runtime.errors import UsageError
+from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
+from runtime.settings import KV_TYPES
 from runtime.sizes import format_size, parse_size
 from runtime.weights.head_start import guessed_room
 
@@ -26,7 +28,6 @@ RAM, DISK = "ram", "disk"
 TOKENS_EACH = 256  # positions for each answer, where --ctx does not say how many there are for all
 LEAST_POSITIONS, POSITIONS_STEP = 512, 256
 KV_SHARE = 4  # keys and values take at most such a part of what is left for weights then
-BYTES_OF_VALUE = 2  # f16
 RAM_SHARE = 2  # the slow tier in memory, in pools
 
 
@@ -59,7 +60,7 @@ class PoolChoice:
 
     def options_for(self, file: ModelFile, options: SessionOptions) -> SessionOptions:
         """These options with the positions of the pool, and with what swapping takes. Raises UsageError."""
-        n_bytes = position_bytes(file)
+        n_bytes = position_bytes(file, options.kv_type)
         if self.kv_pool is not None:
             if options.ctx is not None:
                 raise UsageError("--kv-pool and --ctx both say how many positions there are", "give one of them")
@@ -113,7 +114,7 @@ def open_batch(
             yield CountedBatch(parts, pool, in_blocks=in_blocks)
             return
         file = session.model.file
-        block_bytes = state_bytes(position_bytes(file), BLOCK_TOKENS, file.n_layers)
+        block_bytes = state_bytes(position_bytes(file, options.kv_type), BLOCK_TOKENS, file.n_layers)
         slow = RamTier(n_slow, block_bytes) if choice.swap == RAM else DiskTier(choice.folder, block_bytes)
         opened.callback(slow.close)
         swapping = Swapping(engine, timeline.timed(slow) if timeline else slow, block_bytes)
@@ -121,15 +122,15 @@ def open_batch(
         yield PressedBatch(parts, pool, choice.admission, swapping)
 
 
-def position_bytes(file: ModelFile) -> int:
-    """Keys and values of a position, in f16."""
+def position_bytes(file: ModelFile, kv_type: str) -> int:
+    """Keys and values of a position."""
     heads = max(1, file.hyper_parameter("attention.head_count"))
     width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // heads
     heads = file.hyper_parameter("attention.head_count_kv") or heads
-    return 2 * BYTES_OF_VALUE * file.n_layers * heads * width
+    return 2 * file.n_layers * int(abi.ggml_row_size(KV_TYPES[kv_type], heads * width))
 
 
 def default_positions(file: ModelFile, options: SessionOptions) -> int:
     """Positions for all answers at once: some for each, as far as they take no more than a share of weights' room."""
-    most = guessed_room(file, options.budget.n_bytes) // KV_SHARE // position_bytes(file)
+    most = guessed_room(file, options.budget.n_bytes) // KV_SHARE // position_bytes(file, options.kv_type)
     return max(LEAST_POSITIONS, min(options.sequences * TOKENS_EACH, most) // POSITIONS_STEP * POSITIONS_STEP)

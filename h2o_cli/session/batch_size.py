@@ -25,8 +25,8 @@ def parse_batch_size(text: str) -> int | None:
 
 def with_best_size(model: OpenModel, options: SessionOptions, pool: PoolChoice) -> SessionOptions:
     """The options with the batch size that is predicted to be the fastest; says which one that is."""
-    n_cells = options.ctx or (pool.kv_pool or 0) // position_bytes(model.file)
-    found = model.profile.batch_size(model.first_plan.budget_bytes, n_cells) if model.profile else None
+    n_cells = options.ctx or (pool.kv_pool or 0) // position_bytes(model.file, options.kv_type)
+    found = model.profile.batch_size(model.first_plan.budget_bytes, n_cells, options.kv_type) if model.profile else None
     if found:
         n_texts, tokens_per_s = found
         model.caller.note(f"--batch-size {n_texts} is chosen: about {tokens_per_s:.3g} tokens/s by the profile")

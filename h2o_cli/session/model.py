@@ -16,16 +16,19 @@ from h2o_cli.session.profiled import Profiled, early_child
 from h2o_cli.session.smallest import CONVERSATION
 from runtime.answer.speculate import most_drafted
 from runtime.errors import H2OError, UsageError
+from runtime.llama import abi
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.llama.tokenizer import Tokenizer
 from runtime.plans.file import default_plan_path
-from runtime.settings import MARGIN_BYTES, SHORT_PASS, TURNS_MARGIN_BYTES, Settings
+from runtime.settings import KV_TYPES, MARGIN_BYTES, SHORT_PASS, TURNS_MARGIN_BYTES, Settings
 from runtime.weights.head_start import Weights, head_start
 
 CONTEXT_STEP = 256
 CONTEXT_GUESS = 512  # tokens, while the prompt's length is not known yet
 UNLIMITED = 2**31 - 1
+_NO_FLASH_ATTENTION = ("grok", "t5")  # llama.cpp computes their attention in other ways
+_PLAIN_KV = "use --kv-type f16"
 
 
 class OpenModel:
@@ -44,6 +47,7 @@ class OpenModel:
                 if child:
                     opened.callback(child.close)
                 self.file = ModelFile.open(options.model)
+            check_kv_type(self.file, options.kv_type)
             self.team = team.join(self.file, options.devices, options.budget, options.threads, note)
             opened.pop_all()
         if self.team:
@@ -133,6 +137,26 @@ def settings_for(
     if profile is None:
         return settings
     return replace(settings, request_bytes=profile.request_bytes, depth=profile.depth)
+
+
+def check_kv_type(file: ModelFile, kv_type: str) -> None:
+    """Raise UsageError where llama.cpp cannot keep a model's keys and values in this type, and would say so late."""
+    n_block = abi.ggml_blck_size(KV_TYPES[kv_type])
+    if n_block == 1:
+        return
+    if file.architecture in _NO_FLASH_ATTENTION:
+        raise UsageError(
+            f"--kv-type {kv_type} needs flash attention, which llama.cpp has not for {file.architecture}", _PLAIN_KV
+        )
+    heads = file.hyper_parameter("attention.head_count")
+    usual = file.hyper_parameter("embedding_length") // heads if heads else 0
+    for name, width in (("key_length", usual), ("value_length", usual), ("key_length_swa", 0), ("value_length_swa", 0)):
+        n_values = file.hyper_parameter(f"attention.{name}") or width
+        if n_values % n_block:
+            raise UsageError(
+                f"--kv-type {kv_type} has blocks of {n_block} values, and heads of this model have {n_values}",
+                _PLAIN_KV,
+            )
 
 
 def _n_vocab(file: ModelFile) -> int:

@@ -77,7 +77,7 @@ class SessionOptions:
 
     def _check_filter(self) -> None:
         if self.kv_type == "f32":
-            raise UsageError("--kv-filter does not work with --kv-type f32", "use --kv-type f16 or q8_0")
+            raise UsageError("--kv-filter does not work with --kv-type f32", "use --kv-type f16, q8_0 or q4_0")
         if self.draft is not None:
             raise UsageError("--draft does not work with --kv-filter", "give one of them")
 

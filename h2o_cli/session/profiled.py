@@ -76,11 +76,11 @@ class Profiled:
             return float(self._ask("token_ms", *arm))
         return None
 
-    def batch_size(self, budget_bytes: int, n_cells: int) -> tuple[int, float] | None:
+    def batch_size(self, budget_bytes: int, n_cells: int, kv_type: str) -> tuple[int, float] | None:
         """How many texts to answer at once in a cache of n_cells positions (0: as usual), and tokens per second of all
         of them; None where the profile's figures say that none fits."""
         with suppress(Failed, EngineError):
-            found = self._ask("batch_size", budget_bytes, n_cells)
+            found = self._ask("batch_size", budget_bytes, n_cells, kv_type)
             return (int(found[0]), float(found[1])) if found else None
         return None
 
@@ -153,15 +153,16 @@ class _Reader:
             return {name: int(value) for name, value in vars(plan).items()}
         return None
 
-    def batch_size(self, budget_bytes: int, n_cells: int) -> tuple[int, float] | None:
+    def batch_size(self, budget_bytes: int, n_cells: int, kv_type: str) -> tuple[int, float] | None:
         """The best batch."""
         from planner.batches import POSITIONS_EACH, SIZES, best, predict, predict_inside
+        from planner.kv import KvUse
 
         with suppress(BudgetError):
             if n_cells:
-                found = predict_inside(self.profile, budget_bytes, n_cells)
+                found = predict_inside(self.profile, budget_bytes, n_cells, KvUse(kv_type))
             else:
-                found = predict(self.profile, budget_bytes, SIZES, POSITIONS_EACH)
+                found = predict(self.profile, budget_bytes, SIZES, POSITIONS_EACH, KvUse(kv_type))
             chosen = best(found) if found else None
             return (chosen.n_texts, chosen.tokens_per_s) if chosen else None
         return None

@@ -13,7 +13,7 @@ from runtime.llama.model_file import ModelFile
 _NAME = re.compile(r"^cache_([kv])_l(\d+)$")
 K, V = 0, 1
 _F32, _F16 = 0, 1
-_KV_TYPE = "use --kv-type f16 or q8_0"
+_KV_TYPE = "use --kv-type f16, q8_0 or q4_0"
 OFF = "run without --kv-filter"
 
 

@@ -253,6 +253,7 @@ ggml_new_tensor_2d = bind(
 ggml_set_name = bind(ggml_base, "ggml_set_name", POINTER, POINTER, ctypes.c_char_p)
 ggml_get_data = bind(ggml_base, "ggml_get_data", POINTER, POINTER)
 ggml_nbytes = bind(ggml_base, "ggml_nbytes", ctypes.c_size_t, POINTER)
+ggml_blck_size = bind(ggml_base, "ggml_blck_size", ctypes.c_int64, ctypes.c_int)
 ggml_row_size = bind(ggml_base, "ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
 ggml_op_name = bind(ggml_base, "ggml_op_name", ctypes.c_char_p, ctypes.c_int)
 ggml_type_name = bind(ggml_base, "ggml_type_name", ctypes.c_char_p, ctypes.c_int)

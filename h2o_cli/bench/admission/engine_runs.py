@@ -119,7 +119,7 @@ class PressedEngine:
     def __init__(self, session: Session, fast: int, n_sequences: int) -> None:
         self._session, self._n_sequences, self.most_fast = session, n_sequences, fast
         file = session.model.file
-        self._block_bytes = state_bytes(position_bytes(file), BLOCK_TOKENS, file.n_layers)
+        self._block_bytes = state_bytes(position_bytes(file, "f16"), BLOCK_TOKENS, file.n_layers)
         self.limits: Limits | None = None
         self._timed: dict[tuple[str, int], list[list[tuple[Work, float]]]] = {}
         self._swapped = [0, 0.0, 0, 0.0]  # blocks and seconds out, and in
