@@ -22,13 +22,11 @@ from h2o_cli.batch_work import Totals
 from h2o_cli.interrupts import interrupts
 from h2o_cli.output import Progress, note, print_json
 from h2o_cli.session.batch_files import Answers, BadLine, BatchRequest, refused
-from h2o_cli.session.ray_workers import actor_on, connected, end_with_parent, signals_raise
+from h2o_cli.session.ray_workers import actor_on, asked_of_nodes, connected, end_with_parent, signals_raise
 from runtime.errors import WorkerError
 from runtime.plans.budget import Budget
-from runtime.sizes import MB
 
 _POLL_S = 0.2
-_LEAST_BYTES = 64 * MB
 
 
 class NodeBatch:
@@ -91,16 +89,10 @@ class ClusterBatch:
 
     def _start(self, setup: Setup) -> None:
         wanted = setup.options.budget
-        for node in self._ray.nodes():
-            room = int(node["Resources"].get("memory", 0)) if node["Alive"] else 0
-            n_bytes = min(room, wanted.n_bytes) if wanted.is_given else room
-            if n_bytes < _LEAST_BYTES:
-                continue
+        for node, n_bytes, disk in asked_of_nodes(self._ray, wanted.n_bytes if wanted.is_given else None):
             options = replace(setup.options, budget=Budget.parse(f"{n_bytes}B"))
-            actor = actor_on(self._ray, NodeBatch, node["NodeID"], n_bytes)
+            actor = actor_on(self._ray, NodeBatch, node, n_bytes, disk)
             self._actors.append(actor.remote(replace(setup, options=options)))
-        if not self._actors:
-            raise WorkerError("no node of the Ray cluster has memory", "start one with `ray start --memory BYTES`")
 
     @property
     def n_nodes(self) -> int:

@@ -7,11 +7,21 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("grpc", reason="the extra `workers` is not installed")
+
 from test_cli_worker import H2O, ROOT
 
+from h2o_cli import batch_cluster
+from h2o_cli.batch_node import Setup
 from h2o_cli.main import run_command as h2o
+from h2o_cli.session.options import SessionOptions
+from h2o_cli.session.ray_workers import DISK
+from runtime.plans.budget import Budget
 from runtime.sizes import MB
 
 N_PROMPTS = 100
@@ -24,7 +34,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # of the nodes' processes
-    node = {"num_cpus": 1, "memory": 1000 * MB, "object_store_memory": 80 * MB}
+    node = {"num_cpus": 1, "memory": 1000 * MB, "object_store_memory": 80 * MB, "resources": {DISK: 400}}
     head = {**node, "memory": 1, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
@@ -93,6 +103,17 @@ def test_without_ray(bundled_model, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert h2o(command(bundled_model, prompts, tmp_path / "a", "--cluster", "auto")) == 2
     assert "the package `ray` is not installed" in capsys.readouterr().err
+
+
+def test_an_actor_asks_for_half_of_the_disks_rate(monkeypatch):
+    """As a worker's actor does."""
+    asked, remote = [], SimpleNamespace(remote=lambda _: None)
+    monkeypatch.setattr(batch_cluster, "actor_on", lambda *what: asked.append(what[2:]) or remote)
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"memory": 1000 * MB, DISK: 400}} for name in "ab"]
+    found = batch_cluster.ClusterBatch.__new__(batch_cluster.ClusterBatch)
+    found._ray, found._actors = SimpleNamespace(nodes=lambda: nodes), []
+    found._start(Setup(SessionOptions(Path("model"), budget=Budget.parse("200")), 1))
+    assert asked == [("a", 200 * MB, 200), ("b", 200 * MB, 200)]
 
 
 @pytest.mark.parametrize(

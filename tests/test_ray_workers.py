@@ -18,7 +18,7 @@ pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 from test_cli_worker import H2O, ROOT, run
 
 from h2o_cli.main import run_command as h2o
-from h2o_cli.session.ray_workers import DISK, RayWorkers
+from h2o_cli.session.ray_workers import DISK, RayWorkers, asked_of_nodes
 from runtime.errors import WorkerError
 from runtime.sizes import MB
 
@@ -112,9 +112,11 @@ def test_what_is_asked_of_the_nodes():
     """Memory for the model, and half of the disk's rate where the node declares one."""
     has = [("a", True, 4000, {DISK: 401}), ("b", True, 300, {}), ("c", True, 10, {}), ("d", False, 4000, {})]
     nodes = [{"NodeID": n, "Alive": alive, "Resources": {"memory": m * MB, **more}} for n, alive, m, more in has]
-    found = RayWorkers.__new__(RayWorkers)
-    found._ray = SimpleNamespace(nodes=lambda: nodes)
-    assert found._nodes(1000 * MB) == [("a", 1256 * MB, 200), ("b", 300 * MB, 0)]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    assert asked_of_nodes(ray, 1000 * MB) == [("a", 1000 * MB, 200), ("b", 300 * MB, 0)]
+    assert asked_of_nodes(ray, None) == [("a", 4000 * MB, 200), ("b", 300 * MB, 0)]
+    with pytest.raises(WorkerError, match="no node of the Ray cluster has 64"):
+        asked_of_nodes(SimpleNamespace(nodes=lambda: nodes[2:]), None)
 
 
 def test_ray_is_not_left_while_a_thread_is_inside_it(tmp_path):

@@ -37,7 +37,7 @@ INSTALL = "in the project's folder: pip install '.[cluster]'"
 _ROOM_BYTES = 256 * MB  # of a worker beside the weights, at most
 _LEAST_BYTES = 64 * MB
 DISK = "h2o_disk_mbps"  # a resource of a node: MB per second of its disk
-_WORKERS_PER_DISK = 2  # one more than its own: that of a node that is gone
+_ACTORS_PER_DISK = 2  # one more than its own: that of a node that is gone
 _POLL_S = 0.1
 _CONNECT_S = 5.0
 _START_S, _AGAIN_S = 120.0, 60.0  # for all workers; for one that Ray starts again
@@ -108,6 +108,22 @@ def actor_on(ray: Any, kind: type, node: str, memory: int, disk: int = 0) -> Any
     )
 
 
+def asked_of_nodes(ray: Any, most_bytes: int | None) -> list[tuple[str, int, int]]:
+    """The nodes, the memory that is asked of each (None: all there is), and MB/s of its disk. Raises WorkerError.
+
+    Ray takes whole numbers only. A node that declares no disk is asked for none.
+    """
+    has = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    rooms = [(node, int(r.get("memory", 0)), int(r.get(DISK, 0) // _ACTORS_PER_DISK)) for node, r in has]
+    found = [(node, min(room, most_bytes or room), disk) for node, room, disk in rooms if room >= _LEAST_BYTES]
+    if not found:
+        raise WorkerError(
+            f"no node of the Ray cluster has {format_size(_LEAST_BYTES)} of memory",
+            "start one with `ray start --memory BYTES`",
+        )
+    return found
+
+
 class RayWorkers:
     """The actors of a run, while it lasts. addresses: of their workers, one for each node; keys: the root's folder."""
 
@@ -129,25 +145,10 @@ class RayWorkers:
         work = Path(self._folder.name)
         (self.keys,) = make_keys(work, ["root"])
         authority = (work / f"{AUTHORITY}.pem").read_bytes(), (work / f"{AUTHORITY}.key").read_bytes()
-        for node, memory, disk in self._nodes(n_bytes):
+        for node, memory, disk in asked_of_nodes(self._ray, n_bytes + _ROOM_BYTES):
             options = actor_on(self._ray, NodeWorker, node, memory, disk)
             self._actors.append(options.remote(str(model.resolve()), memory, n_threads, authority))
         self.addresses = [self._address_of(actor, _START_S, lambda: None) for actor in self._actors]
-
-    def _nodes(self, n_bytes: int) -> list[tuple[str, int, int]]:
-        """The nodes, the memory that is asked of each (what the model needs, or all there is), and MB/s of its disk.
-
-        Ray takes whole numbers only. A node that declares no disk is asked for none.
-        """
-        has = [(node["NodeID"], node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
-        rooms = [(node, int(r.get("memory", 0)), int(r.get(DISK, 0) // _WORKERS_PER_DISK)) for node, r in has]
-        found = [(node, min(room, n_bytes + _ROOM_BYTES), disk) for node, room, disk in rooms if room >= _LEAST_BYTES]
-        if not found:
-            raise WorkerError(
-                f"no node of the Ray cluster has {format_size(_LEAST_BYTES)} of memory",
-                "start one with `ray start --memory BYTES`",
-            )
-        return found
 
     def _address_of(self, actor: Any, limit_s: float, check: Callable[[], object]) -> str:
         """Where an actor's worker listens, once Ray has (re)started it. Raises WorkerError."""
