@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -171,13 +170,12 @@ def batch_on_cluster(
 ) -> int:
     """Answer on a cluster and say how that went; the exit code. Raises H2OError."""
     start = time.perf_counter()
-    with redirect_stdout(sys.stderr):  # Ray says there, too, what it starts again
-        batch = ClusterBatch(address, setup)
-        try:
-            with Progress(f"answering {n_lines} prompts", lambda: batch.totals.n_done / max(1, n_lines)):
-                signal_number = batch.answer(items, answers, setup.options.sequences)
-        finally:
-            batch.close()
+    batch = ClusterBatch(address, setup)
+    try:
+        with Progress(f"answering {n_lines} prompts", lambda: batch.totals.n_done / max(1, n_lines)):
+            signal_number = batch.answer(items, answers, setup.options.sequences)
+    finally:
+        batch.close()
     seconds, totals = time.perf_counter() - start, batch.totals
     figures = {
         "answers": totals.answers,

@@ -214,9 +214,11 @@ def test_every_process_stays_inside_its_own_group(bundled_model):
         found = []
         for group in (first, second):
             command = [*H2O, "worker", str(bundled_model), "--listen", "127.0.0.1:0", "-m", "80", "-t", "1", "--json"]
-            found.append(group.popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            found.append(group.popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         try:
-            addresses = ",".join(json.loads(process.stdout.readline())["listening"] for process in found)
+            lines = [process.stdout.readline() or process.stderr.read() for process in found]
+            assert all(line.startswith("{") for line in lines), lines
+            addresses = ",".join(json.loads(line)["listening"] for line in lines)
             command = [*H2O, *map(str, prompt), "-m", "80", "--workers", addresses, "--split", "5,3"]
             done = root.run(command, cwd=ROOT, timeout=60)
             assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import random
 import tracemalloc
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +131,18 @@ def test_what_is_no_message_is_said_in_one_line(data):
         decode(data)
     assert 0 < len(str(caught.value)) <= 200
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("theirs", ["\x1b[2J", "\n", "a` - at `b", "a' - at 'b", "\x85"])
+def test_what_is_said_of_it_has_no_words_of_its_own(theirs):
+    """They would reach a terminal, and each of them would be a line of its own in the log."""
+    for message, reason in (
+        ({"kind": theirs}, "Invalid value"),
+        ({"kind": "bye", theirs: 1}, "Object contains unknown field"),
+    ):
+        with pytest.raises(MalformedError) as caught:
+            decode(msgspec.msgpack.encode(message))
+        assert str(caught.value) == reason
 
 
 # --- a conversation in order ----------------------------------------------------------------------------------------

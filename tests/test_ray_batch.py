@@ -74,7 +74,7 @@ def test_all_prompts_are_answered_when_a_node_is_removed_halfway(cluster, bundle
         while not answers.exists() or answers.read_bytes().count(b"\n") < N_PROMPTS // 2:
             assert process.poll() is None and time.monotonic() < end, process.stderr.read()
             time.sleep(0.01)
-        cluster.remove_node(cluster.worker_nodes.copy().pop())
+        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
         out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     totals = json.loads(out)

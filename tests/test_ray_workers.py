@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from runtime.errors import WorkerError
 from runtime.sizes import MB
 
 NODES = 3
+NODE = {"num_cpus": 1, "memory": 1000 * MB, "object_store_memory": 80 * MB, "resources": {DISK: 400}}
 PROMPT = ("-p", "Once upon a time", "-n", "64", "--temp", "0", "--ctx", "256", "-t", "1", "--speculate", "off")
 
 
@@ -33,10 +35,9 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = str(ROOT)  # of the nodes' processes
-    node = {"num_cpus": 1, "memory": 1000 * MB, "object_store_memory": 80 * MB, "resources": {DISK: 400}}
-    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     for _ in range(NODES - 1):
-        made.add_node(**node)
+        made.add_node(**NODE)
     yield made
     made.shutdown()
 
@@ -81,14 +82,19 @@ def test_devices_shows_the_nodes(cluster, bundled_model):
     assert len(json.loads(found)["devices"]) == NODES
 
 
-def test_a_node_that_is_removed_is_replaced_and_the_text_goes_on(cluster, bundled_model, text):
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_node_that_is_removed_is_replaced_and_the_text_goes_on(is_killed, cluster, bundled_model, text):
     command = ["run", bundled_model, *PROMPT, "--cluster", cluster.address, "--split", "3,3,2"]
     pipe = subprocess.PIPE
     with subprocess.Popen([*H2O, *map(str, command)], cwd=ROOT, stdout=pipe, stderr=pipe, bufsize=0) as process:
         begun = process.stdout.read(1)
-        cluster.remove_node(cluster.worker_nodes.copy().pop())
+        process.send_signal(signal.SIGSTOP)  # not to be at the end before the node is gone
+        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=not is_killed)
+        assert gone(lambda: len(workers_of(cluster)) == NODES)
+        process.send_signal(signal.SIGCONT)
         rest, said = process.communicate(timeout=90)
     said = said.decode()
+    cluster.add_node(**NODE)
 
     assert process.returncode == 0, said
     assert (begun + rest).decode() == text

@@ -36,7 +36,7 @@ def test_a_worker_that_dies_is_one_clear_line_at_once(paths):
             opened.forward(PROMPT)
             threading.Timer(0.1, worker.process.kill).start()
             start = time.monotonic()
-            with pytest.raises(WorkerError, match="is gone"):
+            with pytest.raises(WorkerError, match="is gone: it closed the connection;"):
                 while time.monotonic() - start < 5:
                     opened.forward([1])
                     if opened.n_past > 400:

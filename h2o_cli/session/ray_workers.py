@@ -217,6 +217,7 @@ def connected(address: str) -> Any:
         if address != AUTO:
             socket.create_connection(parse_address(address), _CONNECT_S).close()  # Ray itself would wait for minutes
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+        ray._private.worker._worker_logs_enabled = False  # lost nodes would be told on standard output, in the answer
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(

@@ -7,6 +7,7 @@ be is known to both sides, and both compare.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -159,6 +160,8 @@ class Bye(Message, frozen=True):
 Any = Hello | Probe | Setup | Ready | Step | Result | Progress | Truncate | Truncated | Error | Bye
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Any)
+# What comes from the other side in the words of msgspec: it could be anything, and another one each time.
+_THEIRS = re.compile(r"(?<=unknown field) `.*|(?<=Invalid value) '.*|(?<=invalid opcode) '.*| \(byte \d+\)$", re.DOTALL)
 
 
 class MalformedError(Exception):
@@ -177,4 +180,4 @@ def decode(data: bytes) -> Any:
     try:
         return _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError, MemoryError, OverflowError, ValueError) as error:
-        raise MalformedError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise MalformedError(_THEIRS.sub("", str(error))[:200] or type(error).__name__) from None

@@ -44,6 +44,7 @@ _PORTS = 65535
 _QUIET_S, _ANSWER_S = 3.0, 3.0  # without data until a ping is sent; for its answer
 _CONNECT_S = 5.0
 _POLL_S = 0.1
+_CLOSED = "it closed the connection"
 _CONVERSATIONS = 16  # at once: one computes, the others ask what the worker offers
 _SIZES = [
     ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
@@ -215,12 +216,14 @@ class Wire:
             self._channel = grpc.secure_channel(target, credentials, options)
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[bytes | str] = queue.SimpleQueue()
+        self._has_answered = False
         converse = self._channel.stream_stream(_PATH, None, self._take)
         self._call = converse(iter(self._out.get, None))
         threading.Thread(target=self._read, name=f"from {address}", daemon=True).start()
 
     def _take(self, message: bytes) -> bytes:
         """A message arrived; where gRPC would decode it is one thread less on its way than where it is read."""
+        self._has_answered = True
         self._in.put(message)
         return message
 
@@ -229,9 +232,11 @@ class Wire:
         try:
             for _ in self._call:
                 pass
-            self._in.put("it closed the connection")
+            self._in.put(_CLOSED)
         except grpc.RpcError as error:
-            self._in.put(_reason(error))
+            reason = _reason(error)
+            hint = " (does it want a certificate?)" if reason == _CLOSED and not self._has_answered else ""
+            self._in.put(reason + hint)
 
     def send(self, message: bytes) -> None:
         """Send it; whether it arrives is seen at the answer."""
@@ -271,7 +276,7 @@ def _reason(error: grpc.RpcError) -> str:
         ("Hostname Verification", "its certificate is for another name"),
         ("hostname", "its certificate is for another name"),
         ("DNS", "its name is not known"),
-        ("Socket closed", "it closed the connection (does it want a certificate?)"),
+        ("Socket closed", _CLOSED),
         ("ping timeout", "it does not answer any more"),
         ("keepalive", "it does not answer any more"),
     ):

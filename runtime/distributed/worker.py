@@ -15,6 +15,7 @@ from typing import Protocol
 
 from runtime.distributed.hidden import packed, unpacked
 from runtime.distributed.messages import (
+    MOST_MESSAGE_BYTES,
     PROTOCOL,
     Hello,
     Message,
@@ -25,7 +26,7 @@ from runtime.distributed.messages import (
 )
 from runtime.distributed.offer import Offer
 from runtime.distributed.own_layers import OwnLayers
-from runtime.distributed.protocol import CLOSED, COMPUTING, Again, Refusal, WorkerSide
+from runtime.distributed.protocol import CLOSED, COMPUTING, GREETING, Again, Refusal, WorkerSide
 from runtime.engine.engine import Engine
 from runtime.errors import Cancelled, EngineError, H2OError, WorkerError
 from runtime.llama import abi
@@ -139,7 +140,10 @@ class Worker:
     def leave(self, talk: Talk) -> None:
         """It is over."""
         with talk.lock:
+            said_nothing = talk.side.state == GREETING
             talk.side.state = CLOSED
+        if said_nothing:  # gRPC itself refuses what is too long, and does not say so here
+            self._log_once(f"refused: a conversation without a message of at most {MOST_MESSAGE_BYTES >> 20} MiB")
         talk.send(None)
         with self._seat:
             mine = self._talk is talk
