@@ -11,6 +11,7 @@ from engines import engine
 
 from runtime.engine import code_pages
 from runtime.engine.code_pages import CodePages
+from runtime.engine.pass_memory import TOKEN
 from runtime.memory import drop_file_pages, file_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import streamable_bytes
@@ -43,7 +44,7 @@ def test_pages_that_were_written_stay(tmp_path):
 
 
 def test_what_comes_again_is_counted(monkeypatch):
-    sizes = iter([14 * MB, 7 * MB, 7 * MB, 7 * MB + MB // 8, 9 * MB, 6 * MB])
+    sizes = iter([14 * MB, 4 * MB, 7 * MB, 7 * MB, 7 * MB + MB // 8, 9 * MB, 6 * MB])
     dropped = []
     monkeypatch.setattr(code_pages, "file_bytes", lambda: next(sizes))
     monkeypatch.setattr(code_pages, "drop_file_pages", lambda: dropped.append(1))
@@ -51,6 +52,7 @@ def test_what_comes_again_is_counted(monkeypatch):
     pages.begin()
     pages.begin()
     assert dropped == [1]  # those of opening
+    assert pages.spared_bytes == 4.5 * MB  # what stays away at the least
     dropped.clear()
     assert not pages.begin_pass(long=True)
     assert [pages.begin_pass(long=False) for _ in range(5)] == [False, True, False, False, False]
@@ -64,6 +66,20 @@ def test_what_comes_again_is_counted(monkeypatch):
     assert (pages.spared_bytes, dropped) == (5 * MB - slack, [1, 1])
     assert pages.begin_pass(long=False)
     assert pages.spared_bytes == 8 * MB - slack
+
+
+def test_weights_that_fit_beside_a_token_come_before_the_first_one(bundled_model, monkeypatch):
+    sizes = iter([20 * MB, 10 * MB, 15 * MB])
+    with engine(bundled_model, repack=False) as opened:
+        monkeypatch.setattr(code_pages, "file_bytes", lambda: next(sizes))
+        opened.layout.measure_process()
+        needed = opened.layout.needs.ledger(TOKEN).fixed_bytes + streamable_bytes(opened.file)
+        opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=needed - 3 * MB))
+        opened.forward([3])
+        assert opened.streamed_bytes == 0
+        before = opened.counters.bytes_read
+        opened.forward([4])
+        assert (opened.streamed_bytes, opened.counters.bytes_read) == (0, before)
 
 
 def test_weights_take_their_place_until_the_next_prompt(bundled_model):

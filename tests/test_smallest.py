@@ -58,6 +58,17 @@ def test_other_runs_have_other_numbers():
     assert written(77, replace(SETTINGS, depth=1, n_logits=4), PROMPT) == 41 * MB
 
 
+def test_numbers_of_older_code_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(smallest, "_ROOT", tmp_path)
+    for room in ("runtime/engine", "h2o_cli"):
+        (tmp_path / room).mkdir(parents=True)
+        (tmp_path / room / "a.py").touch()
+    agreed(77, SETTINGS, PROMPT, 40 * MB)
+    assert written(77, SETTINGS, PROMPT) == 41 * MB
+    os.utime(tmp_path / "runtime/engine/a.py", (2**32, 2**32))
+    assert written(77, SETTINGS, PROMPT) == 0
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": []}', "\x00", '{"a": "b"}'])
 def test_a_damaged_file_is_as_good_as_none(text):
     agreed(77, SETTINGS, PROMPT, 40 * MB)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +32,8 @@ PROMPT, CHAT, CONVERSATION, WORKER = "prompt", "chat", "conversation", "worker" 
 NEAR_BYTES = 20 * MB  # an engine with so much more than it needs is above the smallest budget for certain
 _AGREES_BYTES = 4 * MB  # a written number may be so much above what is measured
 _MOST_WRITTEN = 200
+_ROOT = Path(__file__).resolve().parents[2]
+_CODE = ("runtime", "h2o_cli")  # what a run imports
 
 
 def least_settings(settings: Settings, ubatch: int | None) -> Settings:
@@ -70,14 +73,21 @@ def written(model_hash: int, settings: Settings, kind: str) -> int:
 
 
 def _key(model_hash: int, settings: Settings, kind: str) -> str:
-    """All that decides about the number, but for the code."""
+    """All that decides about the number."""
     kv = settings.kv and replace(settings.kv, folder="")
     margin = MARGIN_BYTES + more_margin(settings.n_ctx, settings.n_threads)
     facts = [margin, settings.n_ctx, settings.n_ubatch, settings.kv_type, settings.prefetch_input, kv]
     facts += [f"{settings.n_threads} threads"]  # each has tiles of its own
     facts += [settings.n_sequences] if settings.n_sequences > 1 else []
     facts += [f"{settings.swap_bytes} swapped"] if settings.swap_bytes else []
-    return " ".join(map(str, [PINNED_VERSION, sys.hexversion, model_hash, kind, *facts]))
+    return " ".join(map(str, [_code(), PINNED_VERSION, sys.hexversion, model_hash, kind, *facts]))
+
+
+def _code() -> int:
+    """When this program's code was last changed: other code takes more or less memory."""
+    walks = (walk for room in _CODE for walk in os.walk(_ROOT / room))
+    files = (f"{folder}/{name}" for folder, _, names in walks for name in names if name.endswith(".py"))
+    return max((os.stat(file).st_mtime_ns for file in files), default=0)
 
 
 def _path() -> Path:
