@@ -15,13 +15,13 @@ from h2o_cli.session.defaults import LEAST_UBATCH
 from planner.running_process import Overtaken, RunningProcess
 from runtime.errors import BudgetError, H2OError
 from runtime.plans.file import write_plan
-from runtime.plans.ledger import floor_for
 from runtime.plans.plan import Layout, Plan
 from runtime.sizes import MB, format_size
 
 if TYPE_CHECKING:
     from planner.replan import LiveSearch, Pulled
     from profiler.model_profile import ModelProfile
+    from runtime.plans.stats import PlanStats
 
 
 def plan_live(
@@ -34,12 +34,11 @@ def plan_live(
     process = RunningProcess(path, profile.model.hash, note, write=_write_whole)
     stats = process.stats()
     budget = budget_bytes or stats.budget_bytes
-    least = stats.fixed_bytes + profile.memory.min_window_bytes
-    if budget < least:
-        floor = floor_for(least)
+    floor = _floor(profile, stats)
+    if budget < floor:
         raise BudgetError(
             f"{format_size(budget)} is too little for process {stats.pid}",
-            f"the smallest budget that works for it is -m {floor // MB}",
+            f"the smallest budget that works for it is -m {-(-floor // MB)}",
             floor,
         )
     layouts = tuple(Layout) if layout is None else (layout,)
@@ -62,7 +61,7 @@ def plan_live(
             process.keep(as_plan(found.best))
             note(f"stopped after {found.n_pulls} pulls; the best plan so far stays in {path}")
         raise
-    outlook = _live_outlook(found, profile, process.keep(as_plan(found.best)), stats.pid)
+    outlook = _live_outlook(found, profile, process.keep(as_plan(found.best)), stats)
     if json:
         print_json(as_json(outlook, profile, path))
         return
@@ -70,6 +69,11 @@ def plan_live(
     if show_arms:
         emit("\n" + _explain_live(found) + "\n")
     note(f"plan {outlook.plan.generation} stays in {path}")
+
+
+def _floor(profile: ModelProfile, stats: PlanStats) -> int:
+    """The smallest budget of the process as it is: at its most, for a prompt and a full context."""
+    return max(stats.floor_bytes, stats.fixed_bytes + profile.memory.min_window_bytes)
 
 
 def _write_whole(path: str | os.PathLike[str], wanted: Plan) -> Plan:
@@ -93,7 +97,7 @@ def _arm_text(arm: Plan) -> str:
     return f"k={arm.k} w={arm.w} {arm.layout.label}, window {format_size(arm.window_bytes)}"
 
 
-def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, pid: int) -> Outlook:
+def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats: PlanStats) -> Outlook:
     """The plan the search ended with: predicted from the profile, measured, and where the process's bytes go."""
     row = found.best_row
     budget = written.budget_bytes
@@ -109,14 +113,14 @@ def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, pid: 
         "pulls": found.n_pulls,
         "restarts": found.n_restarts,
         "settled": found.is_settled,
-        "pid": pid,
+        "pid": stats.pid,
     }
     measured = sum(row.n > 0 for row in found.rows)
-    how = f"{found.n_pulls} pulls of {measured} plans on process {pid}"
+    how = f"{found.n_pulls} pulls of {measured} plans on process {stats.pid}"
     return replace(
         outlook_of(profile, written, budget, LEAST_UBATCH),
         budget_bytes=budget,
-        floor_bytes=fixed + profile.memory.min_window_bytes,
+        floor_bytes=_floor(profile, stats),
         ledger=ledger,
         method=how + (", settled" if found.is_settled else ", others may be as good"),
         live=facts,

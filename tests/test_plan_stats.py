@@ -21,17 +21,19 @@ from runtime.plans.stats import RECORD, StatsReader, decode_stats, stats_path
 
 ROOT = Path(__file__).parents[1]
 MODEL = 42
-# A process that follows a plan file; argv: plan file, seconds per pass, passes. A resident layer takes 1/10 off a pass.
+# A process that follows a plan file; argv: plan file, seconds per pass, passes[, floor].
+# A resident layer takes 1/10 off a pass.
 PROCESS = """
 import sys, time
 from types import SimpleNamespace
 from runtime.answer.plan_stats import StatsWriter
 from runtime.plans.stats import stats_path
 from runtime.plans.watcher import PlanWatcher
-path, pass_s, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+path, pass_s, n, floor = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int((sys.argv[4:] or [0])[0])
 engine = SimpleNamespace(
     counters=SimpleNamespace(passes=0, decodes=0, seconds=0.0, bytes_read=0, wait_s=0.0),
     ledger=SimpleNamespace(fixed_bytes=100, window_bytes=20, resident_bytes=30),
+    layout=SimpleNamespace(floor_bytes=floor),
     n_past=0,
 )
 writer, watcher = StatsWriter(stats_path(path), 42, print), PlanWatcher(path, 42)
@@ -67,7 +69,8 @@ def path(tmp_path):
 def engine():
     counters = SimpleNamespace(passes=0, decodes=0, seconds=0.0, bytes_read=0, wait_s=0.0)
     ledger = SimpleNamespace(fixed_bytes=100, window_bytes=20, resident_bytes=30)
-    return SimpleNamespace(counters=counters, ledger=ledger, n_past=0)
+    layout = SimpleNamespace(floor_bytes=7_000_000)
+    return SimpleNamespace(counters=counters, ledger=ledger, layout=layout, n_past=0)
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def test_what_is_published_is_read(path, writer, engine):
     seen = StatsReader(stats_path(path)).read()
     assert (seen.pid, seen.generation, seen.refused_generation, seen.model_hash) == (os.getpid(), 3, 2, MODEL)
     assert (seen.budget_bytes, seen.fixed_bytes, seen.available_bytes) == (1000, 100, 900)
-    assert (seen.window_bytes, seen.resident_bytes) == (20, 30)
+    assert (seen.window_bytes, seen.resident_bytes, seen.floor_bytes) == (20, 30, 7_000_000)
     assert (seen.passes, seen.tokens, seen.pass_s, seen.wait_s, seen.bytes_read) == (4, 4, 2.0, 1.0, 4000)
     assert abs(seen.written_s - time.time()) < 5
     status = stats_path(path).stat()

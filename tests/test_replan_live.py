@@ -47,8 +47,8 @@ def process(plan_file):
     command = [sys.executable, "-c", PROCESS, str(plan_file)]
     started = []
 
-    def start(pass_s, n=100000):
-        arguments = [*command, str(pass_s), str(n)]
+    def start(pass_s, n=100000, floor=0):
+        arguments = [*command, str(pass_s), str(n), str(floor)]
         started.append(subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == "ready\n"
         return started[-1]
@@ -121,11 +121,14 @@ def test_live_without_a_process(live, plan_file):
     assert not plan_file.exists()
 
 
-def test_live_with_too_little_memory(live, process, plan_file):
-    process(0.001)
-    code, _, err = live("-m", "110B")
+@pytest.mark.parametrize(("floor", "size", "named"), [(0, "110B", 1), (3_000_000, "2999kB", 3)])
+def test_live_with_too_little_memory(live, process, plan_file, floor, size, named):
+    """For what the process takes now, or will take at its most."""
+    process(0.001, floor=floor)
+    code, _, err = live("-m", size)
     assert code == 1
     assert "too little for process" in err
+    assert f"the smallest budget that works for it is -m {named}" in err
     assert live.plans == []
     assert not plan_file.exists()
 

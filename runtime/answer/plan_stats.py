@@ -51,6 +51,7 @@ class StatsWriter:
                 bytes_read=self._bytes_read,
                 wait_s=self._wait_s,
                 written_s=time.time(),
+                floor_bytes=engine.layout.floor_bytes,
             )
         )
 

@@ -16,7 +16,7 @@ from runtime.errors import Cancelled, H2OError
 from runtime.kv.cache_memory import STEP
 from runtime.memory import resident_bytes_outside
 from runtime.passes import Pass
-from runtime.plans.ledger import Ledger, usable_bytes
+from runtime.plans.ledger import Ledger, floor_for, usable_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import (
     k_layers_worth,
@@ -44,6 +44,7 @@ class Layout:
         self.plan_changes = -1  # the first plan is none
         self.needs, self._store, self._guest, self._cancelled = needs, store, guest, cancelled
         self._file, self._settings, self._cache = needs.passes.file, needs.passes.settings, needs.cache
+        self._least_window = smallest_window(self._file)
         few, most = (rows_for(n, self._settings.n_logits) for n in (2, self._settings.n_logits))
         self._drafts, self._everything = Use(long=False, rows=most), Use(long=True, rows=most)
         uses = (PROMPT, TOKEN, Use(long=False, rows=few), self._drafts, self._everything)
@@ -64,7 +65,7 @@ class Layout:
         begun = self._store.wanted or self._store.busy_s
         rate = self._store.bytes_read / (self._store.busy_s or 1) if begun else _SSD_BYTES_PER_S
         streamed = streamable_bytes(self._file) + self._ledgers[TOKEN].fixed_bytes - usable_bytes(plan.budget_bytes)
-        fitting = overlapping_window(smallest_window(self._file), streamed, rate)
+        fitting = overlapping_window(self._least_window, streamed, rate)
         return replace(plan, window_bytes=max(plan.window_bytes, min(fitting, plan.budget_bytes // 4)))
 
     def apply(self, plan: Plan, n_past: int) -> None:
@@ -74,7 +75,7 @@ class Layout:
         n_past: positions in the cache.
         """
         if plan.budget_bytes:
-            self._largest_ledger.weights_bytes(plan.budget_bytes, smallest_window(self._file))
+            self._largest_ledger.weights_bytes(plan.budget_bytes, self._least_window)
         self._lay_out(plan, self._use, min(self._room, self._cache.steps(n_past or self._settings.n_ubatch)))
         self._asked_plan = plan
         self.plan_changes += 1
@@ -202,7 +203,7 @@ class Layout:
         self._ledgers = {use: replace(ledger, draft_bytes=draft_bytes) for use, ledger in before.items()}
         try:
             if self._asked_plan.budget_bytes:
-                self._largest_ledger.weights_bytes(self._asked_plan.budget_bytes, smallest_window(self._file))
+                self._largest_ledger.weights_bytes(self._asked_plan.budget_bytes, self._least_window)
             self._lay_out(self._asked_plan, self._use, self._room, again=True)
         except H2OError:
             self._ledgers = before
@@ -229,6 +230,11 @@ class Layout:
     def fixed_bytes(self) -> int:
         """What this process needs besides streamable weights, at its most: for a prompt or for drafts."""
         return self._largest_ledger.fixed_bytes
+
+    @property
+    def floor_bytes(self) -> int:
+        """The smallest budget of a plan that this process follows: its context and its passes stay."""
+        return floor_for(self.fixed_bytes + self._least_window)
 
     def needed_bytes(self, plan: Plan) -> int:
         """What a plan without a budget of its own takes of this process, at its most."""

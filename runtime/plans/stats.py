@@ -18,10 +18,11 @@ from pathlib import Path
 
 from runtime.errors import PlanError
 from runtime.plans.shared_record import MOVE_AWAY, check_owner, is_whole, open_shared, with_crc
+from runtime.sizes import MB
 
 MAGIC = b"H2OSTAT\0"
 VERSION = 1
-# magic, version, pid, sequence, the fields of PlanStats from generation on, unused, crc32
+# magic, version, pid, sequence, the fields of PlanStats from generation on (the last in MB), crc32
 RECORD = struct.Struct("=8siiQQQqqqqqqQQdQddII")
 LOOK_EVERY_S = 1.0
 READ_WAIT_S = 0.05
@@ -38,6 +39,7 @@ class PlanStats:
     """One record. passes to bytes_read count decode passes since the plan `generation` was adopted; times in seconds.
 
     available_bytes is what the fixed bytes of the process leave of its budget, for window and resident weights.
+    floor_bytes: the smallest budget in which it follows a plan, in whole MB.
     """
 
     pid: int
@@ -55,6 +57,7 @@ class PlanStats:
     bytes_read: int
     wait_s: float
     written_s: float
+    floor_bytes: int
 
 
 class StatsFile:
@@ -142,7 +145,7 @@ def _encode(stats: PlanStats, sequence: int) -> bytes:
     plan = (s.generation, s.refused_generation, s.model_hash)
     sizes = (s.budget_bytes, s.fixed_bytes, s.available_bytes, s.window_bytes, s.resident_bytes)
     sums = (s.passes, s.tokens, s.pass_s, s.bytes_read, s.wait_s, s.written_s)
-    return with_crc(RECORD.pack(MAGIC, VERSION, s.pid, sequence, *plan, *sizes, *sums, 0, 0))
+    return with_crc(RECORD.pack(MAGIC, VERSION, s.pid, sequence, *plan, *sizes, *sums, s.floor_bytes // MB, 0))
 
 
 def decode_stats(data: bytes, path: str | os.PathLike[str]) -> PlanStats:
@@ -157,11 +160,10 @@ def decode_stats(data: bytes, path: str | os.PathLike[str]) -> PlanStats:
     if version != VERSION:
         raise PlanError(f"the statistics file {path} has version {version}, unknown here", MOVE_AWAY)
     generation, refused, model_hash, budget, fixed, available, window, resident, passes, tokens, *sums = rest
-    pass_s, bytes_read, wait_s, written_s, _, _ = sums
+    pass_s, bytes_read, wait_s, written_s, floor_mb, _ = sums
+    seen = (passes, tokens, pass_s, bytes_read, wait_s, written_s)
     sizes = (budget, fixed, available, window, resident)
-    return PlanStats(
-        pid, generation, refused, model_hash, *sizes, passes, tokens, pass_s, bytes_read, wait_s, written_s
-    )
+    return PlanStats(pid, generation, refused, model_hash, *sizes, *seen, floor_mb * MB)
 
 
 class StatsReader:
