@@ -42,6 +42,7 @@ OPTIONS = {
     **dict.fromkeys(("--n-threads", "--num-threads"), "use -t N"),
     "--temperature": "use --temp T",
     "--kv-filter": "keys and values are filtered for one text: `h2o run MODEL --kv-filter`",
+    "--cpu-cache-compute": f"{_LEAVE}all keys and values of a pass are in memory (docs/batch.md, section 5)",
     "--compress-cache": "use --kv-type q8_0 or q4_0",
     "--compress-weight": "give a GGUF file of a smaller type, such as q4_k_m",
     "--attn-sparsity": "`h2o run MODEL --kv-filter` attends to some of the positions of one text",
