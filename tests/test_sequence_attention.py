@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from engines import engine
 
+from runtime.llama import abi
+from runtime.llama.node_filter import _KNOWS_OPS
 from runtime.passes import Part, Pass
 from runtime.plans.plan import Plan
 from runtime.sizes import MB
@@ -130,3 +132,22 @@ def test_a_model_with_windows_keeps_llama_cpps_attention(tiny_model):
     with shared(tiny_model("gemma3"), 2) as opened:
         assert opened.attention is None
         compute(opened, (0, 0, tokens(1, 5)), (1, 0, tokens(2, 3)))
+
+
+def test_one_node_of_a_pass_is_looked_at_for_where_its_rows_go(bundled_model):
+    seen = []
+    with shared(bundled_model, 2) as opened:
+        if not _KNOWS_OPS:
+            pytest.skip("the package was built without a compiler")
+        before = opened.attention.before
+        opened.attention.before = lambda node: seen.append(abi.Tensor.from_address(node).op) or before(node)
+        for i in range(3):
+            compute(opened, (0, i, (5 + i,)), (1, i, (6,)))
+            seen.append(None)
+        assert opened.attention.cells == {0: [0, 2, 4], 1: [1, 3, 5]}
+        n_layers = opened.file.n_layers
+    passes = " ".join("|" if op is None else str(op) for op in seen).split("|")[:3]
+    for one in passes[1:]:  # while the first one is computed, every weight is new
+        ops = [int(op) for op in one.split()]
+        assert ops.count(abi.OP_SET_ROWS) == 1
+        assert ops.count(abi.OP_FLASH_ATTN_EXT) == n_layers

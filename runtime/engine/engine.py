@@ -160,11 +160,10 @@ class Engine:
     def _open_attention(self) -> SequenceAttention | None:
         if self.settings.n_sequences == 1:
             return None
-        from runtime.kv.apart import open_attention
+        from runtime.kv.apart import Calls, open_attention
 
-        return open_attention(
-            self.settings, self.file, self._context.buffers.caches, self._model.pointer, self.guests.skip
-        )
+        calls, caches = Calls(self.guests.skip, self.guests.filter.watch_ops), self._context.buffers.caches
+        return open_attention(self.settings, self.file, caches, self._model.pointer, calls)
 
     # --- plans --------------------------------------------------------------------------------------------------
 

@@ -34,13 +34,21 @@ _GRAPH_BYTES = 2**20
 _WHAT, _NEXT = "the attention of a batch", "answer the prompts one by one with `h2o run`"
 
 
+class Calls(NamedTuple):
+    """What the guest says to those who call it. skip: switch a node off until it was reported. watch: the operations
+    whose nodes it is asked about from now on."""
+
+    skip: Callable[[int], object]
+    watch: Callable[[Sequence[int]], object]
+
+
 def open_attention(
-    settings: Settings, file: ModelFile, groups: list[dict[str, int]], model: int, skip: Callable[[int], object]
+    settings: Settings, file: ModelFile, groups: list[dict[str, int]], model: int, calls: Calls
 ) -> SequenceAttention | None:
     """What computes attention sequence by sequence; None for one sequence, and where a model's cache is a special one:
     with windows, without flash attention, of rows that are no whole number of elements.
 
-    groups: cache tensors (name -> address) of each buffer. skip: switches a node off until it was reported.
+    groups: cache tensors (name -> address) of each buffer.
     """
     if settings.n_sequences == 1:
         return None
@@ -53,7 +61,7 @@ def open_attention(
         return None
     heads = file.hyper_parameter("attention.head_count")
     width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // max(1, heads)
-    return SequenceAttention(settings, cache, heads * width * _ELEMENT_BYTES, skip)
+    return SequenceAttention(settings, cache, heads * width * _ELEMENT_BYTES, calls)
 
 
 class SequenceAttention:
@@ -61,11 +69,11 @@ class SequenceAttention:
 
     ops = (abi.OP_SET_ROWS, abi.OP_FLASH_ATTN_EXT)  # it looks at nodes of these
 
-    def __init__(self, settings: Settings, cache: Cache, query_bytes: int, skip: Callable[[int], object]) -> None:
-        """query_bytes: of a token, in all heads. skip: see open_attention."""
+    def __init__(self, settings: Settings, cache: Cache, query_bytes: int, calls: Calls) -> None:
+        """query_bytes: of a token, in all heads."""
         self.cells: dict[int, list[int]] = {}
         self._head = 0  # where llama.cpp looks for the next empty cell
-        self._skip = skip
+        self._calls = calls
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
         self._first = next(iter(cache.layers.values())).parts[K].root
         self._cache = cache
@@ -157,6 +165,7 @@ class SequenceAttention:
         """A pass comes."""
         self._pass, self._placed, self._shape = pass_, False, ()
         self._asked.clear()
+        self._calls.watch(self.ops)
 
     def before(self, address: int) -> bool:
         """A node is going to be computed; True: report when it is done."""
@@ -170,7 +179,7 @@ class SequenceAttention:
         alibi = ctypes.c_float.from_address(address + abi.Tensor.op_params.offset + _ELEMENT_BYTES).value
         if alibi:
             return False
-        self._skip(address)
+        self._calls.skip(address)
         self._asked.add(address)
         return True
 
@@ -209,6 +218,7 @@ class SequenceAttention:
             own.out.op = abi.OP_NONE
         self._copy_next(self._copies[0])
         self._placed = True
+        self._calls.watch((abi.OP_FLASH_ATTN_EXT,))  # each of the other layers has two more nodes that store rows
 
     def _join_single_tokens(self) -> None:
         """Where every part is one token that the same kernel computes, all of them are one node: a part is a sequence
