@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from engines import engine, greedy
 
-from runtime.distributed.cluster import Cluster, Stage, greet
+from runtime.distributed.cluster import Cluster, Stage
+from runtime.distributed.link import greet
 from runtime.distributed.messages import PROTOCOL, Hello
 from runtime.distributed.worker import build, cpu_class
 from runtime.engine.borders import Borders, check_cut

@@ -11,7 +11,7 @@ from cluster import MB, workers
 from h2o_cli.session import device_profiles, placing
 from h2o_cli.session.device_profiles import KEPT_S, kept
 from h2o_cli.session.members import Devices, survey
-from runtime.distributed.cluster import Link
+from runtime.distributed.link import Link
 from runtime.distributed.offer import Offer
 from runtime.llama.model_file import ModelFile
 

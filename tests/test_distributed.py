@@ -16,7 +16,7 @@ from cluster import CUTS, LONG, PROMPT, one_machine, shared_engine, workers
 from engines import assert_same, engine, greedy
 from skip_models import skip_model
 
-from runtime.distributed.cluster import Link
+from runtime.distributed.link import Link
 from runtime.distributed.messages import PROTOCOL, Hello, Setup
 from runtime.distributed.worker import build, cpu_class
 from runtime.engine import borders

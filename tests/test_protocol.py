@@ -12,19 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.distributed.messages import (
+    BLOCK,
     MOST_CONTEXT,
     MOST_LAYERS,
     PROTOCOL,
+    Adopt,
     Bye,
     Error,
     Hello,
+    Load,
     MalformedError,
     Probe,
     Progress,
     Ready,
     Result,
+    Save,
+    Saved,
     Setup,
     Step,
+    Taken,
     Truncate,
     Truncated,
     decode,
@@ -35,8 +41,9 @@ from runtime.distributed.protocol import CLOSED, READY, Again, Refusal, RootSide
 WIDTH, VOCAB, LAYERS = 8, 100, 6
 HELLO = Hello(PROTOCOL, "build", 7, "cpu", 10**9, 2, 10**8, 2e8, 1e-10)
 SETUP = Setup([(0, 2), (4, 6)], 64, 16, 4, "f16")
-SHAPE = Shape(((0, 2), (4, 6)), LAYERS, 64, 16, 4, VOCAB, WIDTH)
-IS_READY = Ready(16, WIDTH, 10**9, 1000, 0)
+CELLS = (4, 4, 8, 0)  # bytes of a position, of four layers
+SHAPE = Shape(((0, 2), (4, 6)), LAYERS, 64, 16, 4, VOCAB, WIDTH, cell_bytes=CELLS)
+IS_READY = Ready(16, WIDTH, 10**9, 1000, 0, list(CELLS))
 
 
 def tokens(*numbers):
@@ -97,6 +104,11 @@ messages = st.one_of(
     st.builds(Truncate, st.integers(0, MOST_CONTEXT)),
     st.builds(Truncated, st.integers(0, MOST_CONTEXT)),
     st.builds(Error, st.text(max_size=200), st.text(max_size=200)),
+    st.builds(Save, st.integers(0, MOST_CONTEXT), layers, layers),
+    st.builds(Saved, st.integers(0, MOST_CONTEXT), layers, st.binary(max_size=256)),
+    st.builds(Adopt, st.integers(0, MOST_CONTEXT)),
+    st.builds(Load, st.integers(0, MOST_CONTEXT), layers, layers, st.binary(max_size=256)),
+    st.builds(Taken),
     st.builds(Bye),
 )
 
@@ -260,9 +272,92 @@ def test_what_is_sent_out_of_turn_is_a_mistake_here():
         RootSide().setup(SETUP)
 
 
+# --- keys and values ------------------------------------------------------------------------------------------------
+
+
+def after_a_pass(n=16):
+    """Both ends, with n positions."""
+    worker, root = ready_worker(), ready_root()
+    for part in (0, 1):
+        size = worker.shape.hidden_out(sent := step(1, part, ids=range(n)))
+        worker.receive(root.step(sent, size))
+        root.receive(worker.result(bytes(size)))
+    assert worker.n_past == root.n_past == n
+    return worker, root
+
+
+def test_keys_and_values_come_behind_the_next_step():
+    worker, root = after_a_pass()
+    save, data = Save(0, 1, 3), bytes(12 * BLOCK)
+    assert worker.receive(root.save(save, len(data))) == save
+    assert root.is_saving
+    after = step(2, n_past=16)
+    assert worker.receive(root.step(after, 96)) == after
+    assert root.receive(worker.saved(data)) == Saved(0, 1, data)
+    assert not root.is_saving
+    assert root.receive(worker.result(bytes(96))).hidden == bytes(96)
+
+
+@pytest.mark.parametrize(("kept", "holds"), [(15, False), (16, True)])
+def test_those_of_positions_that_were_forgotten_meanwhile_are_stale(kept, holds):
+    worker, root = after_a_pass()
+    worker.receive(root.save(Save(0, 0, 1), 4 * BLOCK))
+    worker.receive(root.truncate(kept))
+    event = root.receive(worker.saved(bytes(4 * BLOCK)))
+    assert event == (Saved(0, 0, bytes(4 * BLOCK)) if holds else Stale())
+    assert root.receive(worker.truncated(kept)) == Truncated(kept)
+
+
+def test_a_worker_takes_them_and_goes_on_behind_them():
+    worker, root = ready_worker(), ready_root()
+    adopt, load = Adopt(20), Load(16, 0, 3, bytes(16 * BLOCK))
+    assert worker.receive(root.adopt(20)) == adopt
+    assert root.receive(worker.taken()) == Taken()
+    assert worker.n_past == root.n_past == 20
+    assert worker.receive(root.load(load)) == load
+    assert root.receive(worker.taken()) == Taken()
+    after = step(1, n_past=20)
+    assert worker.receive(root.step(after, 96)) == after
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (Save(8, 0, 1), "no block"),
+        (Save(16, 0, 1), "position 32 of 16"),
+        (Save(0, 0, 5), "0 to 5 of 4"),
+        (Save(0, 2, 2), "2 to 2 of 4"),
+        (Adopt(20), "20 positions after 16"),
+        (Load(0, 0, 1, bytes(63)), "63 bytes of keys and values instead of 64"),
+        (Load(16, 0, 1, bytes(64)), "position 17 of 16"),
+        (Saved(0, 0, bytes(64)), "Saved while ready"),
+        (Taken(), "Taken while ready"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_keys_and_values_that_do_not_fit_are_refused(wrong, reason):
+    worker, _ = after_a_pass()
+    assert reason in worker.receive(encode(wrong)).reason
+    assert worker.state == CLOSED
+
+
+def test_they_do_not_come_in_the_middle_of_a_pass_or_unasked():
+    worker, root = after_a_pass()
+    assert "Saved while ready" in root.receive(encode(Saved(0, 0, bytes(64)))).reason
+    worker.receive(encode(step(2, n_past=16)))
+    worker.result(bytes(96))
+    assert "in the middle" in worker.receive(encode(Save(0, 0, 1))).reason
+    worker, root = after_a_pass()
+    root.save(Save(0, 0, 1), 64)
+    assert "63 bytes" in root.receive(encode(Saved(0, 0, bytes(63)))).reason
+    for adopt in (Adopt(0), Adopt(65)):
+        assert "Adopt" in ready_worker().receive(encode(adopt)).reason
+
+
 # --- anything at all ------------------------------------------------------------------------------------------------
 
 EVENTS = (Hello, Setup, Step, Truncate, Bye, Error, Again, Refusal, Ready, Result, Progress, Truncated, Stale, Probe)
+EVENTS += (Save, Saved, Adopt, Load, Taken)
 
 
 def sides():
@@ -274,7 +369,11 @@ def sides():
     waiting, shortening = ready_root(), ready_root()
     waiting.step(step(), 96)
     shortening.truncate(0)
-    return [greeting, choosing, ready_worker(), computing, RootSide(), ready_root(), waiting, shortening]
+    saving, loading = after_a_pass(), (ready_worker(), ready_root())
+    saving[0].receive(saving[1].save(Save(0, 0, 1), 64))
+    loading[0].receive(loading[1].adopt(16))
+    first = [greeting, choosing, ready_worker(), computing, RootSide(), ready_root(), waiting, shortening]
+    return [*first, *after_a_pass(), *saving, *loading]
 
 
 def mutated(data, chance):
@@ -297,6 +396,7 @@ def mutated(data, chance):
 def test_ten_thousand_messages_of_any_kind_do_no_harm():
     chance = random.Random(1)
     valid = [encode(m) for m in (HELLO, SETUP, IS_READY, step(), step(part=1), Truncate(0), Truncated(0), Bye())]
+    valid += [encode(m) for m in (Save(0, 0, 1), Saved(0, 0, bytes(64)), Adopt(16), Load(0, 0, 1, bytes(64)), Taken())]
     valid += [
         encode(m) for m in (Result(1, 0, bytes(96)), Progress(1, 0.5), Error("no"), step(2, n_past=3), Probe(b"1"))
     ]

@@ -15,7 +15,11 @@ from cluster import CUTS, LONG, MB, PROMPT, WorkerProcess, one_machine, shared_e
 from engines import assert_same, greedy
 
 from runtime.distributed import wire
-from runtime.errors import WorkerError
+from runtime.distributed.cluster import Cluster
+from runtime.distributed.journal import Snapshot
+from runtime.distributed.link import Link
+from runtime.distributed.messages import BLOCK
+from runtime.errors import Cancelled, WorkerError
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,112 @@ def test_another_worker_takes_over_and_the_answer_is_the_same(cut, who, dies, pa
 
             assert_same(greedy(opened, LONG, 24, before_token=die), expected)
             assert sum(link.replacements for link in opened.cluster.links) == 1
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """The positions at which passes begin that are computed again."""
+    found, replay = [], Cluster._replay_pass
+
+    def counted(cluster, entry, fresh, until):
+        found.append(entry.part.first)
+        replay(cluster, entry, fresh, until)
+
+    monkeypatch.setattr(Cluster, "_replay_pass", counted)
+    return found
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("cut", ["three", "ring"])
+@pytest.mark.parametrize("who", ["spare", "survivor"])
+def test_only_what_is_behind_the_snapshot_is_computed_again(arch, cut, who, paths, alone, replayed):
+    """Four passes of a prompt of 220 tokens and 50 of one token were there."""
+    owners = CUTS[cut]
+    n, expected = 1 + max(o for o in owners if o is not None), alone(arch, LONG, 60)
+    with workers(n + (who == "spare"), [paths[arch]]) as found:
+        addresses = [worker.address for worker in found]
+        with shared_engine(paths[arch], owners, addresses[:n], spares=addresses[n:], n_ubatch=64) as opened:
+
+            def die(i):
+                if i == 50:
+                    found[0].process.kill()
+
+            assert_same(greedy(opened, LONG, 60, before_token=die), expected)
+            assert sum(link.replacements for link in opened.cluster.links) == 1
+    assert 0 < len(replayed) <= 2 * BLOCK
+    assert replayed[0] >= 220 + 50 - 2 * BLOCK
+
+
+def test_a_worker_is_lost_while_the_snapshot_is_behind(paths, alone, replayed):
+    """Of a prompt's passes, those that it does not have all of."""
+    with workers(2, [paths["qwen2"]]) as found:
+        addresses = [worker.address for worker in found]
+        with shared_engine(paths["qwen2"], CUTS["halves"], addresses, n_ubatch=64) as opened:
+
+            def die(i):
+                if i == 5:
+                    found[1].process.kill()
+
+            assert_same(greedy(opened, LONG, 24, before_token=die), alone("qwen2", LONG, 24))
+    assert replayed[:3] == [128, 192, 220]
+
+
+def test_positions_that_were_computed_anew_are_those_of_the_snapshot(paths, alone, replayed):
+    with workers(2, [paths["llama"]]) as found:
+        addresses = [worker.address for worker in found]
+        with shared_engine(paths["llama"], CUTS["ring"], addresses, n_ubatch=64) as opened:
+            greedy(opened, PROMPT, 60)
+            opened.truncate(0)
+            greedy(opened, PROMPT[::-1], 40)
+            opened.truncate(5)
+            opened.forward(LONG[5:37])
+            opened.truncate(0)
+
+            def die(i):
+                if i == 40:
+                    found[1].process.kill()
+
+            assert_same(greedy(opened, PROMPT, 60, before_token=die), alone("llama", PROMPT, 60))
+    assert min(replayed) >= 18 + 40 - 2 * BLOCK
+
+
+def test_an_interrupt_while_keys_and_values_are_given(paths, alone, replayed, monkeypatch):
+    """Positions that have none are not taken for good."""
+    with workers(2, [paths["qwen2"]]) as found:
+        addresses = [worker.address for worker in found]
+        with shared_engine(paths["qwen2"], CUTS["halves"], addresses, n_ubatch=64) as opened:
+
+            def die(i):
+                if i == 40:
+                    found[0].process.kill()
+                    with monkeypatch.context() as patched, pytest.raises(Cancelled):
+                        patched.setattr(Snapshot, "get", interrupted)
+                        opened.forward([1])
+                    opened.truncate(30)
+                    for token in expected[1][12:40]:
+                        opened.forward([token])
+
+            def interrupted(_snapshot, _layer, _first):
+                raise Cancelled(2)
+
+            expected = alone("qwen2", PROMPT, 50)
+            assert_same(greedy(opened, PROMPT, 50, before_token=die), expected)
+    assert replayed[0] == 0
+
+
+def test_where_there_is_no_snapshot_all_is_computed_again(paths, alone, replayed, monkeypatch):
+    """Recurrent states, for example, are not of one position."""
+    monkeypatch.setattr(Link, "cell_bytes", {})
+    with workers(2, [paths["gemma3"]]) as found:
+        addresses = [worker.address for worker in found]
+        with shared_engine(paths["gemma3"], CUTS["halves"], addresses, n_ubatch=64) as opened:
+
+            def die(i):
+                if i == 20:
+                    found[1].process.kill()
+
+            assert_same(greedy(opened, PROMPT, 24, before_token=die), alone("gemma3", PROMPT, 24))
+    assert replayed[:3] == [0, 18, 19]
 
 
 def test_a_spare_one_takes_over_with_the_same_hidden_states_in_16_bits(paths):

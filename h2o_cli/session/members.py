@@ -11,8 +11,9 @@ from typing import Any
 from h2o_cli.session.placing import LOCAL, Place, device_of, given, here, hidden_bytes, place, split_model
 from planner.placement import Device, SplitModel
 from planner.rebalance import LEAST_SEEN, corrected, moved, slowness, smoothed
-from runtime.distributed.cluster import Cluster, Link, Stage, greet
+from runtime.distributed.cluster import Cluster, Stage
 from runtime.distributed.hidden import F32
+from runtime.distributed.link import Link, greet
 from runtime.distributed.messages import PROTOCOL, Hello
 from runtime.distributed.wire import keys_for, parse_address
 from runtime.distributed.worker import build, cpu_class

@@ -12,8 +12,8 @@ from h2o_cli.session.device_profiles import kept
 from h2o_cli.session.smallest import of_worker
 from planner.placement import Choice, Device, Placement, SplitModel, choose_devices
 from planner.rebalance import as_seen
-from runtime.distributed.cluster import Link
 from runtime.distributed.hidden import F32, NUMBER_BYTES
+from runtime.distributed.link import Link
 from runtime.distributed.offer import measure
 from runtime.distributed.worker import build
 from runtime.llama.model_file import ModelFile

@@ -10,157 +10,19 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 
 from runtime.distributed.hidden import F32, NUMBER_BYTES, packed, refuse_too_large, unpacked
 from runtime.distributed.journal import Entry, Journal
-from runtime.distributed.keys import Keys
-from runtime.distributed.messages import (
-    Error,
-    Hello,
-    Message,
-    Probe,
-    Progress,
-    Ready,
-    Result,
-    Setup,
-    Step,
-    Truncated,
-)
-from runtime.distributed.protocol import CLOSED, PLANNING, READY, WAITING, Refusal, RootSide, Stale
-from runtime.distributed.wire import Wire
+from runtime.distributed.link import AGAIN, LATENCIES, Link
+from runtime.distributed.messages import BLOCK, Saved, Setup, Step
 from runtime.errors import H2OError, WorkerError
 from runtime.passes import Pass
 
-CONNECT_S = 5.0  # for the answer to a greeting
-SILENCE_S = 12.0  # without any message of a worker that computes: it says every second that it is there
-_LATENCIES = 256
 _UNSETTLED = 2  # passes behind a prompt: what makes room for long passes is being read
-AGAIN = "start it, and run again"
-
-
-class Link:
-    """The conversation with one worker. Every call may raise WorkerError."""
-
-    def __init__(self, address: str, keys: Keys | None, hello: Hello) -> None:
-        """Connect and greet."""
-        self.address, self._keys, self._mine = address, keys, hello
-        self.ranges: list[tuple[int, int]] = []
-        self.bytes_read = self.peak_bytes = self._first_number = 0
-        self.compute_s = 0.0  # of the last step
-        self.latencies: deque[float] = deque(maxlen=_LATENCIES)  # seconds of its own for a token, of this placement
-        self._token_s = 0.0  # of the parts so far of the token at hand
-        self._first_bytes: int | None = None  # read until the first pass that reads what every pass does
-        self.ready: Ready | None = None
-        self.number = 0
-        self.is_lost = False
-        self.replacements = 0  # how often it took over layers of another
-        self._side = RootSide()
-        self._wire = Wire(address, keys)
-        try:
-            self._wire.send(self._side.hello(hello))
-            answer = self.receive(timeout_s=CONNECT_S)
-            if not isinstance(answer, Hello):
-                raise WorkerError(f"the worker {address} does not greet", AGAIN)
-        except BaseException:
-            self._wire.close()
-            raise
-        self.hello = answer
-
-    def again(self, address: str = "") -> Link:
-        """A new conversation with the same worker, which may be at another address now."""
-        return Link(address or self.address, self._keys, self._mine)
-
-    def round_trip_s(self, n_bytes: int) -> float:
-        """Seconds until n_bytes were there and back."""
-        start = time.perf_counter()
-        self._wire.send(self._side.probe(Probe(bytes(n_bytes))))
-        self.receive(timeout_s=CONNECT_S)
-        return time.perf_counter() - start
-
-    def set_up(self, setup: Setup) -> None:
-        """Give it its layers; `wait_ready` waits until it has planned them."""
-        self.ranges = setup.ranges
-        self._wire.send(self._side.setup(setup))
-
-    def wait_ready(self, check: Callable[[], object]) -> Ready:
-        """How it took its layers."""
-        answer = self.receive(check)
-        if not isinstance(answer, Ready):
-            raise WorkerError(f"the worker {self.address} does not say how it took its layers", AGAIN)
-        self.ready = answer
-        return answer
-
-    def send(self, step: Step, hidden_bytes: int) -> None:
-        """Have a step computed; `result` waits for it."""
-        if self._side.state != READY:
-            raise WorkerError(f"the worker {self.address} is {self._side.state}", AGAIN)
-        self._wire.send(self._side.step(step, hidden_bytes))
-
-    def result(self, check: Callable[[], object]) -> bytes:
-        """What the step gave."""
-        while True:
-            answer = self.receive(check, SILENCE_S)
-            if isinstance(answer, Result):
-                self.peak_bytes = max(answer.peak_bytes, self.peak_bytes)
-                if answer.number > self._first_number + 1 and self._first_bytes is None:
-                    self._first_number, self._first_bytes = answer.number, answer.bytes_read
-                self.bytes_read, self.compute_s = answer.bytes_read, answer.compute_s
-                return answer.hidden
-
-    def note_latency(self, part: int) -> None:
-        """One of its ranges is computed for a token."""
-        self._token_s = self.compute_s + (self._token_s if part else 0.0)
-        if part == len(self.ranges) - 1:
-            self.latencies.append(self._token_s)
-
-    @property
-    def bytes_per_pass(self) -> float:
-        """Read for a pass, those of the prompt's beginning left out."""
-        passes = self.number - self._first_number
-        return (self.bytes_read - self._first_bytes) / passes if passes and self._first_bytes is not None else 0.0
-
-    def be_at(self, n_past: int, check: Callable[[], object]) -> bool:
-        """Have the worker forget what is behind n_past positions, or under way. False: it has fewer."""
-        side = self._side
-        if side.state == CLOSED:
-            self.is_lost = True
-            raise WorkerError(f"the worker {self.address} has left", AGAIN)
-        if side.state == PLANNING:  # an interrupt came before it was ready
-            self.wait_ready(check)
-        if side.n_past > n_past or side.state == WAITING:
-            if not side.is_shortening:
-                self._wire.send(side.truncate(n_past))
-            while not isinstance(self.receive(check, SILENCE_S), Truncated):
-                pass
-            if side.n_past > n_past:  # an earlier one, interrupted, was for more
-                return self.be_at(n_past, check)
-        return side.n_past == n_past
-
-    def receive(self, check: Callable[[], object] = lambda: None, timeout_s: float = 0.0) -> Message | Stale:
-        """The next message that is one of the conversation."""
-        try:
-            data = self._wire.receive(check, timeout_s)
-        except WorkerError:
-            self.is_lost = True
-            raise
-        event = self._side.receive(data)
-        self.is_lost = self._side.state == CLOSED
-        if isinstance(event, Error):
-            raise WorkerError(f"the worker {self.address}: {event.reason}", event.next_step)
-        if isinstance(event, Refusal):
-            raise WorkerError(f"the worker {self.address} talks nonsense: {event.reason}", AGAIN)
-        if not isinstance(event, Hello | Probe | Ready | Result | Progress | Truncated | Stale):
-            raise WorkerError(f"the worker {self.address} has left", AGAIN)
-        return event
-
-    def close(self) -> None:
-        """Say goodbye."""
-        if self._side.state != CLOSED:
-            self._wire.send(self._side.bye())
-        self._wire.close()
 
 
 @dataclass
@@ -177,7 +39,8 @@ class Cluster:
     """The stages, in the order of their layers: hops of the root's passes.
 
     check: raises where the pass has to end. When a worker is lost, a spare one takes over its layers, or one of the
-    others does. What went into them is in the journal; it is computed again in the same passes, so nothing changes.
+    others does. The journal has keys and values of most positions. What is behind them is computed again in the same
+    passes, from what went into the layers, so nothing changes.
     """
 
     def __init__(
@@ -197,7 +60,7 @@ class Cluster:
         self._journal = Journal(folder)
         self._given: Stage | None = None  # it computes already
         self.own_latencies: deque[float] = deque(
-            maxlen=_LATENCIES
+            maxlen=LATENCIES
         )  # seconds of a token in which no worker is waited for
         self._since_prompt, self._is_timed = 0, False
         self._began_s = self._waited_s = 0.0  # of the pass at hand
@@ -221,6 +84,7 @@ class Cluster:
             link.set_up(Setup([(stage.first, stage.last) for stage in mine], *self._shape, window, self.hidden))
         found = [link.wait_ready(self.check) for link in links]
         for link, ready in zip(links, found, strict=True):
+            link.saved = self._keep
             if ready.width != self.width:
                 raise WorkerError(f"the worker {link.address} has another model", "give it the same file")
         return min(ready.n_tokens for ready in found)
@@ -285,6 +149,8 @@ class Cluster:
                 continue
             if self._is_timed:
                 stage.link.note_latency(stage.part)
+            if stage.part == len(stage.link.ranges) - 1:
+                stage.link.save(self._journal.snapshot.n_positions)
             at = stage.last
             refuse_too_large(hidden, self.hidden, at)
             if at == layer:
@@ -309,6 +175,15 @@ class Cluster:
         step = Step(stage.link.number, stage.part, part.first, part.n_outputs, tokens, hidden)
         stage.link.send(step, rows * self.width * NUMBER_BYTES[self.hidden])
 
+    def _keep(self, link: Link, saved: Saved) -> None:
+        """Keys and values came; where they cannot be written they are computed again if need be."""
+        data, sizes = memoryview(saved.data), link.cell_bytes
+        with suppress(OSError):
+            for layer in link.layers[saved.begin : dict(link.groups)[saved.begin]]:
+                n_bytes = BLOCK * sizes[layer]
+                self._journal.snapshot.put(layer, saved.first, data[:n_bytes])
+                data = data[n_bytes:]
+
     # --- a worker is lost ---------------------------------------------------------------------------------------
 
     def _replace(self, error: WorkerError, at: int) -> None:
@@ -328,7 +203,7 @@ class Cluster:
                 n_tokens = self._set_up(fresh)
                 if n_tokens < max(len(entry.part.tokens) for entry in self._journal.entries):
                     raise error
-                self._replay(fresh, at)
+                self._replay(fresh, at, self._restore(fresh))
                 for link in fresh:
                     link.replacements += 1
                 return
@@ -384,13 +259,21 @@ class Cluster:
     def _n_layers_of(self, link: Link) -> int:
         return sum(stage.last - stage.first for stage in self.stages if stage.link is link)
 
-    def _replay(self, fresh: Sequence[Link], at: int) -> None:
-        """Have workers compute what they have not, or no more: all passes, and the one at hand up to layer `at`."""
+    def _restore(self, fresh: Sequence[Link]) -> int:
+        """Give workers the keys and values that are there of all of their layers; how many positions they have then."""
+        n_past = min(self._journal.positions_of(link.cell_bytes) for link in fresh)
+        for link in fresh if n_past else ():
+            link.take(n_past, self._journal.snapshot.get, self.check)
+        return n_past
+
+    def _replay(self, fresh: Sequence[Link], at: int, n_past: int = 0) -> None:
+        """Have workers that have n_past positions compute the others: all passes, and the one at hand up to `at`."""
         if not fresh:
             return
         *done, last = self._journal.entries
         for entry in done:
-            self._replay_pass(entry, fresh, self.n_layers)
+            if entry.part.first >= n_past:
+                self._replay_pass(entry, fresh, self.n_layers)
         self._replay_pass(last, fresh, at)
 
     def _replay_pass(self, entry: Entry, fresh: Sequence[Link], until: int) -> None:
@@ -408,16 +291,3 @@ class Cluster:
         for link in (*self.links, *self._spares):
             link.close()
         self._journal.close()
-
-
-def greet(addresses: Sequence[str], keys: Callable[[str], Keys | None], mine: Hello) -> list[Link]:
-    """Conversations with the workers at these addresses. Raises WorkerError, and leaves none open then."""
-    links: list[Link] = []
-    try:
-        for address in addresses:
-            links.append(Link(address, keys(address), mine))
-    except BaseException:
-        for link in links:
-            link.close()
-        raise
-    return links

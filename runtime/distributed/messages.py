@@ -12,13 +12,14 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 MOST_LAYERS = 4096
 MOST_TOKENS = 65536  # of one step
 MOST_CONTEXT = 2**24
 MOST_HIDDEN_BYTES = 60 * 2**20
 MOST_MESSAGE_BYTES = 64 * 2**20
 TOKEN_BYTES = 4
+BLOCK = 16  # positions of a snapshot of keys and values
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
@@ -33,6 +34,7 @@ Part = Annotated[int, msgspec.Meta(ge=0, lt=MOST_LAYERS)]
 LayerNumber = Annotated[int, msgspec.Meta(ge=0, le=MOST_LAYERS)]
 Tokens = Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES * MOST_TOKENS)]
 Hidden = Annotated[bytes, msgspec.Meta(max_length=MOST_HIDDEN_BYTES)]
+CellBytes = Annotated[int, msgspec.Meta(ge=0, le=MOST_HIDDEN_BYTES // BLOCK)]
 Range = tuple[LayerNumber, LayerNumber]
 Ranges = Annotated[list[Range], msgspec.Meta(min_length=1, max_length=MOST_LAYERS)]
 
@@ -81,13 +83,15 @@ class Setup(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """Worker: the layers are planned. n_tokens: the longest pass it can take."""
+    """Worker: the layers are planned. n_tokens: the longest pass it can take. cell_bytes: of the keys and values of a
+    position, for each of its layers in their order; none where they cannot be saved."""
 
     n_tokens: PerStep
     width: PerStep
     budget_bytes: Count
     resident_bytes: Count
     streamed_bytes: Count
+    cell_bytes: Annotated[list[CellBytes], msgspec.Meta(max_length=MOST_LAYERS)] = []
 
 
 class Step(Message, frozen=True):
@@ -145,6 +149,41 @@ class Truncated(Message, frozen=True):
     n_past: Position
 
 
+class Save(Message, frozen=True):
+    """Root: give the keys and values of the BLOCK positions from `first` on, of the worker's layers [begin, end)."""
+
+    first: Position
+    begin: LayerNumber
+    end: LayerNumber
+
+
+class Saved(Message, frozen=True):
+    """Worker: the keys and values of a Save, as they are in its cache. It comes before the result of a later step."""
+
+    first: Position
+    begin: LayerNumber
+    data: Hidden
+
+
+class Adopt(Message, frozen=True):
+    """Root, after a Setup: have n_past positions; their keys and values come with Load."""
+
+    n_past: Position
+
+
+class Load(Message, frozen=True):
+    """Root: the keys and values of the BLOCK positions from `first` on, of the worker's layers [begin, end)."""
+
+    first: Position
+    begin: LayerNumber
+    end: LayerNumber
+    data: Hidden
+
+
+class Taken(Message, frozen=True):
+    """Worker: an Adopt or a Load is done."""
+
+
 class Error(Message, frozen=True):
     """Either side: why it does not go on. final: the conversation is over, and the sender closes."""
 
@@ -157,7 +196,8 @@ class Bye(Message, frozen=True):
     """Either side: it leaves. The worker keeps its weights for the next root."""
 
 
-Any = Hello | Probe | Setup | Ready | Step | Result | Progress | Truncate | Truncated | Error | Bye
+Conversation = Hello | Probe | Setup | Ready | Step | Result | Progress | Truncate | Truncated | Error | Bye
+Any = Conversation | Save | Saved | Adopt | Load | Taken
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Any)
 # What comes from the other side in the words of msgspec: it could be anything, and another one each time.

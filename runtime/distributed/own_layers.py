@@ -11,6 +11,7 @@ from runtime.distributed.protocol import Shape
 from runtime.engine.borders import Borders, Hops, check_cut
 from runtime.engine.engine import Engine
 from runtime.errors import WorkerError
+from runtime.kv.rows import CacheRows
 from runtime.llama import abi
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
@@ -58,6 +59,7 @@ class OwnLayers:
         self._engine = None
         self.setup = setup
         self._engine = self._open_engine(weights)
+        self.rows = CacheRows(self._engine.caches, self.file, self._engine.settings.n_ctx)
         self._engine.guests.add(Borders(self.file, self._hollow.weights, self._engine.guests, self._hops))
 
     def _open_engine(self, weights: Weights | None) -> Engine:
@@ -84,7 +86,7 @@ class OwnLayers:
         engine, setup = self.engine, self.setup
         width = int(abi.llama.llama_model_n_embd(self._hollow.pointer))
         n_tokens, n_vocab = engine.pass_tokens, engine.n_vocab
-        sizes = setup.n_ctx, n_tokens, setup.n_logits, n_vocab, width, NUMBER_BYTES[setup.hidden]
+        sizes = setup.n_ctx, n_tokens, setup.n_logits, n_vocab, width, NUMBER_BYTES[setup.hidden], self.rows.cell_bytes
         return Shape(tuple(setup.ranges), self._n_layers, *sizes)
 
     @property
@@ -93,7 +95,7 @@ class OwnLayers:
         engine, shape = self.engine, self.shape
         resident, streamed = engine.ledger.resident_bytes, engine.streamed_bytes
         budget_bytes = engine.plan.budget_bytes or self._offer.budget_bytes
-        return Ready(shape.n_tokens, shape.width, budget_bytes, resident, streamed)
+        return Ready(shape.n_tokens, shape.width, budget_bytes, resident, streamed, list(shape.cell_bytes))
 
     @property
     def summary(self) -> str:

@@ -1,7 +1,7 @@
 """Both ends of a conversation between a root and a worker, without any input or output: bytes in, events out.
 
-    worker   greeting -> choosing -> ready <-> planning, computing            closed, from anywhere
-    root     greeting -> choosing -> ready <-> probing, planning, waiting     closed, from anywhere
+    worker   greeting -> choosing -> ready <-> planning, computing, loading          closed, from anywhere
+    root     greeting -> choosing -> ready <-> probing, planning, waiting, loading   closed, from anywhere
 
 An event is the message itself, when it is one that may come now and fits all that was said before. Whatever else comes
 is a `Refusal`: one line for the log, the bytes of an Error for the other side, and the conversation is over. Nothing
@@ -14,27 +14,33 @@ from array import array
 from dataclasses import dataclass
 
 from runtime.distributed.messages import (
+    BLOCK,
     MOST_HIDDEN_BYTES,
     PROTOCOL,
     TOKEN_BYTES,
+    Adopt,
     Bye,
     Error,
     Hello,
+    Load,
     MalformedError,
     Message,
     Probe,
     Progress,
     Ready,
     Result,
+    Save,
+    Saved,
     Setup,
     Step,
+    Taken,
     Truncate,
     Truncated,
     decode,
     encode,
 )
 
-GREETING, CHOOSING, PROBING, PLANNING, READY, COMPUTING, WAITING, CLOSED = (
+GREETING, CHOOSING, PROBING, PLANNING, READY, COMPUTING, WAITING, LOADING, CLOSED = (
     "greeting",
     "choosing",
     "probing",
@@ -42,6 +48,7 @@ GREETING, CHOOSING, PROBING, PLANNING, READY, COMPUTING, WAITING, CLOSED = (
     "ready",
     "computing",
     "waiting",
+    "loading",
     "closed",
 )
 
@@ -78,6 +85,7 @@ class Shape:
     n_vocab: int
     width: int
     number_bytes: int = 4  # of a hidden state's numbers
+    cell_bytes: tuple[int, ...] = ()  # of a position in each layer's keys and values
 
     def hidden_in(self, step: Step) -> int:
         """Bytes of hidden state that a step brings."""
@@ -103,6 +111,15 @@ class Shape:
             return f"a token outside the vocabulary of {self.n_vocab}"
         if len(step.hidden) != self.hidden_in(step):
             return f"a hidden state of {len(step.hidden)} bytes instead of {self.hidden_in(step)}"
+        return ""
+
+    def wrong_block(self, block: Save | Load) -> str:
+        """What does not fit in a Save or a Load, or an empty text. Its positions are another question."""
+        if block.first % BLOCK or not block.begin < block.end <= len(self.cell_bytes):
+            return f"no block of layers: {block.begin} to {block.end} of {len(self.cell_bytes)} from {block.first} on"
+        n_bytes = BLOCK * sum(self.cell_bytes[block.begin : block.end])
+        if isinstance(block, Load) and len(block.data) != n_bytes:
+            return f"{len(block.data)} bytes of keys and values instead of {n_bytes}"
         return ""
 
 
@@ -144,7 +161,7 @@ class _Side:
 
 
 class WorkerSide(_Side):
-    """A worker's end. Events: Hello, Probe, Setup, Step, Truncate, Bye, Error, Again, Refusal."""
+    """A worker's end. Events: Hello, Probe, Setup, Step, Truncate, Save, Adopt, Load, Bye, Error, Again, Refusal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,6 +170,8 @@ class WorkerSide(_Side):
         self._step: Step | None = None  # the last one
         self._answers: dict[int, tuple[int, bytes]] = {}  # of this pass: part -> hash of the step, bytes of the result
         self.is_shortening = False  # a Truncate came and is not answered
+        self._save: Save | None = None  # it came and is not answered
+        self._adopt: Adopt | None = None  # so did this
 
     def receive(self, data: bytes) -> Message | Again | Refusal:
         """What a message of the root means."""
@@ -169,12 +188,38 @@ class WorkerSide(_Side):
         if isinstance(message, Setup) and self.state == READY and not self.is_shortening:
             self.state = PLANNING
             return message
-        if isinstance(message, Step) and self.shape and self.state in (READY, COMPUTING) and not self.is_shortening:
-            return self._on_step(message, hash(data))
-        if isinstance(message, Truncate) and self.shape and self.state in (READY, COMPUTING) and not self.is_shortening:
+        if self.shape and self.state in (READY, COMPUTING) and not self.is_shortening:
+            return self._on_work(message, self.shape, hash(data))
+        return self._refuse(f"{type(message).__name__} while {self.state}")
+
+    def _on_work(self, message: Message, shape: Shape, digest: int) -> Message | Again | Refusal:
+        if isinstance(message, Step):
+            return self._on_step(message, digest)
+        if isinstance(message, Truncate):
             self.is_shortening = True
             return message
+        if isinstance(message, Save | Adopt | Load) and self.state == READY:
+            return self._on_block(message, shape)
         return self._refuse(f"{type(message).__name__} while {self.state}")
+
+    def _on_block(self, message: Save | Adopt | Load, shape: Shape) -> Message | Refusal:
+        what = type(message).__name__
+        if self._save or (self._step and self._step.part < len(shape.ranges) - 1):
+            return self._refuse(f"{what} in the middle of something else")
+        if isinstance(message, Adopt):
+            if self.n_past or not shape.cell_bytes or not 0 < message.n_past <= shape.n_ctx:
+                return self._refuse(f"Adopt: {message.n_past} positions after {self.n_past}")
+            self._adopt, self.state = message, LOADING
+            return message
+        last = message.first + (BLOCK if isinstance(message, Save) else 1)
+        wrong = shape.wrong_block(message) or (f"position {last} of {self.n_past}" if last > self.n_past else "")
+        if wrong:
+            return self._refuse(f"{what}: {wrong}")
+        if isinstance(message, Save):
+            self._save = message
+        else:
+            self.state = LOADING
+        return message
 
     def _on_step(self, step: Step, digest: int) -> Step | Again | Refusal:
         assert self.shape
@@ -218,7 +263,7 @@ class WorkerSide(_Side):
 
     def ready(self, ready: Ready, shape: Shape) -> bytes:
         """Answer a Setup; the shape is what steps are checked against."""
-        self.shape, self.n_past, self._step = shape, 0, None
+        self.shape, self.n_past, self._step, self._save = shape, 0, None, None
         self._answers.clear()
         return self._send(ready, READY, PLANNING)
 
@@ -238,6 +283,19 @@ class WorkerSide(_Side):
             self.n_past += step.n_tokens
         return answer
 
+    def saved(self, data: bytes) -> bytes:
+        """Answer a Save; steps may have come meanwhile."""
+        save, shape, self._save = self._save, self.shape, None
+        if save is None or shape is None or len(data) != BLOCK * sum(shape.cell_bytes[save.begin : save.end]):
+            raise ValueError("keys and values that fit no Save")
+        return self._send(Saved(save.first, save.begin, data), self.state, READY, COMPUTING, PLANNING)
+
+    def taken(self) -> bytes:
+        """Answer an Adopt or a Load."""
+        if self._adopt:
+            self.n_past, self._adopt, self._step = self._adopt.n_past, None, None
+        return self._send(Taken(), READY, LOADING)
+
     def truncated(self, n_past: int) -> bytes:
         """Answer a Truncate: the next pass begins with its first part, behind n_past positions."""
         self.n_past, self._step, self.is_shortening = n_past, None, False
@@ -255,6 +313,9 @@ class RootSide(_Side):
         self._step: Step | None = None
         self._hidden_bytes = 0  # of the result that is waited for
         self.is_shortening = False  # a Truncate was sent and not answered
+        self._save: Save | None = None  # it was sent and not answered
+        self._save_bytes, self._save_holds = 0, False  # whether its positions are still the same
+        self._adopted = 0  # positions that the worker is to have
 
     def hello(self, hello: Hello) -> bytes:
         """Begin."""
@@ -266,7 +327,7 @@ class RootSide(_Side):
 
     def setup(self, setup: Setup) -> bytes:
         """Give the worker its layers."""
-        self._setup, self._step, self.n_past = setup, None, 0
+        self._setup, self._step, self.n_past, self._save_holds = setup, None, 0, False
         return self._send(setup, PLANNING, READY)
 
     def step(self, step: Step, hidden_bytes: int) -> bytes:
@@ -281,7 +342,31 @@ class RootSide(_Side):
         if self.is_shortening:
             raise ValueError("a Truncate is under way")
         self.is_shortening, self._step = True, None
+        if self._save and n_past < self._save.first + BLOCK:
+            self._save_holds = False
         return self._send(Truncate(n_past), WAITING, READY, WAITING)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a Save is under way. One at a time."""
+        return self._save is not None
+
+    def save(self, save: Save, n_bytes: int) -> bytes:
+        """Ask for keys and values, between two passes; n_bytes: of the answer, which may come behind the next step."""
+        if self._save:
+            raise ValueError("a Save is under way")
+        data = self._send(save, READY, READY)
+        self._save, self._save_bytes, self._save_holds = save, n_bytes, True
+        return data
+
+    def adopt(self, n_past: int) -> bytes:
+        """Have positions that were computed elsewhere."""
+        self._adopted = n_past
+        return self._send(Adopt(n_past), LOADING, READY)
+
+    def load(self, load: Load) -> bytes:
+        """Give keys and values of such positions."""
+        return self._send(load, LOADING, READY)
 
     def receive(self, data: bytes) -> Message | Stale | Refusal:
         """What a message of the worker means."""
@@ -296,9 +381,22 @@ class RootSide(_Side):
         if isinstance(message, Ready | Probe) and self.state == (PLANNING if isinstance(message, Ready) else PROBING):
             self.state = READY
             return message
+        if isinstance(message, Saved) and self._save:
+            return self._on_saved(message, self._save)
+        if isinstance(message, Taken) and self.state == LOADING:
+            self.n_past, self.state = max(self._adopted, self.n_past), READY
+            self._adopted = 0
+            return message
         if self.state == WAITING and isinstance(message, Result | Progress | Truncated):
             return self._on_answer(message)
         return self._refuse(f"{type(message).__name__} while {self.state}")
+
+    def _on_saved(self, message: Saved, save: Save) -> Message | Stale | Refusal:
+        asked = save.first, save.begin, self._save_bytes
+        if (message.first, message.begin, len(message.data)) != asked:
+            return self._refuse(f"{len(message.data)} bytes of keys and values instead of {self._save_bytes}")
+        self._save = None
+        return message if self._save_holds else Stale()
 
     def _on_answer(self, message: Result | Progress | Truncated) -> Message | Stale | Refusal:
         if isinstance(message, Truncated):

@@ -15,11 +15,15 @@ from typing import Protocol
 
 from runtime.distributed.hidden import packed, unpacked
 from runtime.distributed.messages import (
+    BLOCK,
     MOST_MESSAGE_BYTES,
     PROTOCOL,
+    Adopt,
     Hello,
+    Load,
     Message,
     Probe,
+    Save,
     Setup,
     Step,
     Truncate,
@@ -172,7 +176,7 @@ class Worker:
         elif isinstance(event, Refusal):
             self._log_once(f"refused: {event.reason}")
             talk.send(event.answer)
-        elif isinstance(event, Setup | Step | Truncate):
+        elif isinstance(event, Setup | Step | Truncate | Save | Adopt | Load):
             if isinstance(event, Truncate) and talk.side.state == COMPUTING:
                 self._cancel()  # a pass whose last result was sent is left to end: its positions count
             self._jobs.put(Job(talk, event))
@@ -266,6 +270,8 @@ class Worker:
                 self._compute(talk, event)
             elif isinstance(event, Truncate):
                 self._truncate(talk, event.n_past)
+            elif isinstance(event, Save | Adopt | Load):
+                self._move_cells(talk, event)
         except Cancelled:
             return  # what comes next says why
         except H2OError as error:
@@ -331,6 +337,23 @@ class Worker:
             part.compute(step)
         finally:
             self._step = None
+
+    def _move_cells(self, talk: Talk, event: Save | Adopt | Load) -> None:
+        """Keys and values of some positions, out of the cache or into it."""
+        part = self._part
+        if part is None:
+            return
+        saved = b""
+        if isinstance(event, Save):
+            saved = part.rows.read(event.first, BLOCK, event.begin, event.end)
+        elif isinstance(event, Load):
+            part.rows.write(event.first, BLOCK, event.begin, event.end, event.data)
+        else:
+            part.engine.forget_cancel()
+            part.engine.adopt(event.n_past)
+        with talk.lock:
+            if talk.side.state != CLOSED:
+                talk.send(talk.side.saved(saved) if isinstance(event, Save) else talk.side.taken())
 
     def _truncate(self, talk: Talk, n_past: int) -> None:
         part = self._part

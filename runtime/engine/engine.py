@@ -27,7 +27,7 @@ from runtime.passes import Part, Pass, cut
 from runtime.plans.ledger import Ledger, usable_bytes
 from runtime.plans.plan import Plan
 from runtime.plans.residency import smallest_window
-from runtime.settings import FULL_TILES, Settings
+from runtime.settings import FULL_TILES, SHORT_PASS, Settings
 from runtime.weights.head_start import Weights, open_weights
 from runtime.weights.rows import RowTable
 
@@ -215,6 +215,25 @@ class Engine:
         for pass_ in passes:
             self._compute(pass_)
 
+    def adopt(self, n_past: int) -> None:
+        """Have the positions up to n_past without computing them; their keys and values are put in by the caller.
+
+        llama.cpp gives a pass its cells before it computes, and keeps them where the first node ends it.
+        Raises EngineError.
+        """
+        while (first := self.n_past) < n_past:
+            pass_ = Pass((Part(0, first, (0,) * min(SHORT_PASS, n_past - first, self.pass_tokens)),), decode=True)
+            self.layout.prepare([pass_])
+            self.guests.stop = Cancelled(0)
+            try:
+                self._context.call_back(wanted=True)
+                status = self._context.decode(pass_)
+            finally:
+                self.guests.end(complete=False)
+                self.forget_cancel()
+            if status != 0 or self.n_past <= first:
+                raise EngineError("llama.cpp did not take positions that come from elsewhere", "report this")
+
     def _compute(self, pass_: Pass) -> None:
         """One pass through all layers."""
         start = time.perf_counter()
@@ -333,6 +352,11 @@ class Engine:
     def computed_tokens(self) -> float:
         """Tokens computed until now; those of the pass that runs count by the layers it has come to."""
         return self.counters.tokens + self._n_computing * self._store.share_used
+
+    @property
+    def caches(self) -> list[dict[str, int]]:
+        """The tensors (name -> address) of each buffer of the cache."""
+        return self._context.buffers.caches
 
     @property
     def context(self) -> int:

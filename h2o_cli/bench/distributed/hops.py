@@ -27,8 +27,8 @@ from h2o_cli.bench.rows import Row, circumstances
 from h2o_cli.bench.tables import markdown_table, number
 from h2o_cli.output import table
 from h2o_cli.session.placing import hidden_bytes
-from runtime.distributed.cluster import Link
 from runtime.distributed.keys import Keys, make_keys
+from runtime.distributed.link import Link
 from runtime.distributed.messages import PROTOCOL, Hello, Setup, Step
 from runtime.distributed.worker import build, cpu_class
 from runtime.errors import UsageError, WorkerError
