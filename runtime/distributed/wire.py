@@ -277,6 +277,7 @@ def _reason(error: grpc.RpcError) -> str:
         ("hostname", "its certificate is for another name"),
         ("DNS", "its name is not known"),
         ("Socket closed", _CLOSED),
+        ("reset by peer", _CLOSED),
         ("ping timeout", "it does not answer any more"),
         ("keepalive", "it does not answer any more"),
     ):
