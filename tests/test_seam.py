@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+from unittest.mock import Mock
 
 import gguf
 import llama_cpp
@@ -168,6 +170,7 @@ class Watcher:
         self.on()
 
     def on(self):
+        self.opened._context.watcher = self  # kept for llama.cpp, which has an address: tests let go of it at once
         abi.ggml_backend_sched_set_eval_callback(self.opened._context._scheduler, self.callback, None)
 
     def _call(self, address, ask, _data):
@@ -192,6 +195,7 @@ def resident(tiny_model):
 
 def decode(opened, tokens, first, n_outputs=1):
     """llama.cpp's status of a pass that nobody takes part in."""
+    gc.collect()  # who keeps a callback for llama.cpp and who does not is seen here, and not in some runs only
     return opened._context.decode(Pass((Part(0, first, tuple(tokens), n_outputs),)))
 
 
@@ -269,14 +273,13 @@ def test_a_graph_is_used_again_with_the_callback_that_was_set_last(resident):
     decode(resident, [6], 12)
     assert n_reused(resident) == before + 2
     assert first.asked == second.asked
-    calls = []
-    note = resident.guests._on_node
-    resident.guests.filter._struct.python = own = abi.EvalCallback(lambda *given: calls.append(1) or note(*given))
+    guest = Mock()
+    resident.guests.add(guest)
     resident.guests.filter.pass_on_everything(True)
     third = Watcher(resident)
     decode(resident, [7, 8], 13)
     assert n_reused(resident) == before + 2
-    assert third.calls == [] and (calls or not own)
+    assert third.calls == [] and guest.before.called
 
 
 def test_without_outputs_the_head_is_empty(resident):
