@@ -54,7 +54,7 @@ def test_profile_of_a_small_model(tiny_model, tmp_path, arch):
     assert [batch.n_texts for batch in profile.batches] == [2, 16]
     two, sixteen = profile.batches
     assert two.pass_bytes < sixteen.pass_bytes and two.resident_s and sixteen.resident_s
-    assert two.streamed_s.minimum < sixteen.streamed_s.minimum and two.resident_s.minimum < sixteen.resident_s.minimum
+    assert all(x.streamed_s.minimum > 0 and x.resident_s.minimum > 0 for x in (two, sixteen))
     assert profile.disk.bytes_per_s.n == 3
     assert profile.memory.min_window_bytes == smallest_window(file)
     assert shares[-1] == 1.0 and min(shares) >= 0
