@@ -5,6 +5,7 @@ import os
 import pty
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -119,6 +120,25 @@ def test_an_exception_of_the_library_ends_in_one_line(broken):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert is_one_line((done.returncode, "", done.stderr), "llama.cpp cannot go on")
     assert done.stdout == "so far\n"
+
+
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [
+        ("ctypes.CDLL('libstdc++.so.6')._ZSt9terminatev", -signal.SIGABRT),
+        ("abi.ggml_base.ggml_backend_sched_get_n_backends", -signal.SIGABRT),
+        ("abi.ggml_base.gguf_init_from_file", 0),
+    ],
+    ids=["terminate", "abort", "log"],
+)
+def test_what_goes_wrong_after_the_end_of_python_calls_nothing_of_it(function, code):
+    """An exception, a scheduler that is none, a file that is not there: functions of Python are gone by then."""
+    script = (
+        "import ctypes; from runtime.llama import abi; libc = ctypes.CDLL(None); print('so far');"
+        f"libc.__cxa_atexit(ctypes.cast({function}, ctypes.c_void_p), None, None)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "so far\n"), done.stderr
 
 
 # --- weight types ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ clear EngineError instead of undefined behaviour.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import re
@@ -279,19 +280,7 @@ ggml_backend_buft_alloc_buffer = bind(ggml_base, "ggml_backend_buft_alloc_buffer
 ggml_backend_buffer_free = bind(ggml_base, "ggml_backend_buffer_free", None, POINTER)
 ggml_backend_cpu_init = bind(ggml_cpu, "ggml_backend_cpu_init", POINTER)
 ggml_backend_cpu_set_n_threads = bind(ggml_cpu, "ggml_backend_cpu_set_n_threads", None, POINTER, ctypes.c_int)
-ggml_vec_dot_f32 = bind(
-    ggml_cpu,
-    "ggml_vec_dot_f32",
-    None,
-    ctypes.c_int,
-    POINTER,
-    ctypes.c_size_t,
-    POINTER,
-    ctypes.c_size_t,
-    POINTER,
-    ctypes.c_size_t,
-    ctypes.c_int,
-)
+ggml_vec_dot_f32 = bind(ggml_cpu, "ggml_vec_dot_f32", None, ctypes.c_int, *[POINTER, ctypes.c_size_t] * 3, ctypes.c_int)
 ggml_vec_soft_max_f32 = bind(
     ggml_cpu, "ggml_vec_soft_max_f32", ctypes.c_double, ctypes.c_int, POINTER, POINTER, ctypes.c_float
 )
@@ -439,12 +428,16 @@ def _on_terminate() -> None:
     _die(lines[-1] if lines else "an exception inside the library")
 
 
-bind(ggml_base, "ggml_set_abort_callback", POINTER, POINTER)(ctypes.cast(_on_abort, POINTER))
+# Other libraries' threads and destructors run on when Python has ended and these functions are gone: so each is taken
+# back before that.
+_set_abort_callback = bind(ggml_base, "ggml_set_abort_callback", POINTER, POINTER)
+atexit.register(_set_abort_callback, _set_abort_callback(ctypes.cast(_on_abort, POINTER)))
 llama.llama_log_set(_keep_log, POINTER(0))
+atexit.register(llama.llama_log_set, llama.llama_log_callback(), POINTER(0))
 llama.llama_backend_init()
 try:
     _set_terminate = ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"]
     _set_terminate.restype, _set_terminate.argtypes = POINTER, [POINTER]
-    _set_terminate(ctypes.cast(_on_terminate, POINTER))
+    atexit.register(_set_terminate, _set_terminate(ctypes.cast(_on_terminate, POINTER)))
 except (OSError, AttributeError):
     pass  # another C++ library: an uncaught exception then ends in the library's own message
