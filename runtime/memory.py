@@ -96,29 +96,42 @@ def _advise(start: int, end: int, advice: int, *, optional: bool = False) -> Non
 
 
 def drop_file_pages() -> None:
-    """Give back all pages that came from files and were never written to; those that are used come again.
+    """Give back all pages of libraries that were never written to; those that are used come again.
 
-    Nothing happens where the kernel does not tell which those are.
+    Nothing happens where the kernel does not tell which those are. Other threads load and close libraries meanwhile,
+    and memory of theirs may come to be where one was: so what is not there any more after all were looked at is left
+    alone, and so are other files, which are mapped for a moment only.
     """
-    with suppress(OSError):
-        for start, end in _file_mappings():
+    with suppress(OSError, EngineError):  # EngineError: it was closed just now
+        unwritten = _unwritten(_library_mappings())
+        for start, end in unwritten & _library_mappings():
             _advise(start, end, _MADV_DONTNEED, optional=True)  # not where somebody has locked them
 
 
-def _file_mappings() -> list[tuple[int, int]]:
-    """Addresses [start, end) of private mappings of files of which this process has written no page, such as those that
-    hold a library's relocated addresses."""
-    found = []
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as rows, open("/proc/self/pagemap", "rb") as pages:
+def _library_mappings() -> set[tuple[int, int]]:
+    """Addresses [start, end) of private mappings that nobody can write to, of files with code that can be run."""
+    readable, with_code = [], set()
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as rows:
         for row in rows:
-            addresses, access, _, _, inode, *_ = row.split(maxsplit=5)
+            addresses, access, _, device, inode, *_ = row.split(maxsplit=5)
             if inode == "0" or access[1] == "w" or access[3] != "p":
                 continue
             start, end = (int(address, 16) for address in addresses.split("-"))
+            readable.append((start, end, (device, inode)))
+            if access[2] == "x":
+                with_code.add((device, inode))
+    return {(start, end) for start, end, file in readable if file in with_code}
+
+
+def _unwritten(mappings: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those of which this process has written no page, as it has where a library's relocated addresses are."""
+    found = set()
+    with open("/proc/self/pagemap", "rb") as pages:
+        for start, end in mappings:
             pages.seek(start // PAGE * _PAGEMAP_ENTRY_BYTES)
             entries = array("Q", pages.read((end - start) // PAGE * _PAGEMAP_ENTRY_BYTES))
             if {entry >> _PAGEMAP_STATE for entry in entries} <= {_NOT_THERE, _FROM_FILE}:
-                found.append((start, end))
+                found.add((start, end))
     return found
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from engines import engine
 
+from runtime import memory
 from runtime.engine import code_pages
 from runtime.engine.code_pages import CodePages
 from runtime.engine.pass_memory import TOKEN
@@ -28,19 +29,58 @@ def test_pages_of_files_are_given_back_and_come_again():
     assert sorted(map(str, range(11)))[2] == "10"
 
 
-def test_pages_that_were_written_stay(tmp_path):
-    path = tmp_path / "file"
+def mapped(path, *rights):
+    """Mappings of a file of two pages, one for each of the rights, and the address of the first one."""
     path.write_bytes(b"a" * 2 * PAGE)
     with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 2 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    pages[0] = ord("b")
-    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        found = [mmap.mmap(file.fileno(), 2 * PAGE, mmap.MAP_PRIVATE, right) for right in rights]
+    return found, ctypes.addressof(ctypes.c_char.from_buffer(found[0]))
+
+
+def forbid_writing(address):
     libc = ctypes.CDLL(None)
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     assert libc.mprotect(address, 2 * PAGE, mmap.PROT_READ) == 0
+
+
+READ, WRITE, EXECUTE = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
+
+
+def test_pages_that_were_written_stay(tmp_path):
+    (pages, _), address = mapped(tmp_path / "library", READ | WRITE, READ | EXECUTE)
+    pages[0] = ord("b")
+    forbid_writing(address)
+    assert (address, address + 2 * PAGE) in memory._library_mappings()
     drop_file_pages()
     assert pages[:2] == b"ba"
     assert pages[PAGE : PAGE + 1] == b"a"
+
+
+def test_files_that_are_no_libraries_are_left_alone(tmp_path):
+    """They are mapped for a moment by any thread, and its memory may be there in the next."""
+    _, address = mapped(tmp_path / "file", READ | WRITE)
+    forbid_writing(address)
+    assert (address, address + 2 * PAGE) not in memory._library_mappings()
+
+
+def test_memory_that_came_where_a_library_was_is_left_alone(tmp_path, monkeypatch):
+    (pages, _), address = mapped(tmp_path / "library", READ | WRITE, READ | EXECUTE)
+    forbid_writing(address)
+    look = memory._unwritten
+
+    def slow_look(mappings):
+        found = look(mappings)
+        assert (address, address + 2 * PAGE) in found
+        libc = ctypes.CDLL(None)
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+        fixed = 0x10
+        libc.mmap(address, 2 * PAGE, READ | WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed, -1, 0)
+        pages[:3] = b"new"
+        return found
+
+    monkeypatch.setattr(memory, "_unwritten", slow_look)
+    drop_file_pages()
+    assert pages[:3] == b"new"
 
 
 def test_what_comes_again_is_counted(monkeypatch):
