@@ -125,6 +125,7 @@ def test_a_stop_at_the_beginning_of_a_pass_ends_it(bundled_model, monkeypatch):
         opened.forget_cancel()
 
 
+@needs_compiled
 def test_a_stop_in_the_middle_of_a_pass_ends_it_at_the_next_node(bundled_model, monkeypatch):
     with engine(bundled_model, Plan(1, 1, Layout.PREFIX), n_threads=2) as opened:
         greedy(opened, PROMPT, 2)
