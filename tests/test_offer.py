@@ -7,6 +7,7 @@ import pytest
 from h2o_cli.session import smallest
 from h2o_cli.session.smallest import of_worker
 from runtime.distributed import offer
+from runtime.engine.layout import Layout
 from runtime.errors import BudgetError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.ledger import usable_bytes
@@ -40,11 +41,12 @@ def test_the_smallest_budget_that_is_named_works_and_one_mb_less_is_refused(file
 def test_room_for_weights_is_that_of_a_token(file, monkeypatch):
     """The placement is made for tokens; in a prompt weights make room."""
     seen = []
+    monkeypatch.setattr(Layout, "spared_bytes", MB)
     monkeypatch.setattr(offer, "_rates", lambda engine: seen.append(engine.layout) or (1.0, 1.0))
     found = offer.measure(file, 1000 * MB, 1, of_worker)
     (layout,) = seen
     in_a_prompt = usable_bytes(1000 * MB) - layout.fixed_bytes
-    assert found.weights_bytes - in_a_prompt == layout.prompt_bytes > 0
+    assert found.weights_bytes - in_a_prompt == layout.prompt_bytes + MB > MB
 
 
 @pytest.mark.parametrize("off", [-MB, 3 * MB])

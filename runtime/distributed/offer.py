@@ -102,11 +102,12 @@ def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, settings
     n_bytes, window = sum(layer_bytes(layer) for layer in part.layers), 2 * smallest_window(part)
     plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes)
     with _opened(part) as hollow, closing(Engine(part, hollow, plan, settings)) as engine:
-        layout = engine.layout
-        room = usable_bytes(budget_bytes) - layout.fixed_bytes + layout.prompt_bytes  # which weights take for a token
         engine.apply(Plan(0, 1, Layout.BALANCED, window_bytes=window))  # nothing stays
         engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
         rate, token_s = _rates(engine)
+        layout = engine.layout
+        for_token = layout.prompt_bytes + layout.spared_bytes  # weights take their place while tokens are computed
+        room = usable_bytes(budget_bytes) - layout.fixed_bytes + for_token
     return Offer(budget_bytes, settings.n_threads, max(0, room), rate, token_s / n_bytes)
 
 

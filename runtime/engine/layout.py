@@ -252,3 +252,8 @@ class Layout:
     def prompt_bytes(self) -> int:
         """The part of the compute buffers that only a prompt needs; weights take its place afterwards."""
         return self._ledgers[PROMPT].compute_bytes - self._ledgers[TOKEN].compute_bytes
+
+    @property
+    def spared_bytes(self) -> int:
+        """Pages of libraries that passes of a few tokens do not use, as far as is known; weights take their place."""
+        return self._code.spared_bytes
