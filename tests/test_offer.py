@@ -17,7 +17,8 @@ from runtime.sizes import MB
 @pytest.fixture
 def file(tiny_model, monkeypatch, tmp_path):
     """With more memory more layers are measured, whose keys and values take more: but only where there is room."""
-    monkeypatch.setattr(offer, "_rates", lambda _engine: (1.0, 1.0))
+    monkeypatch.setattr(offer, "_token_s", lambda _engine: 1.0)
+    monkeypatch.setattr(offer, "_disk_rate", lambda _store, _pieces: 1.0)
     monkeypatch.setattr(smallest, "_path", lambda: tmp_path / "smallest.json")
     shape = "llama:layers=12,dim=512,ffn=512,heads=4,kv_heads=4,vocab=512,ctx=512"
     return ModelFile.open(tiny_model(shape, "q8_0"))
@@ -42,7 +43,7 @@ def test_room_for_weights_is_that_of_a_token(file, monkeypatch):
     """The placement is made for tokens; in a prompt weights make room."""
     seen = []
     monkeypatch.setattr(Layout, "spared_bytes", MB)
-    monkeypatch.setattr(offer, "_rates", lambda engine: seen.append(engine.layout) or (1.0, 1.0))
+    monkeypatch.setattr(offer, "_token_s", lambda engine: seen.append(engine.layout) or 1.0)
     found = offer.measure(file, 1000 * MB, 1, of_worker)
     (layout,) = seen
     in_a_prompt = usable_bytes(1000 * MB) - layout.fixed_bytes
@@ -60,3 +61,35 @@ def test_it_holds_where_the_next_process_takes_some_mb_more_or_less(file, monkey
     new = floor_named(file, floor - MB)
     assert new > floor
     assert floor_named(file, new - MB) == new
+
+
+class BurstyStore:
+    """A disk that is throttled: it gives `burst` bytes at once, then nothing until 0.1 s are over. It rested before."""
+
+    def __init__(self, burst):
+        self.bytes_read, self.busy_s, self._burst, self._saved, self.passes = 0, 0.0, burst, 3 * burst, []
+
+    def need(self, n_bytes):
+        """Read n_bytes."""
+        self.bytes_read += n_bytes
+        self.busy_s += n_bytes / 2e9
+        self._saved -= n_bytes
+        while self._saved < 0:
+            self.busy_s = (self.busy_s // 0.1 + 1) * 0.1
+            self._saved += self._burst
+
+    def computed(self):
+        """Give them back."""
+
+    def end_pass(self, *, complete):
+        """All pieces were read, or not."""
+        self.passes.append(complete)
+
+
+@pytest.mark.parametrize("sizes", [[2 * MB, 1 * MB, 5 * MB], [4 * MB], [100_000, 50_000]])
+@pytest.mark.parametrize("burst", [5 * MB, 20 * MB])
+def test_the_rate_of_a_disk_that_gives_its_bytes_in_bursts(sizes, burst):
+    """Whatever it had saved up, and wherever in a burst measuring ends."""
+    store = BurstyStore(burst)
+    assert offer._disk_rate(store, sizes) == pytest.approx(10 * burst, rel=0.06)
+    assert store.passes == [True] * (len(store.passes) - 1) + [False]

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
+from statistics import linear_regression
 from typing import Protocol
 
 from runtime.engine.borders import Borders
 from runtime.engine.engine import Engine
 from runtime.errors import BudgetError
 from runtime.llama.hollow import HollowModel
-from runtime.llama.model_file import ModelFile
+from runtime.llama.model_file import ModelFile, Piece
 from runtime.passes import Pass
 from runtime.plans.ledger import below_floor, usable_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import layer_bytes, smallest_window
 from runtime.settings import FULL_TILES, Settings
 from runtime.sizes import MB
+from runtime.weights.head_start import open_weights
+from runtime.weights.store import LayerStore
 
 _MOST_BYTES = 64 * MB  # of weights to measure with
 _SHARE = 4  # of the budget, at most
-_RAMP_S, _MEASURED_S = 0.3, 0.5  # of reading: not looked at, looked at
-_MOST_PASSES, _MOST_S = 100, 3.0
+_RAMP_S, _MEASURED_S = 0.3, 0.7  # of reading: not looked at, looked at
+_LEAST_POINTS = 3
+_LEAST_PASSES, _PASSES_S = 5, 0.3  # of computing
+_MOST_S = 3.0  # for each of the two, where a disk is slow
 _TYPICAL_CONTEXT = 512
 
 
@@ -101,31 +108,50 @@ def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, settings
     part = file.owned(layers, head=False, embedding=True)
     n_bytes, window = sum(layer_bytes(layer) for layer in part.layers), 2 * smallest_window(part)
     plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes)
-    with _opened(part) as hollow, closing(Engine(part, hollow, plan, settings)) as engine:
-        engine.apply(Plan(0, 1, Layout.BALANCED, window_bytes=window))  # nothing stays
-        engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
-        rate, token_s = _rates(engine)
-        layout = engine.layout
-        for_token = layout.prompt_bytes + layout.spared_bytes  # weights take their place while tokens are computed
-        room = usable_bytes(budget_bytes) - layout.fixed_bytes + for_token
+    with _opened(part) as hollow:
+        weights = open_weights(part, settings)
+        with closing(Engine(part, hollow, plan, settings, weights)) as engine:
+            engine.apply(Plan(0, 1, Layout.BALANCED, window_bytes=window))  # nothing stays
+            engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
+            token_s, layout = _token_s(engine), engine.layout
+            for_token = layout.prompt_bytes + layout.spared_bytes  # weights take their place while tokens are computed
+            room = usable_bytes(budget_bytes) - layout.fixed_bytes + for_token
+            rate = _disk_rate(weights.store, tuple(part.pieces))
     return Offer(budget_bytes, settings.n_threads, max(0, room), rate, token_s / n_bytes)
 
 
-def _rates(engine: Engine) -> tuple[float, float]:
-    """Bytes per second of the disk, and the fewest seconds of a token without its waits.
-
-    What comes first comes too fast: a disk that is throttled has saved something up, and caches have something.
-    """
-    counters, token_s, start = engine.counters, [], (0, 0.0)
-    end_s = time.perf_counter() + _MOST_S
-    while counters.passes < _MOST_PASSES and counters.busy_s < _RAMP_S + _MEASURED_S:
+def _token_s(engine: Engine) -> float:
+    """The fewest seconds of a token without its waits."""
+    seconds, start_s = math.inf, time.perf_counter()
+    while True:
         before_s, waited_s = time.perf_counter(), engine.waited_s
         engine.truncate(0)
         engine.forward([0])
-        token_s.append(time.perf_counter() - before_s - (engine.waited_s - waited_s))
-        if counters.busy_s < _RAMP_S and before_s < end_s - _MOST_S / 2:
-            start = counters.bytes_read, counters.busy_s
-        if before_s > end_s:
+        now_s = time.perf_counter()
+        seconds = min(seconds, now_s - before_s - (engine.waited_s - waited_s))
+        enough = engine.counters.passes >= _LEAST_PASSES and now_s - start_s > _PASSES_S
+        if enough or now_s - start_s > _MOST_S:
+            return seconds
+
+
+def _disk_rate(store: LayerStore, pieces: Sequence[Piece]) -> float:
+    """Bytes per second of pieces that are read one after the other while nothing is computed.
+
+    A disk that is throttled saves something up whenever it rests. It rests while layers are computed, and would look
+    faster than it is all the time. It gives its bytes in bursts, so the rate is the slope of a line through all of them.
+    """
+    begun_s, end_s = store.busy_s, time.perf_counter() + _MOST_S
+    seen: list[tuple[float, int]] = []
+    for i in count(1):
+        store.need(pieces[i % len(pieces) - 1])
+        store.computed()
+        seen.append((store.busy_s, store.bytes_read))
+        is_over = store.busy_s > begun_s + _RAMP_S + _MEASURED_S or time.perf_counter() > end_s
+        if is_over or i % len(pieces) == 0:
+            store.end_pass(complete=not is_over)
+        if is_over:
             break
-    seconds = counters.busy_s - start[1]
-    return (counters.bytes_read - start[0]) / seconds if seconds > 0 else 0.0, min(token_s)
+    later = [point for point in seen if point[0] > begun_s + _RAMP_S]
+    if len(later) < _LEAST_POINTS:
+        return store.bytes_read / (store.busy_s or 1.0)
+    return linear_regression(*zip(*later, strict=True)).slope
