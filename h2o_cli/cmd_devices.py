@@ -97,7 +97,7 @@ def _text(found: dict[str, Any]) -> str:
                 layers,
             ]
         )
-    return f"{table(rows, right=(1, 2, 3))}\n\na token: {_ms(found['predicted_ms_per_token'])} without the head"
+    return f"{table(rows, right=(1, 2, 3))}\n\na token: {_ms(found['predicted_ms_per_token'])}"
 
 
 def _ms(value: float | None) -> str:

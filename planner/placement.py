@@ -6,7 +6,7 @@ ranges) or in several (a ring of short ranges). A token takes the longer of two 
 
     the busiest disk     max over devices  streamed_i / disk_i
     one after the other  sum over devices  max(compute_i, rounds * max(0, streamed_i / rounds - window_i) / disk_i)
-                         + what the hops between devices take
+                         + what the hops between devices take + what the root takes for the head
 
 A device reads ahead while the others compute, but only as far as its window goes; what is more than that in one round
 has to be waited for. The formula was checked against 12 measured set-ups (tests/test_placement.py).
@@ -52,12 +52,14 @@ class Device:
 class SplitModel:
     """A model that can be cut between its groups: bytes of each layer and, last, of the head; bytes of a hidden state.
 
-    piece_bytes: of the largest piece, the least that a window takes.
+    piece_bytes: of the largest piece, the least that a window takes. root_s: what a token takes at the root, between
+    the last group and the first one, wherever the groups are.
     """
 
     group_bytes: tuple[int, ...]
     hidden_bytes: int
     piece_bytes: int
+    root_s: float = 0.0
 
     @property
     def n_bytes(self) -> int:
@@ -132,7 +134,7 @@ def predicted(
         n_groups[r.device] += r.end - r.begin
         n_bytes[r.device] += sum(model.group_bytes[r.begin : r.end])
     hops_s = sum(devices[r.device].hop_s(model.hidden_bytes) for r in ranges) if len(devices) > 1 else 0.0
-    shares, disk_s, others_s = [], 0.0, hops_s
+    shares, disk_s, others_s = [], 0.0, hops_s + model.root_s
     for i, device in enumerate(devices):
         window = windows[i] if windows else _window(n_bytes[i] - device.memory_bytes, rounds, model.piece_bytes)
         if n_bytes[i] > device.memory_bytes < window:

@@ -53,6 +53,14 @@ def test_uneven_disks_as_they_were_measured():
     assert predicted(QWEN, devices, ranges_of((18, 6), 1), [6 * LAYER] * 2).token_s == pytest.approx(1.80, rel=0.02)
 
 
+def test_the_head_is_part_of_a_token_and_the_disks_work_meanwhile():
+    in_memory, streamed = [of_layers(8)] * 3, [of_layers(6)] * 3
+    with_head = replace(QWEN, root_s=0.05)
+    ranges = ranges_of((8, 8, 8), 8)
+    assert predicted(with_head, in_memory, ranges).token_s == predicted(QWEN, in_memory, ranges).token_s + 0.05
+    assert predicted(with_head, streamed, ranges).token_s == predicted(QWEN, streamed, ranges).token_s > 0.1
+
+
 def test_layers_follow_the_disks():
     found = placed(QWEN, [of_layers(6, 300 * MB), of_layers(6, 100 * MB)])
     first, second = (share.n_groups for share in found.shares)

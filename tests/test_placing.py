@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,16 +12,19 @@ pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 from cluster import MB, workers
 
 from h2o_cli.main import run_command as h2o
+from h2o_cli.session import placing
 from h2o_cli.session.members import Devices, survey
 from h2o_cli.session.placing import given, place, split_model
 from h2o_cli.session.smallest import of_worker
 from planner.placement import Device
 from runtime.distributed import offer
+from runtime.distributed.head_time import measure_head
 from runtime.distributed.offer import measure
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.residency import layer_bytes
+from runtime.weights.files import WeightFiles
 
 
 @pytest.fixture
@@ -30,13 +34,15 @@ def file(tiny_model):
 
 def test_devices_that_hold_half_each_get_half_each(file):
     half = sum(layer_bytes(layer) for layer in file.layers) // 2
-    found = place(file, [Device("a:1", half, 1e6, 1e-9, 1e-5), Device("b:1", half, 1e6, 1e-9, 1e-5)])
+    found = place(split_model(file), [Device("a:1", half, 1e6, 1e-9, 1e-5), Device("b:1", half, 1e6, 1e-9, 1e-5)])
     assert found.stages == ((0, 2, "a:1"), (2, 4, "b:1"))
     assert (found.layers_of("b:1"), found.left_out) == ([2, 3], ())
 
 
 def test_a_device_behind_a_slow_link_is_left_out_with_both_numbers(file):
-    found = place(file, [Device("a:1", 100 * MB, 1e9, 1e-9, 1e-5), Device("b:1", 100 * MB, 1e9, 1e-9, 0.5)])
+    found = place(
+        split_model(file), [Device("a:1", 100 * MB, 1e9, 1e-9, 1e-5), Device("b:1", 100 * MB, 1e9, 1e-9, 0.5)]
+    )
     ((address, with_s, without_s),) = found.left_out
     assert (address, found.layers_of("b:1")) == ("b:1", [])
     assert without_s == found.token_s < 0.5 < with_s
@@ -45,7 +51,7 @@ def test_a_device_behind_a_slow_link_is_left_out_with_both_numbers(file):
 def test_hidden_states_in_16_bits_are_half_as_long(file):
     assert 2 * split_model(file, "f16").hidden_bytes == split_model(file).hidden_bytes > 0
     slow = [Device(name, 100 * MB, 1e6, 1e-9, 1e-5, 1e4) for name in ("a:1", "b:1")]
-    (short,), (long,) = place(file, slow, hidden="f16").left_out, place(file, slow).left_out
+    (short,), (long,) = (place(split_model(file, kind), slow).left_out for kind in ("f16", "f32"))
     assert short[1] < long[1]  # seconds with the device that is left out
 
 
@@ -78,13 +84,31 @@ def test_measuring_ends_on_a_machine_that_has_no_time(file, monkeypatch):
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_the_head_is_measured_without_a_read(tiny_model, kind, monkeypatch):
+    file = ModelFile.open(tiny_model("qwen2", kind))
+    monkeypatch.setattr(WeightFiles, "read", None)
+    for budget_bytes in (1000 * MB, 2 * layer_bytes(file.head)):  # with all of it, and with half
+        assert 0 < measure_head(file, budget_bytes, 1) < 0.1
+    assert measure_head(file.owned([0], head=False, embedding=True), 1000 * MB, 1) == 0
+
+
+def test_the_head_is_in_what_is_predicted(file, monkeypatch):
+    with workers(1, [file.path]) as (worker,):
+        devices = Devices(worker.address)
+        for seconds in (0.0, 5.0):
+            monkeypatch.setattr(placing, "measure_head", lambda *_, s=seconds: s)
+            found = survey(file, replace(devices, refresh=True), 300 * MB, 1, print)
+            assert found["predicted_ms_per_token"] // 1000 == seconds
+
+
 def test_devices_are_shown(file, capsys):
     with workers(2, [file.path]) as found:
         addresses = [worker.address for worker in found]
         assert h2o(["devices", str(file.path), "--workers", ",".join(addresses)]) == 0
         out = capsys.readouterr().out
         assert all(address in out for address in addresses)
-        assert "without the head" in out
+        assert "a token: " in out
         facts = survey(file, Devices(f"local,{addresses[0]}"), 300 * MB, 1, print)
         local, other = facts["devices"]
         assert (local["address"], local["link_ms"], other["address"]) == ("local", None, addresses[0])

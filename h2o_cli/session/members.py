@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from h2o_cli.session.placing import LOCAL, Place, device_of, given, here, hidden_bytes, place, split_model
+from h2o_cli.session.placing import LOCAL, Place, device_of, given, head_s, here, hidden_bytes, place, split_model
 from planner.placement import Device, SplitModel
 from planner.rebalance import LEAST_SEEN, corrected, moved, slowness, smoothed
 from runtime.distributed.cluster import Cluster, Stage
@@ -97,12 +97,12 @@ class Team:
         by_address = _greet(file, devices, note)
         links = list(by_address.values())
         try:
-            counts = devices.counts(file.n_layers)
+            counts, model = devices.counts(file.n_layers), split_model(file, devices.hidden)
             if counts:
                 found = given(addresses, counts)
             else:
-                measured = _measured(file, devices, by_address, budget_bytes, n_threads)
-                found = place(file, measured, devices.slower, devices.hidden)
+                model, measured = _measured(file, devices, by_address, budget_bytes, n_threads)
+                found = place(model, measured, devices.slower)
         except BaseException:
             _close(links)
             raise
@@ -120,7 +120,7 @@ class Team:
         cluster.window_bytes, cluster.hidden = found.window_bytes, devices.hidden
         if devices.hidden != F32:
             note("hidden states travel rounded to 16 bits: the answer is not exact")
-        return cls(part, found, cluster, split_model(file, devices.hidden))
+        return cls(part, found, cluster, model)
 
     def check(self, hollow: HollowModel, settings: Settings) -> None:
         """Raise EngineError where the model cannot be cut like this."""
@@ -157,7 +157,7 @@ class Team:
                     f"{link.address}: layers {_text(link.ranges)}, {memory} ({format_size(ready.budget_bytes)})"
                 )
         if self.place.token_s:
-            lines.append(f"a token is predicted to take {_ms(self.place.token_s)} without the head")
+            lines.append(f"a token is predicted to take {_ms(self.place.token_s)}")
         return lines
 
     @property
@@ -186,8 +186,7 @@ class Team:
         expected = dict(zip([device.address for device in placement.devices], placement.turns_s, strict=True))
         if LOCAL in expected:
             latencies[LOCAL] = cluster.own_latencies
-            here = next(device for device in placement.devices if device.address == LOCAL)
-            expected[LOCAL] += layer_bytes(self.part.head) * here.compute_s_per_byte
+            expected[LOCAL] += self.model.root_s
         seen = {address: smoothed(found) for address, found in latencies.items() if len(found) >= LEAST_SEEN}
         ratios = {address: ratio for address, ratio in slowness(expected, seen).items() if address != LOCAL}
         after = corrected(factors, ratios)
@@ -265,15 +264,17 @@ def _close(links: Iterable[Link]) -> None:
 
 def _measured(
     file: ModelFile, devices: Devices, links: Mapping[str, Link], budget_bytes: int, n_threads: int
-) -> list[Device]:
-    """The devices as they are."""
+) -> tuple[SplitModel, list[Device]]:
+    """The model with what its head takes here, and the devices as they are."""
     n_bytes, refresh = hidden_bytes(file, devices.hidden), devices.refresh
-    return [
-        here(file, budget_bytes, n_threads, refresh=refresh)
+    limits = budget_bytes, n_threads
+    measured = [
+        here(file, *limits, refresh=refresh)
         if address == LOCAL
         else device_of(links[address], n_bytes, refresh=refresh)
         for address in devices.addresses
     ]
+    return split_model(file, devices.hidden, head_s(file, *limits, refresh=refresh)), measured
 
 
 def survey(
@@ -282,10 +283,10 @@ def survey(
     """What `h2o devices --json` prints. Raises UsageError, WorkerError, BudgetError."""
     links = _greet(file, devices, note)
     try:
-        measured = _measured(file, devices, links, budget_bytes, n_threads)
+        model, measured = _measured(file, devices, links, budget_bytes, n_threads)
     finally:
         _close(links.values())
-    found = place(file, measured, hidden=devices.hidden)
+    found = place(model, measured)
     left_out = {address: {"with_ms": _finite(a), "without_ms": _finite(b)} for address, a, b in found.left_out}
     n_bytes = sum(layer_bytes(layer) for layer in file.layers)
     return {

@@ -12,6 +12,7 @@ from h2o_cli.session.device_profiles import kept
 from h2o_cli.session.smallest import of_worker
 from planner.placement import Choice, Device, Placement, SplitModel, choose_devices
 from planner.rebalance import as_seen
+from runtime.distributed.head_time import measure_head
 from runtime.distributed.hidden import F32, NUMBER_BYTES
 from runtime.distributed.link import Link
 from runtime.distributed.offer import measure
@@ -29,8 +30,8 @@ _NEAR, _NEAR_S = 2.0, 0.0005  # times as long, and seconds more or less: a round
 class Place:
     """Where the layers go. stages: (first, last, address) in order; window_bytes: of each device, 0: its own choice.
 
-    token_s: what a token is predicted to take, without the head; 0 where nobody has worked it out. placement: the
-    planner's own, of a model and devices as they were measured; None where layers were given by hand.
+    token_s: what a token is predicted to take; 0 where nobody has worked it out. placement: the planner's own, of a
+    model and devices as they were measured; None where layers were given by hand.
     """
 
     stages: tuple[tuple[int, int, str], ...]
@@ -45,12 +46,13 @@ class Place:
         return [layer for first, last, owner in self.stages if owner == address for layer in range(first, last)]
 
 
-def split_model(file: ModelFile, hidden: str = F32) -> SplitModel:
-    """The layers as the planner sees them; the head stays where the token is chosen."""
+def split_model(file: ModelFile, hidden: str = F32, root_s: float = 0.0) -> SplitModel:
+    """The layers as the planner sees them; the head stays where the token is chosen, and takes root_s there."""
     return SplitModel(
         group_bytes=tuple(layer_bytes(layer) for layer in file.layers),
         hidden_bytes=hidden_bytes(file, hidden),
         piece_bytes=max(1, smallest_window(file.owned(range(file.n_layers), head=False, embedding=False))),
+        root_s=root_s,
     )
 
 
@@ -89,20 +91,31 @@ def here(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = 
         offer = measure(file, budget_bytes, n_threads, of_worker)
         return offer.weights_bytes, offer.disk_bytes_per_s, offer.compute_s_per_byte
 
-    group = Path("/proc/self/cgroup").read_text()  # with limits of its own
-    key = f"here {file.hash} {file.path} {budget_bytes} {n_threads} {build()} {group.strip()}"
-    weights_bytes, rate, s_per_byte = kept(key, numbers, refresh=refresh)
+    weights_bytes, rate, s_per_byte = kept(_key("here", file, budget_bytes, n_threads), numbers, refresh=refresh)
     return Device(LOCAL, max(0, int(weights_bytes) - layer_bytes(file.head)), rate, s_per_byte)
 
 
-def place(
-    file: ModelFile, devices: Sequence[Device], slower: Mapping[str, float] | None = None, hidden: str = F32
-) -> Place:
+def head_s(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = False) -> float:
+    """Seconds that the head takes this machine for a token, as it was measured in the last hour, or now."""
+
+    def numbers() -> tuple[float, ...]:
+        return (measure_head(file, budget_bytes, n_threads),)
+
+    return kept(_key("head", file, budget_bytes, n_threads), numbers, refresh=refresh)[0]
+
+
+def _key(what: str, file: ModelFile, budget_bytes: int, n_threads: int) -> str:
+    """Of something that was measured on this machine."""
+    group = Path("/proc/self/cgroup").read_text()  # with limits of its own
+    return f"{what} {file.hash} {file.path} {budget_bytes} {n_threads} {build()} {group.strip()}"
+
+
+def place(model: SplitModel, devices: Sequence[Device], slower: Mapping[str, float] | None = None) -> Place:
     """The fastest placement on these devices, which are in the order of their priority. Raises BudgetError.
 
     slower: address -> how many times longer it was seen to take than it was measured.
     """
-    choice: Choice = choose_devices(split_model(file, hidden), as_seen(devices, slower or {}))
+    choice: Choice = choose_devices(model, as_seen(devices, slower or {}))
     placement = choice.placement
     return Place(
         tuple((r.begin, r.end, placement.devices[r.device].address) for r in placement.ranges),

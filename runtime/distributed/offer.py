@@ -27,6 +27,7 @@ from runtime.weights.store import LayerStore
 
 _MOST_BYTES = 64 * MB  # of weights to measure with
 _SHARE = 4  # of the budget, at most
+_VISIT_BYTES = 3 * MB  # what gRPC and a conversation take as soon as a root is there (measured: 2.5 to 3.6 MB)
 _RAMP_S, _MEASURED_S = 0.3, 0.7  # of reading: not looked at, looked at
 _LEAST_POINTS = 3
 _LEAST_PASSES, _PASSES_S = 5, 0.3  # of computing
@@ -117,7 +118,8 @@ def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, settings
             for_token = layout.prompt_bytes + layout.spared_bytes  # weights take their place while tokens are computed
             room = usable_bytes(budget_bytes) - layout.fixed_bytes + for_token
             rate = _disk_rate(weights.store, tuple(part.pieces))
-    return Offer(budget_bytes, settings.n_threads, max(0, room), rate, token_s / n_bytes)
+    room = max(room - _VISIT_BYTES, min(room, window), 0)
+    return Offer(budget_bytes, settings.n_threads, room, rate, token_s / n_bytes)
 
 
 def _token_s(engine: Engine) -> float:
@@ -138,7 +140,7 @@ def _disk_rate(store: LayerStore, pieces: Sequence[Piece]) -> float:
     """Bytes per second of pieces that are read one after the other while nothing is computed.
 
     A disk that is throttled saves something up whenever it rests. It rests while layers are computed, and would look
-    faster than it is all the time. It gives its bytes in bursts, so the rate is the slope of a line through all of them.
+    faster than it is all the time. It gives its bytes in bursts: the rate is the slope of a line through all of them.
     """
     begun_s, end_s = store.busy_s, time.perf_counter() + _MOST_S
     seen: list[tuple[float, int]] = []

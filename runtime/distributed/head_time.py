@@ -1,0 +1,57 @@
+"""What the head takes a root for a token, on top of what the machines with layers take."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from contextlib import ExitStack
+
+from runtime.llama import abi
+from runtime.llama.model_file import ModelFile
+from runtime.llama.own_graph import OwnGraph, describe, operate
+from runtime.memory import Region
+from runtime.plans.residency import layer_bytes
+from runtime.sizes import MB
+
+_MOST_BYTES = 64 * MB  # of weights to measure with: more than a processor keeps near itself
+_SHARE = 4  # of the budget, at most
+_TIMES = 3  # and once before, which wakes the threads
+_TYPES = 64  # more than ggml has
+
+
+def measure_head(file: ModelFile, budget_bytes: int, n_threads: int) -> float:
+    """Seconds of the head's product for one token.
+
+    Nothing is read: a product takes as long whatever the numbers are, so these are zeros. Where the head is larger than
+    what is measured with, its time grows with its bytes.
+    """
+    if not file.head.pieces:
+        return 0.0
+    matrix = file.head.pieces[0].tensor
+    n_rows = max(1, min(matrix.n_rows, min(_MOST_BYTES, budget_bytes // _SHARE) // matrix.row_bytes))
+    n_bytes, n_in = n_rows * matrix.row_bytes, matrix.shape[0]
+    weights, inputs, outputs = abi.Tensor(), abi.Tensor(), abi.Tensor()
+    operate(outputs, abi.OP_MUL_MAT, weights, inputs)
+    with ExitStack() as opened:
+        region = Region(n_bytes + 4 * (n_in + n_rows))
+        opened.callback(region.free)
+        ctypes.memset(region.address, 0, region.n_bytes)  # pages that nobody has written are all the same one
+        describe(weights, region.address, (n_in, n_rows), _type_number(matrix.type_name))
+        weights.nb[0] = matrix.row_bytes * abi.ggml_blck_size(weights.type) // n_in
+        weights.nb[1], weights.nb[2], weights.nb[3] = matrix.row_bytes, n_bytes, n_bytes
+        describe(outputs, region.address + n_bytes, (n_rows, 1))
+        describe(inputs, region.address + n_bytes + 4 * n_rows, (n_in, 1))
+        graph = OwnGraph(n_threads, [outputs])
+        opened.callback(graph.close)
+        seconds = min([_seconds(graph) for _ in range(1 + _TIMES)][1:])
+    return seconds * layer_bytes(file.head) / n_bytes
+
+
+def _seconds(graph: OwnGraph) -> float:
+    start_s = time.perf_counter()
+    graph.compute("the head", "report this")
+    return time.perf_counter() - start_s
+
+
+def _type_number(name: str) -> int:
+    return next(i for i in range(_TYPES) if abi.ggml_type_name(i) == name.encode())
