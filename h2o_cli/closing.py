@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from h2o_cli.output import versions
@@ -25,11 +26,12 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "ttft_process_s": None if statistics.ttft_s is None else meter_start_s + statistics.ttft_s,
         "prefill_tokens_per_s": statistics.prefill_tokens_per_s,
         "decode_ms_per_token": statistics.decode_ms_per_token,
-        "predicted_ms_per_token": predicted_ms(session),
+        "predicted_ms_per_token": predicted_ms(session, statistics),
         "tokens_per_s": statistics.tokens_per_s,
         "bytes_read_per_token": statistics.bytes_read_per_token,
         "bytes_asked_per_token": statistics.bytes_asked_per_token,
         "streamed_bytes": session.engine.streamed_bytes,
+        "streamed_bytes_per_pass": statistics.streamed_bytes_per_pass,
         "disk_wait_ms_per_token": statistics.disk_wait_ms_per_token,
         "peak_memory_bytes": peak_bytes(),
         "budget_bytes": session.budget_bytes,
@@ -66,15 +68,18 @@ def draft_saved_s(session: Session) -> float | None:
     return used.saved_s if used and used.drafter.name == DRAFT else None
 
 
-def predicted_ms(session: Session) -> float | None:
-    """What the profile says of a token in memory as it is shared out now; None without a profile."""
+def predicted_ms(session: Session, statistics: Statistics) -> float | None:
+    """What the profile says of a token in memory as it was shared out during this answer; None without a profile."""
     profile, engine = session.model.profile, session.engine
     if session.model.team:
         return 1000 * session.model.team.place.token_s or None
     if profile is None:
         return None
+    streamed = statistics.streamed_bytes_per_pass
+    more = 0 if streamed is None else engine.streamed_bytes - int(streamed)  # than there are at the end of the answer
+    ledger = replace(engine.ledger, resident_bytes=engine.ledger.resident_bytes + more)
     try:
-        return profile.token_ms(engine.plan, engine.ledger)
+        return profile.token_ms(engine.plan, ledger)
     finally:
         profile.rest()
 
@@ -100,7 +105,7 @@ def closing_line(session: Session, statistics: Statistics, *, cut: bool = False)
 
 def _speed(session: Session, statistics: Statistics, measured_ms: float) -> list[tuple[int, str]]:
     """How fast the tokens came, beside what could be expected."""
-    predicted = None if statistics.accepted else predicted_ms(session)
+    predicted = None if statistics.accepted else predicted_ms(session, statistics)
     beside = f" (predicted {_digits(predicted)})" if predicted else ""
     parts = [
         (0, f"then {_digits(measured_ms)} ms each{beside}"),

@@ -372,6 +372,8 @@ def _decide(profile: ModelProfile, options: PlanOptions) -> tuple[Outlook, Choic
     outlook = Outlook(
         choice.plan,
         choice.predicted_ms_per_token,
+        choice.full_ms_per_token,
+        ctx,
         choice.predicted_ttft_s,
         choice.limit_ms_per_token,
         budget,

@@ -98,7 +98,13 @@ def _arm_text(arm: Plan) -> str:
 
 
 def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats: PlanStats) -> Outlook:
-    """The plan the search ended with: predicted from the profile, measured, and where the process's bytes go."""
+    """The plan the search ended with: predicted from the profile, measured, and where the process's bytes go.
+
+    All of it is for what the process leaves for weights as it is.
+    """
+    from planner.footprint import streamable_bytes
+    from planner.simulator import limit_s, token_s
+
     row = found.best_row
     budget = written.budget_bytes
     fixed = budget - found.available_bytes
@@ -119,6 +125,9 @@ def _live_outlook(found: LiveSearch, profile: ModelProfile, written: Plan, stats
     how = f"{found.n_pulls} pulls of {measured} plans on process {stats.pid}"
     return replace(
         outlook_of(profile, written, budget, LEAST_UBATCH),
+        ms_per_token=1000 * token_s(profile, row.arm),
+        full_ms=None,
+        limit_ms=1000 * limit_s(profile, streamable_bytes(profile) - row.arm.pinned_bytes),
         budget_bytes=budget,
         floor_bytes=_floor(profile, stats),
         ledger=ledger,

@@ -19,14 +19,21 @@ if TYPE_CHECKING:
     from runtime.kv.options import KvFilter
 
 MOST_ARMS_SHOWN = 16
+SAME_SPEED = 0.02  # relative; a full context that makes no more of a difference is not told apart
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """A plan with what it should reach on the profiled machine. ledger: part -> bytes."""
+    """A plan with what it should reach on the profiled machine. ledger: part -> bytes.
+
+    full_ms: per token when the context of ctx tokens is full (None: not known); all other times are for the start of an
+    answer.
+    """
 
     plan: Plan
     ms_per_token: float | None = None
+    full_ms: float | None = None
+    ctx: int = 0
     ttft_s: float | None = None
     limit_ms: float | None = None
     budget_bytes: int = 0
@@ -42,7 +49,7 @@ class Outlook:
         if profile.knows_memory:
             return self
         weights = {part: n for part, n in (self.ledger or {}).items() if part in ("resident_bytes", "window_bytes")}
-        return replace(self, floor_bytes=0, ttft_s=None, ledger=weights)
+        return replace(self, floor_bytes=0, ttft_s=None, full_ms=None, ledger=weights)
 
 
 def outlook_of(
@@ -50,34 +57,45 @@ def outlook_of(
 ) -> Outlook:
     """What a plan should reach in a context of ctx tokens whose keys and values are kept as kv says.
 
-    floor_bytes: the smallest budget, where it is known better than from the profile (0: not).
+    A plan made for a budget is filled to it, as a run does. floor_bytes: the smallest budget, where it is known better
+    than from the profile (0: not).
     """
-    from planner.arms import in_bytes
+    from planner.arms import filled, in_bytes, when_full
     from planner.footprint import measure_footprint, streamable_bytes
     from planner.simulator import first_token_s, limit_s, token_s
 
-    arm = in_bytes(profile, wanted)
+    arm = full = in_bytes(profile, wanted)
     footprint = measure_footprint(profile, ctx, LEAST_UBATCH, kv, floor_bytes)
+    if wanted.budget_bytes and budget >= footprint.floor_bytes:
+        arm = filled(profile, arm, footprint.available_bytes(budget))
+        full = when_full(profile, arm, footprint.available_bytes(budget, full=True))
     return Outlook(
         wanted,
         1000 * token_s(profile, arm),
+        1000 * token_s(profile, full),
+        ctx,
         first_token_s(profile, arm, LEAST_UBATCH, LEAST_UBATCH),
         1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
         budget,
         footprint.floor_bytes,
-        footprint.ledger(budget, arm.pinned_bytes, arm.window_bytes, full=not wanted.budget_bytes),
+        footprint.ledger(budget, arm.pinned_bytes, arm.window_bytes, always=not wanted.budget_bytes),
         kv=kv,
     ).known(profile)
 
 
 def as_json(outlook: Outlook, profile: ModelProfile | None, path: Path) -> dict[str, Any]:
     """What `--json` prints."""
+    from planner.kv import START_POSITIONS
+
     chosen, kv = outlook.plan, outlook.kv
     return {
         "k": chosen.k,
         "w": chosen.w,
         "layout": chosen.layout.label,
         "predicted_ms_per_token": outlook.ms_per_token,
+        "predicted_positions": START_POSITIONS if outlook.full_ms else None,
+        "predicted_full_ms_per_token": outlook.full_ms,
+        "ctx_tokens": outlook.ctx or None,
         "predicted_ttft_s": outlook.ttft_s,
         "limit_ms_per_token": outlook.limit_ms,
         "budget_bytes": outlook.budget_bytes,
@@ -111,7 +129,8 @@ def report(outlook: Outlook, profile: ModelProfile | None) -> str:
         share = outlook.limit_ms / outlook.ms_per_token
         first = "" if outlook.ttft_s is None else f", first token after {outlook.ttft_s:.2f} s"
         lines += [
-            f"predicted: {outlook.ms_per_token:.1f} ms per token ({1000 / outlook.ms_per_token:.1f} tokens/s){first}",
+            f"predicted: {outlook.ms_per_token:.1f} ms per token ({1000 / outlook.ms_per_token:.1f} tokens/s)"
+            f"{_where(outlook, outlook.ms_per_token)}{first}",
             f"limit: {outlook.limit_ms:.1f} ms per token ({share:.0%} of it reached)",
         ]
     if outlook.method:
@@ -130,6 +149,17 @@ def report(outlook: Outlook, profile: ModelProfile | None) -> str:
     if outlook.helps:
         lines += ["what would help:", *(f"  {line}" for line in outlook.helps)]
     return "\n".join(lines)
+
+
+def _where(outlook: Outlook, ms_per_token: float) -> str:
+    """Where in its context an answer is that fast, and how fast it is at the end of it."""
+    from planner.kv import START_POSITIONS
+
+    if not outlook.full_ms:
+        return ""
+    if abs(outlook.full_ms - ms_per_token) <= SAME_SPEED * ms_per_token:
+        return f" in all of a context of {outlook.ctx}"
+    return f" at {START_POSITIONS} positions, {outlook.full_ms:.1f} ms at {outlook.ctx} (full)"
 
 
 def explain_choice(choice: Choice) -> str:

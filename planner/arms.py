@@ -75,6 +75,17 @@ def filled(profile: ModelProfile, arm: Plan, available_bytes: int) -> Plan:
     return replace(arm, k=k, pinned_bytes=pinned, window_bytes=window)
 
 
+def when_full(profile: ModelProfile, arm: Plan, available_bytes: int) -> Plan:
+    """The arm when a full context leaves available_bytes: weights have made room, and the window is the same.
+
+    Where everything was in memory until then, the window is the one that w stands for.
+    """
+    if arm.window_bytes or available_bytes >= streamable_bytes(profile):
+        return filled(profile, arm, available_bytes)
+    window = in_bytes(profile, replace(arm, k=0, pinned_bytes=0)).window_bytes
+    return filled(profile, replace(arm, window_bytes=window), available_bytes)
+
+
 @cache
 def _bytes_of_k(sizes: tuple[int, ...], layout: Layout) -> list[int]:
     """Bytes of k whole layers, for every k."""

@@ -97,7 +97,7 @@ def _predicted(profile: ModelProfile, n_texts: int, arm: Plan, positions_each: i
 
 def batch_footprint(profile: ModelProfile, n_texts: int, positions_each: int, kv: KvUse = F16) -> Footprint:
     """What a process needs besides weights, all its positions in use."""
-    one, unused = measure_footprint(profile, positions_each * n_texts, FULL_TILES, kv), profile.memory.unused_bytes
+    one = measure_footprint(profile, positions_each * n_texts, FULL_TILES, kv)
     compute_bytes, prompt_bytes = one.compute_bytes, one.prompt_bytes
     if n_texts > 1 and profile.batches:
         compute_bytes = int(_between([(b.n_texts, b.pass_bytes) for b in profile.batches], n_texts))
@@ -107,9 +107,8 @@ def batch_footprint(profile: ModelProfile, n_texts: int, positions_each: int, kv
         compute_bytes += (n_texts - 1) * n_vocab * (_LOGIT_BYTES + SAMPLER_BYTES_PER_TOKEN)
     return replace(
         one,
-        process_bytes=one.process_bytes - unused,
         compute_bytes=compute_bytes,
-        prompt_bytes=max(0, prompt_bytes) + unused,
+        prompt_bytes=max(0, prompt_bytes),
         later_bytes=0,
         margin_bytes=one.margin_bytes + TURNS_MARGIN_BYTES - MARGIN_BYTES,
     )

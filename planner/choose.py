@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from planner.arms import h2o_arms
+from planner.arms import h2o_arms, when_full
 from planner.exact import Best, best_arm
 from planner.footprint import Footprint, measure_footprint, streamable_bytes
 from planner.kv import KvUse
@@ -33,11 +33,13 @@ WORTH_SAYING = 0.99  # what helps is named when it brings the time below this pa
 class Choice:
     """A plan for a budget, and the figures that justify it. ledger's parts add up to the budget.
 
-    statistics is what the bandit saw, with the disk at BESIDE of its speed. exact is the exact search's arm.
+    full_ms_per_token is predicted for a full context, all other figures are for START_POSITIONS (kv.py). statistics is
+    what the bandit saw, with the disk at BESIDE of its speed. exact is the exact search's arm.
     """
 
     plan: Plan
     predicted_ms_per_token: float
+    full_ms_per_token: float
     predicted_ttft_s: float
     limit_ms_per_token: float
     floor_bytes: int
@@ -72,9 +74,11 @@ def choose(
     exact, bandit = pick(profile, arms), play(profile, arms, seed)
     best, method = decide(profile, bandit, exact)
     arm = best.arm
+    full = when_full(profile, arm, footprint.available_bytes(budget_bytes, full=True))
     return Choice(
         plan=replace(arm, budget_bytes=budget_bytes, model_hash=profile.model.hash),
         predicted_ms_per_token=best.token_ms,
+        full_ms_per_token=1000 * token_s(profile, full),
         predicted_ttft_s=first_token_s(profile, arm, PROMPT_TOKENS, ubatch_tokens),
         limit_ms_per_token=1000 * limit_s(profile, streamable_bytes(profile) - arm.pinned_bytes),
         floor_bytes=footprint.floor_bytes,

@@ -13,7 +13,7 @@ from runtime.kv.roles import default_filters, layer_roles
 from runtime.plans.ledger import touched_bytes
 
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of this
-EARLY_POSITIONS = 256  # a prompt and the beginning of its answer: what a plan is made for
+START_POSITIONS = 64  # a short prompt and the first tokens of its answer: what a plan is made for
 _F16_BYTES = 2  # per element: rows in a profile are f16
 _BLOCKS = {"f16": (1, 2), "f32": (1, 4), "q8_0": (32, 34), "q4_0": (32, 18)}  # elements and bytes of a block
 
@@ -36,7 +36,7 @@ class KvUse:
 class KvNeeds:
     """Bytes of llama.cpp's cache without what a disk store spares, of a filter's own memory, and of its code.
 
-    later_bytes: the part of kv_bytes for positions from EARLY_POSITIONS on. Weights make room for them.
+    later_bytes: the part of kv_bytes for positions from START_POSITIONS on. Weights make room for them.
     """
 
     kv_bytes: int
@@ -72,15 +72,15 @@ def kv_needs(profile: ModelProfile, use: KvUse, ctx_tokens: int) -> KvNeeds:
     parts = _parts(profile.kv, use.kv_type, padded(ctx_tokens))
     rows = [part for both in parts.values() for part in both]
     kv_bytes = sum(part.n_cells * part.row_bytes for part in rows)
-    early_bytes = sum(touched_bytes(part.row_bytes, part.n_cells, EARLY_POSITIONS) for part in rows)
+    start_bytes = sum(touched_bytes(part.row_bytes, part.n_cells, START_POSITIONS) for part in rows)
     if use.filter is None:
-        return KvNeeds(kv_bytes, later_bytes=max(0, kv_bytes - early_bytes))
+        return KvNeeds(kv_bytes, later_bytes=max(0, kv_bytes - start_bytes))
     filterable = [layer.layer for layer in profile.kv.layers if layer.all_positions]
     filters = use.filter.layers or default_filters(filterable, use.filter.wait)
     roles = layer_roles(profile.model.n_layers, filters, use.filter.wait, filterable)
     needs = filter_needs(use.filter, roles, parts, filterable, profile.kv.n_heads)
     kv_bytes -= needs.spared_bytes
-    later_bytes = max(0, kv_bytes - early_bytes)
+    later_bytes = max(0, kv_bytes - start_bytes)
     return KvNeeds(kv_bytes, needs.memory_bytes, profile.memory.filter_process_bytes, later_bytes)
 
 

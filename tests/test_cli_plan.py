@@ -18,7 +18,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import layer_bytes
-from runtime.sizes import PAGE
+from runtime.sizes import PAGE, page_up
 
 KEYS = {
     "k",
@@ -186,8 +186,8 @@ def test_kv_type_and_filter(plan, plan_json, kv_profile, plan_file):
     flags = ("-c", kv_profile, "-m", 400, "--ctx", 16384)
     plain, half = plan_json(*flags), plan_json(*flags, "--kv-type", "q8_0")
     assert (plain["kv_type"], plain["kv_filter"]) == ("f16", None)
-    assert plain["ledger"]["kv_bytes"] == 256 * 10240 + 20 * PAGE  # of the first positions, in whole pages
-    assert half["ledger"]["kv_bytes"] == 256 * 10240 * 34 // 64 + 20 * PAGE
+    assert plain["ledger"]["kv_bytes"] == 64 * 10240 + 20 * PAGE  # of the first positions, in whole pages
+    assert half["ledger"]["kv_bytes"] == 20 * (page_up(64 * 512 * 34 // 64) + PAGE)
     assert plain["floor_bytes"] - half["floor_bytes"] == pytest.approx(16384 * 10240 * 30 / 64, abs=MB)
     filtered = plan_json(*flags, "--kv-filter", "--kv-store", "disk", "--kv-keep", "0.05", "--kv-layers", "1", "-n", 10)
     wanted = {"method": "omnikv", "layers": [1], "wait": 1, "keep": 0.05, "select": "last", "store": "disk"}

@@ -37,7 +37,7 @@ SLOW = Statistics(
 
 
 def test_two_lines_of_eighty_columns_whatever_there_is_to_say(monkeypatch):
-    monkeypatch.setattr(closing, "predicted_ms", lambda _session: 12300.0)
+    monkeypatch.setattr(closing, "predicted_ms", lambda *_: 12300.0)
     kv = Some(summary="1234 of 12345 prompt positions attended in 22 of 24 layers", guesses=True)
     lines = closing.closing_line(session(layout=Layout.PREFIX, kv=kv), SLOW).split("\n")
     assert len(lines) == 2
@@ -48,7 +48,7 @@ def test_two_lines_of_eighty_columns_whatever_there_is_to_say(monkeypatch):
 
 def test_predicted_stands_beside_measured_where_there_is_a_profile(monkeypatch):
     assert "predicted" not in closing.closing_line(session(), SLOW)
-    monkeypatch.setattr(closing, "predicted_ms", lambda _session: 11.25)
+    monkeypatch.setattr(closing, "predicted_ms", lambda *_: 11.25)
     assert "then 12346 ms each (predicted 11.2)" in closing.closing_line(session(), SLOW)
 
 

@@ -360,6 +360,20 @@ class Stepped:
         return meter.statistics()
 
 
+def test_the_limit_is_that_of_what_was_streamed_meanwhile():
+    """Keys and values take the place of weights: the last pass streams most."""
+    stepped = Stepped(0)
+    counters, meter = stepped.counters, Meter(stepped, Machine(1e5, 0.001))
+    for streamed in (7000, 1000, 2000, 3000):
+        stepped.streamed_bytes = streamed
+        counters.passes, counters.seconds = counters.passes + 1, counters.seconds + 0.1
+        counters.bytes_read, counters.busy_s = counters.bytes_read + streamed, counters.busy_s + streamed / 1e5
+        meter.see(Step(1))
+    figures = meter.statistics()
+    assert figures.streamed_bytes_per_pass == 2000  # the first step counts for the first token only
+    assert figures.limit_ms_per_token == pytest.approx(20)
+
+
 def test_a_disk_slower_than_its_profile_is_no_low_yield():
     figures = Stepped(1000).figures(Machine(1e5, 0.001), [(0.1, 0.09, 1000, 0.1)] * 8)
     assert figures.yield_ == pytest.approx(1)

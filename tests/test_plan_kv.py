@@ -13,7 +13,7 @@ from cgroups import memory_limit
 from test_model_profile import make_profile
 
 from planner.footprint import measure_footprint
-from planner.kv import EARLY_POSITIONS, KvUse
+from planner.kv import START_POSITIONS, KvUse
 from profiler.measure import default_settings, measure_memory
 from runtime.engine.engine import Engine
 from runtime.kv.options import KvFilter
@@ -74,7 +74,7 @@ def test_the_plan_counts_what_the_engine_counts(opened, bundled_model, tiny_mode
         prompt = engine.ledger
         engine.forward([1])
         token = engine.ledger
-        full, early = engine.layout._largest_ledger.kv_bytes, engine.layout.needs.kv_bytes(EARLY_POSITIONS)
+        full, start = engine.layout._largest_ledger.kv_bytes, engine.layout.needs.kv_bytes(START_POSITIONS)
     finally:
         engine.close()
     assert planned.filter_bytes == token.filter_bytes
@@ -83,7 +83,7 @@ def test_the_plan_counts_what_the_engine_counts(opened, bundled_model, tiny_mode
     assert planned.compute_bytes + planned.prompt_bytes == pytest.approx(prompt_bytes, abs=100_000)
     logits = range(4 * file.row_tables[0].n_rows + 1)  # llama.cpp counts them among keys and values
     assert full - planned.kv_bytes in logits
-    assert early - planned.kv_bytes + planned.later_bytes in logits
+    assert start - planned.kv_bytes + planned.later_bytes in logits
 
 
 PROFILE = """
@@ -123,17 +123,19 @@ FILTER = ("--kv-filter", "--kv-layers", "0", "--kv-store", "disk", "-n", "8")
 def test_the_plan_counts_what_a_run_counts(long_model, tmp_path, flags):
     model, environment = long_model
     floor = planned(model, environment, tmp_path, "-m", 330, *flags)[1]["floor_bytes"]
-    code, found, err = planned(model, environment, tmp_path, "-m", floor // MB + 8, *flags)  # not for all of it
+    code, found, err = planned(model, environment, tmp_path, "-m", floor // MB + 2, *flags)
     assert code == 0, err
-    command = h2o("run", model, "-p", "the old man " * 33, "-s", tmp_path / "plan", "--ctx", 8192, "--temp", 0)
+    command = h2o("run", model, "-p", "the old man " * 7, "-s", tmp_path / "plan", "--ctx", 8192, "--temp", 0)
     command += ["--json", "-t", "1", "--speculate", "off", "--ubatch", "128", *flags]
     command += [] if "-n" in flags else ["-n", "8"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
     plan, run = found["ledger"], json.loads(done.stdout)["ledger"]
     assert plan.get("filter_bytes") == run.get("filter_bytes")
     own = run["process_bytes"] + run["embedding_bytes"] + run["sampler_bytes"]
-    spared = plan["process_bytes"] + plan["small_tensor_bytes"] - own  # pages of libraries that a token does not use
-    assert -3 * MB < spared < 13 * MB
+    assert plan["process_bytes"] + plan["small_tensor_bytes"] == pytest.approx(
+        own, abs=1.5 * MB if plan.get("filter_bytes") is None else 3 * MB
+    )
     for part in ("kv_bytes", "compute_bytes"):
         assert plan[part] == pytest.approx(run[part], abs=200_000)
 

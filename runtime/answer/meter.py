@@ -21,7 +21,8 @@ class Statistics:
     limit_ms_per_token is the least a token can take with one token per pass, when reading and computing overlap fully:
     the larger of streamed bytes per pass / disk bytes per second, and the time the resident model computes (None where
     that is not known and may be the larger one). Speculation can be faster than that. bytes_read_per_token is what the
-    disk delivered, bytes_asked_per_token what the stream asked for.
+    disk delivered, bytes_asked_per_token what the stream asked for, streamed_bytes_per_pass what the plans in force
+    streamed: more and more as keys and values take the place of weights.
     prefill_tokens_per_s is that of the prompt's passes, waits for the disk included.
     """
 
@@ -32,6 +33,7 @@ class Statistics:
     tokens_per_s: float | None = None
     bytes_read_per_token: float | None = None
     bytes_asked_per_token: float | None = None
+    streamed_bytes_per_pass: float | None = None
     disk_wait_ms_per_token: float | None = None
     limit_ms_per_token: float | None = None
     tokens_per_pass: float | None = None
@@ -68,6 +70,7 @@ class Meter:
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS)  # busy seconds, bytes
         self._best_bytes_per_s = 0.0
         self._plain = [0, 0.0]  # passes without a draft, and their computing time
+        self._streamed = [0, 0]  # passes behind the first step, and the bytes that were streamed in them
         self._n_steps, self._drafting_s = 0, 0.0
         self._device_bytes: int | None = None  # at the first step
         self.n_tokens = self._drafted = self._accepted = 0
@@ -91,6 +94,9 @@ class Meter:
 
     def _see_pass(self, now: _Seen, step: Step) -> None:
         """The first step of a pass."""
+        if self._last and now is not self._last:
+            self._streamed[0] += 1
+            self._streamed[1] += self._engine.streamed_bytes
         if self._last and now is not self._last and not step.drafted:
             before = self._last.counters
             self._plain[0] += 1
@@ -115,7 +121,9 @@ class Meter:
         pass_s = last.counters.seconds - first.counters.seconds
         wait_s = last.counters.wait_s - first.counters.wait_s
         n_bytes = last.counters.bytes_read - first.counters.bytes_read
-        limit_s = self._limit_s(n_bytes, last.counters.busy_s - first.counters.busy_s, (pass_s - wait_s) / passes)
+        streamed = self._streamed[1] / self._streamed[0]
+        busy_s = last.counters.busy_s - first.counters.busy_s
+        limit_s = self._limit_s(streamed, n_bytes, busy_s, (pass_s - wait_s) / passes)
         return Statistics(
             n_tokens=self.n_tokens,
             ttft_s=ttft_s,
@@ -124,6 +132,7 @@ class Meter:
             tokens_per_s=n / (last.at_s - first.at_s),
             bytes_read_per_token=self._delivered(n_bytes) / n,
             bytes_asked_per_token=n_bytes / n,
+            streamed_bytes_per_pass=streamed,
             disk_wait_ms_per_token=1000 * wait_s / n,
             limit_ms_per_token=None if limit_s is None else 1000 * limit_s,
             tokens_per_pass=n / passes,
@@ -136,15 +145,16 @@ class Meter:
         now = device_bytes_read()
         return n_asked if now is None or self._device_bytes is None else now - self._device_bytes
 
-    def _limit_s(self, n_bytes: int, busy_s: float, own_s: float) -> float | None:
-        """The limit of one token per pass. own_s: what passes took here without waits, callbacks and all."""
+    def _limit_s(self, streamed: float, n_bytes: int, busy_s: float, own_s: float) -> float | None:
+        """The limit of one token per pass. streamed: bytes of a pass. own_s: what passes took here without waits,
+        callbacks and all."""
         if self._plain[0]:
             own_s = self._plain[1] / self._plain[0]
-        if not self._engine.streamed_bytes:
+        if not streamed:
             return own_s
         seen = self._best_bytes_per_s or (n_bytes / busy_s if busy_s else 0.0)
         rate = min((rate for rate in (seen, self._machine.disk_bytes_per_s) if rate), default=0.0)
-        disk_s = self._engine.streamed_bytes / rate if rate else 0.0
+        disk_s = streamed / rate if rate else 0.0
         if self._machine.compute_s:
             return max(disk_s, min(own_s, self._machine.compute_s))
         return disk_s if disk_s >= own_s else None
