@@ -19,7 +19,8 @@ _UNSURE = 6  # observations that what was seen without the draft model counts fo
 _TRIAL_TOKENS = 3  # drafted in a trial of a drafter that did not pay
 _HOPE = 32  # passes without a draft after which there is little hope
 _FADE, _FADE_EVERY = 0.08, 8  # share of an old measurement that is forgotten in so many passes without a draft
-_GROWTH = 0.5  # computing time of one more position, as a share of the first one's, until it is measured
+_GROWTH = 0.5  # the least computing time of one more position, as a share of the first one's, until it is measured
+_DEARER = 1.5  # and what it takes among a few, beside one of the many of a prompt (2 and 8 of SmolLM2-135M Q4_1: 1.4)
 _FIRST_RIGHT = {1: 0.3, 2: 0.5, 3: 0.7}  # by grade; how often the first proposal is right, until it is measured
 _NEXT_RIGHT = 0.7
 
@@ -69,7 +70,8 @@ class Gauge:
         self._right = _NEXT_RIGHT ** (odds_power / ODDS_POWER)  # how often a proposal is right, until it is measured
         self._pass_s: Mean | None = None  # one pass without a draft
         self._compute_s: Mean | None = None
-        self._growth = Mean(_GROWTH)
+        self._growth: Mean | None = None  # computing time of one more position, as a share of the first one's
+        self._prompt = (1, 0.0)  # positions and computing time of a pass of the prompt
         self._drafting: Mean | None = None  # drafting one token / a pass without a draft
         self._ratios: dict[int, Mean] = {}  # pass with n drafted tokens / pass without a draft
         self._first: dict[int, Mean] = {}
@@ -87,11 +89,13 @@ class Gauge:
         """A pass of the prompt. disk_s: what reading the streamed weights once takes at the rate seen.
 
         When it waited for the disk most of the time, and will wait again, a few more positions are known to be free.
+        What its positions took to compute tells what drafted ones may cost.
         """
         if n_positions == 1:
             self.see_plain(PassTime(seconds, compute_s))
             return
         self._total_s += seconds
+        self._prompt = n_positions, compute_s
         if self._pass_s is None and seconds > 2 * compute_s and disk_s > compute_s:
             self._pass_s, self._compute_s = Mean(disk_s, 2), Mean(compute_s / n_positions, 2)
 
@@ -105,7 +109,8 @@ class Gauge:
             self._pass_s.see_time(took.seconds)
             self._compute_s.see_time(took.compute_s)
         if self._since_draft % _FADE_EVERY == 0:
-            self._growth.fade(min(self._growth.value, _GROWTH))
+            if self._growth:
+                self._growth.fade(min(self._growth.value, self._guessed_growth))
             for n, ratio in self._ratios.items():
                 ratio.fade(self._guessed_ratio(n))
 
@@ -119,6 +124,7 @@ class Gauge:
         worst_s = _OUTLIER * self._ratio(n_drafted) * plain_s  # more is not the draft's doing
         self._lost_s = max(0.0, self._lost_s + min(took.seconds, worst_s) - n_tokens * plain_s)
         self.saved_s += n_tokens * plain_s - took.seconds
+        self._growth = self._growth or Mean(self._guessed_growth)
         self._growth.see_time((took.compute_s / compute_s - 1) / n_drafted if compute_s else 0.0)
         if self._relative_cost:
             self._drafting = self._drafting or Mean(took.drafting_s / n_drafted / plain_s)
@@ -241,13 +247,23 @@ class Gauge:
         """Time of a pass with n drafted tokens, as a multiple of one without."""
         return self._ratios[n].value if n in self._ratios else self._guessed_ratio(n)
 
+    @property
+    def _guessed_growth(self) -> float:
+        """Computing time of one more position, until it is measured: more than those of the prompt took."""
+        n_positions, seconds = self._prompt
+        if n_positions == 1 or self._compute_s is None or not self._compute_s.value:
+            return _GROWTH
+        growth = _DEARER * (seconds / self._compute_s.value - 1) / (n_positions - 1)
+        return min(1.0, max(_GROWTH, growth))
+
     def _guessed_ratio(self, n: int) -> float:
         if self._pass_s is None or self._compute_s is None or not self._pass_s.value:
             return math.inf
         compute = self._compute_s.value / self._pass_s.value
+        growth = self._growth.value if self._growth else self._guessed_growth
         drafting = self._drafting.value if self._drafting else compute * self._relative_cost
         if self._here_s is None:
-            return 1.0 + (compute * self._growth.value + drafting) * n  # as if computing never overlapped with reading
+            return 1.0 + (compute * growth + drafting) * n  # as if computing never overlapped with reading
         # Where weights give way to the drafter, passes wait for the disk, and more positions are computed meanwhile.
         least = max(1.0, self._here_s / self._pass_s.value)
-        return max(least, compute * (1 + self._growth.value * n)) + drafting * n
+        return max(least, compute * (1 + growth * n)) + drafting * n
