@@ -12,6 +12,7 @@ import pytest
 
 from planner import running_process
 from planner.running_process import Overtaken, RunningProcess
+from runtime.answer import plan_stats
 from runtime.answer.plan_stats import StatsWriter
 from runtime.errors import PlanError
 from runtime.plans import stats as stats_file
@@ -74,7 +75,8 @@ def engine():
 
 
 @pytest.fixture
-def writer(path):
+def writer(path, monkeypatch):
+    monkeypatch.setattr(plan_stats, "PUBLISH_EVERY_S", 0.0)
     notes = []
     writer = StatsWriter(stats_path(path), MODEL, notes.append)
     writer.notes = notes
@@ -128,6 +130,20 @@ def test_what_is_published_is_read(path, writer, engine):
     status = stats_path(path).stat()
     assert (stat.S_IMODE(status.st_mode), status.st_size) == (0o600, RECORD.size)
     assert RECORD.size == 144
+
+
+def test_short_passes_are_published_together(path, writer, engine, monkeypatch):
+    monkeypatch.setattr(plan_stats, "PUBLISH_EVERY_S", 60.0)
+    reader = StatsReader(stats_path(path))
+    seen = []
+    for generation in (3, 3, 3, 4):
+        writer.publish(engine, 1000, generation)
+        make_pass(engine)
+        seen.append((reader.read().generation, reader.read().passes))
+    writer._next_s = 0.0
+    writer.publish(engine, 1000, 4)
+    assert seen == [(3, 0), (3, 0), (3, 0), (4, 0)]
+    assert reader.read().passes == 1
 
 
 def test_sums_begin_anew_with_a_plan(path, writer, engine):

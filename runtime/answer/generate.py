@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler
 from runtime.answer.speculate import Speculation
@@ -27,8 +28,7 @@ class Request:
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One generated token with the text that became certain with it; finish says why the last step is the last.
 
     token None: no new token (the end of text itself, a cancelled answer). Text can lag behind the tokens: incomplete
@@ -190,10 +190,10 @@ class _Answer:
 
     def _step(self, token: int, i: int, right: bool) -> Step:
         """The step of the last pass's i-th token; right: it had been drafted."""
-        drafted, drafting_s = 0, 0.0
+        step = self._answer.take(token)
         if i == 0 and self._speculation:
-            drafted, drafting_s = len(self._draft), self._speculation.drafting_s
-        return replace(self._answer.take(token), drafted=drafted, drafting_s=drafting_s, accepted=right)
+            step = step._replace(drafted=len(self._draft), drafting_s=self._speculation.drafting_s)
+        return step._replace(accepted=True) if right else step
 
 
 def no_numbers() -> EngineError:

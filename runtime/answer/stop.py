@@ -29,6 +29,8 @@ class StopFilter:
         return text
 
     def _release(self, new: str) -> str:
+        if not self._stop:
+            return new
         text = self._held + new
         found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
         if found:

@@ -144,7 +144,7 @@ class Tokenizer:
         if n < 0:
             self._buffer = ctypes.create_string_buffer(-n)
             n = abi.llama.llama_token_to_piece(self._vocab, token, self._buffer, -n, 0, special)
-        return self._buffer.raw[:n]
+        return ctypes.string_at(self._buffer, n)
 
     def decoder(self) -> StreamDecoder:
         """A decoder for the tokens of one answer."""

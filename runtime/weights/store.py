@@ -321,6 +321,8 @@ class LayerStore:
 
     def _next_piece(self) -> Piece | None:
         """The next piece of the stream that is not in memory; the stream runs at most one pass ahead."""
+        if len(self._resident) == len(self._order):  # all of it is in memory: asked for after every pass
+            return None
         while self._load_pass <= self._pass + 1:
             if self._load_place >= len(self._order):
                 self._load_pass, self._load_place = self._load_pass + 1, 0
