@@ -1,3 +1,5 @@
+import ctypes
+
 import llama_cpp
 import numpy as np
 import pytest
@@ -5,6 +7,8 @@ from engines import engine
 
 from runtime.answer.sampler import Sampler, Sampling
 from runtime.errors import UsageError
+from runtime.llama import context
+from runtime.llama.compiled import LIBRARY
 
 PROMPT = list(range(3, 15))
 SETTINGS = [
@@ -79,6 +83,39 @@ def test_greedy_is_the_largest_logit_and_suppressed_tokens_never_come(opened):
     suppressing = Sampler(Sampling(temp=0), opened.n_vocab, suppressed=order[:3])
     assert suppressing.sample(opened) == order[3]
     suppressing.close()
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="built without a compiler")
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1023, 1024, 1025, 49152, 50001])
+def test_the_likeliest_token_is_that_of_llama_cpp(n):
+    """The first of the largest ones; what is no number counts as llama.cpp counts it."""
+    random = np.random.default_rng(n)
+    chain = llama_cpp.llama_sampler_init_greedy()
+    for case in range(12):
+        row = random.standard_normal(n).astype(np.float32)
+        if case % 4 == 1:
+            row = np.round(row)  # many are the largest
+        elif case % 4 == 2:
+            row[random.integers(0, n, 1 + n // 9)] = random.choice([np.nan, -np.inf])
+        elif case % 4 == 3:
+            row[:] = -np.inf
+        if case == 6:
+            row[0] = np.nan
+        found = LIBRARY.h2o_argmax(row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), n)
+        assert found == choose(chain, row), (n, case)
+    llama_cpp.llama_sampler_free(chain)
+
+
+def test_without_the_compiled_function_the_choice_is_the_same(opened, monkeypatch):
+    opened.truncate(0)
+    opened.forward(PROMPT)
+    sampler = Sampler(Sampling(temp=0), opened.n_vocab)
+    choices = [sampler.sample(opened)]
+    monkeypatch.setattr(context, "LIBRARY", None)
+    assert opened.likeliest() is None
+    choices.append(sampler.sample(opened))
+    sampler.close()
+    assert choices[0] == choices[1]
 
 
 def test_seed_is_random_unless_given(opened):

@@ -7,7 +7,7 @@ import pytest
 from engines import engine
 
 from runtime.llama import abi
-from runtime.llama.node_filter import _KNOWS_OPS
+from runtime.llama.compiled import LIBRARY
 from runtime.passes import Part, Pass
 from runtime.plans.plan import Plan
 from runtime.sizes import MB
@@ -137,7 +137,7 @@ def test_a_model_with_windows_keeps_llama_cpps_attention(tiny_model):
 def test_one_node_of_a_pass_is_looked_at_for_where_its_rows_go(bundled_model):
     seen = []
     with shared(bundled_model, 2) as opened:
-        if not _KNOWS_OPS:
+        if not LIBRARY:
             pytest.skip("the package was built without a compiler")
         before = opened.attention.before
         opened.attention.before = lambda node: seen.append(abi.Tensor.from_address(node).op) or before(node)

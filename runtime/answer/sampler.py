@@ -52,6 +52,7 @@ class Sampler:
         self.sampling = sampling
         self.seed = int.from_bytes(os.urandom(4), "little") % _SEEDS if sampling.seed is None else sampling.seed
         self._n_vocab = n_vocab
+        self._is_plain = sampling.greedy and sampling.repeat_penalty == 1 and not suppressed
         self._chain = abi.llama.llama_sampler_chain_init(abi.llama.llama_sampler_chain_default_params())
         for sampler in (*self._before(suppressed), *self._choosing()):
             abi.llama.llama_sampler_chain_add(self._chain, sampler)
@@ -77,7 +78,13 @@ class Sampler:
         yield llama.llama_sampler_init_dist(self.seed)
 
     def sample(self, engine: Engine, i: int = -1) -> int:
-        """Choose from an output of the last forward (counted from the end: negative), and remember the choice."""
+        """Choose from an output of the last forward (counted from the end: negative), and remember the choice.
+
+        Where nothing but the largest logit counts, there is nothing to remember.
+        """
+        token = engine.likeliest(i) if self._is_plain else None
+        if token is not None:
+            return token
         return int(abi.llama.llama_sampler_sample(self._chain, engine.context, i))
 
     def accept(self, tokens: Iterable[int]) -> None:

@@ -322,6 +322,10 @@ class Engine:
         if self.attention:
             self.attention.truncate(n_past, sequence)
 
+    def likeliest(self, i: int = -1) -> int | None:
+        """The token with the largest logit in the last forward's i-th output; None: only a sampler can tell."""
+        return self._context.likeliest(i)
+
     def odds(self, token: int, i: int = -1) -> float:
         """The probability (at temperature 1) of a token in the last forward's i-th output (negative: from the end)."""
         return self._context.odds(token, i)

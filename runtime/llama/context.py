@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EngineError
 from runtime.llama import abi
+from runtime.llama.compiled import LIBRARY
 from runtime.llama.hollow import ContextBuffers, HollowModel
 from runtime.llama.node_filter import NodeFilter
 from runtime.llama.scratch import Scratch
@@ -120,6 +121,12 @@ class Context:
     def is_number(self, token: int, i: int) -> bool:
         """Whether the logit of one token in the last pass's i-th output is a number."""
         return not math.isnan(abi.llama.llama_get_logits_ith(self.pointer, i)[token])
+
+    def likeliest(self, i: int) -> int | None:
+        """The token with the largest logit in the last pass's i-th output; None without the compiled function."""
+        if LIBRARY is None:
+            return None
+        return int(LIBRARY.h2o_argmax(abi.llama.llama_get_logits_ith(self.pointer, i), self.n_vocab))
 
     def odds(self, token: int, i: int) -> float:
         """The probability (at temperature 1) of one token in the last pass's i-th output (negative: from the end)."""

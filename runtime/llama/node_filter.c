@@ -20,8 +20,6 @@ struct h2o_filter {
     int32_t ops[4];        /* Python hears of nodes of these operations */
 };
 
-const int32_t h2o_node_filter_ops = 4; /* who loads this library can tell that it knows operations */
-
 bool h2o_node_filter(void *node, bool ask, void *data) {
     const struct h2o_filter *filter = data;
     bool wanted = !ask || filter->everything;

@@ -8,11 +8,10 @@ Python is asked about all of them and answers the same, at 3 to 4 microseconds e
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from runtime.llama import abi
+from runtime.llama.compiled import LIBRARY
 
 _N_MARKS = 2**16
 _GRAIN = 16  # bytes: structs are aligned to it
@@ -32,23 +31,6 @@ class _Filter(ctypes.Structure):
         ("n_ops", ctypes.c_int32),
         ("ops", ctypes.c_int32 * 4),
     ]
-
-
-def _compiled() -> ctypes.CDLL | None:
-    """The compiled function's library, where the package was built with a compiler."""
-    here = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = here / f"_node_filter{suffix}"
-        if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # built for another system: Python answers
-                return None
-    return None
-
-
-_LIBRARY = _compiled()
-_KNOWS_OPS = _LIBRARY is not None and hasattr(_LIBRARY, "h2o_node_filter_ops")  # older ones do not
 
 
 class NodeFilter:
@@ -72,8 +54,8 @@ class NodeFilter:
             abi.OP_OFFSET,
         )
         self.callback = self._struct.python
-        if _LIBRARY is not None:
-            self.callback = ctypes.cast(_LIBRARY.h2o_node_filter, abi.EvalCallback)
+        if LIBRARY:
+            self.callback = ctypes.cast(LIBRARY.h2o_node_filter, abi.EvalCallback)
         self.data = ctypes.addressof(self._struct)
 
     def pass_on_everything(self, wanted: bool) -> None:
@@ -82,10 +64,10 @@ class NodeFilter:
 
     def watch_ops(self, ops: Sequence[int]) -> bool:
         """Pass nodes of these operations on, at most four; False where only pass_on_everything() does that."""
-        if _KNOWS_OPS:
+        if LIBRARY:
             self._struct.n_ops = len(ops)
             self._struct.ops[: len(ops)] = ops
-        return _KNOWS_OPS
+        return LIBRARY is not None
 
     @property
     def is_watching(self) -> bool:
