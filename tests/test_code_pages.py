@@ -94,13 +94,15 @@ def test_what_comes_again_is_counted(monkeypatch):
     assert dropped == [1]  # those of opening
     assert pages.spared_bytes == 4.5 * MB  # what stays away at the least
     dropped.clear()
-    assert not pages.begin_pass(long=True)
+    assert pages.spared(long=True) == 4.5 * MB
+    assert [pages.begin_pass(long=True) for _ in range(2)] == [True, False]
     assert [pages.begin_pass(long=False) for _ in range(5)] == [False, True, False, False, False]
     assert (pages.spared_bytes, dropped) == (7 * MB - slack, [1])
     assert sum(pages.begin_pass(long=False) for _ in range(32)) == 1  # a little more: weights make room
     assert pages.spared_bytes == 7 * MB - MB // 8 - slack
     assert sum(pages.begin_pass(long=False) for _ in range(32)) == 1
     assert pages.spared_bytes == 5 * MB - slack
+    assert pages.spared(long=True) == 4.5 * MB  # a prompt's guess stays, while tokens do not show that it is too much
     assert not pages.begin_pass(long=True)
     assert not pages.begin_pass(long=False)
     assert (pages.spared_bytes, dropped) == (5 * MB - slack, [1, 1])
@@ -122,7 +124,8 @@ def test_weights_that_fit_beside_a_token_come_before_the_first_one(bundled_model
         assert (opened.streamed_bytes, opened.counters.bytes_read) == (0, before)
 
 
-def test_weights_take_their_place_until_the_next_prompt(bundled_model):
+def test_weights_take_their_place_until_the_next_prompt(bundled_model, monkeypatch):
+    monkeypatch.setattr(code_pages, "_STAY_AWAY", 0.01)
     with engine(bundled_model, repack=False) as plain:
         plain.forward(PROMPT)
         for token in range(6):
@@ -132,14 +135,15 @@ def test_weights_take_their_place_until_the_next_prompt(bundled_model):
         budget = opened.layout.fixed_bytes + streamable_bytes(opened.file) // 2
         opened.apply(Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=budget))
         opened.forward(PROMPT)
-        counted, streamed = opened.ledger.process_bytes, opened.streamed_bytes
+        code = opened.layout._code
+        counted, streamed = opened.ledger.process_bytes + code.spared(long=True), opened.streamed_bytes
         assert streamed > 0
         for token in range(6):
             opened.forward([token])
             assert opened.ledger.total_bytes <= budget
         assert np.array_equal(opened.logits(), wanted)
-        assert opened.ledger.process_bytes == counted - opened.layout._code.spared_bytes < counted
+        assert opened.ledger.process_bytes == counted - code.spared_bytes < counted
         assert opened.streamed_bytes < streamed
         opened.forward(PROMPT)
-        assert opened.ledger.process_bytes == counted
+        assert opened.ledger.process_bytes == counted - code.spared(long=True) < counted
         assert opened.ledger.total_bytes <= budget

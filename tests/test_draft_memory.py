@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from answers import STORIES, Always, Known, Rig
+from answers import REPEATING, STORIES, Always, Known, Rig, lookup
 from engines import engine
 from stores import bytes_in_memory
 
@@ -19,13 +19,41 @@ from runtime.answer.gauge import Gauge
 from runtime.answer.meter import Statistics
 from runtime.answer.speculate import MOST_DRAFTED, Speculation
 from runtime.engine.engine import Counters
-from runtime.engine.pass_memory import rows_for
+from runtime.engine.pass_memory import Use, rows_for
 from runtime.errors import BudgetError, Cancelled
 from runtime.llama.model_file import ModelFile
 from runtime.memory import resident_bytes_outside
 from runtime.plans.plan import Plan
+from runtime.plans.residency import streamable_bytes
 from runtime.settings import Settings
-from runtime.sizes import MB
+from runtime.sizes import MB, PAGE
+
+# --- logits of drafted tokens ---------------------------------------------------------------------------------------
+
+
+def test_drafts_push_no_weights_out_where_all_are_in_memory(bundled_model):
+    with engine(bundled_model, repack=False, n_logits=9) as opened:
+        layout, total = opened.layout, streamable_bytes(opened.file)
+        token, few, most = (layout.needs.ledger(Use(long=False, rows=rows)).fixed_bytes for rows in (1, 5, 9))
+        later = layout.needs.kv_bytes(opened.settings.n_ctx) - layout.needs.kv_bytes(layout._room)
+        found = []
+        for fixed in (token - 8 * PAGE, token, few, most):
+            opened.apply(Plan(0, 1, budget_bytes=fixed - later + total))
+            found.append(layout.most_outputs)
+        opened.apply(Plan(3, 1))
+        assert [*found, layout.most_outputs] == [9, 1, 5, 9, 9]
+
+
+def test_an_answer_drafts_no_more_than_that(bundled_model):
+    with engine(bundled_model, n_logits=9) as opened:
+        opened.forward([5])
+        rig, drafted = Rig(opened), []
+        for most in (9, 1):
+            opened.layout.most_outputs = most
+            rig.answer(*REPEATING[0], lookup(gauge=Always()))
+            drafted.append(rig.figures.drafted)
+    assert drafted[0] > 0 == drafted[1]
+
 
 # --- when it comes and goes, on a simulated machine -----------------------------------------------------------------
 

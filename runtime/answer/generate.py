@@ -155,7 +155,8 @@ class _Answer:
         if not speculation:
             self._sequence.extend(self._tokens[-1:])
             return
-        self._draft = speculation.draft(self._tokens, min(self._answer.n_left, self._n_ctx - len(self._tokens) + 1) - 1)
+        most = min(self._answer.n_left, self._n_ctx - len(self._tokens) + 1, self._sequence.engine.layout.most_outputs)
+        self._draft = speculation.draft(self._tokens, most - 1)
         before = replace(counters)
         self._sequence.extend([self._tokens[-1], *self._draft])
         speculation.saw_pass(before, counters)

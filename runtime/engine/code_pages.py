@@ -1,4 +1,4 @@
-"""Pages of libraries: opening a model and computing a prompt use many that a token does not.
+"""Pages of libraries: opening a model uses many that computing does not.
 
 They are mapped from files, so nothing is lost where they are given back, and those that are used come again from the
 page cache. What stays away is room for weights, until the next prompt.
@@ -13,18 +13,20 @@ _LOOKS = (1, 4)  # short passes: what a token uses has come again with the first
 _AGAIN = 32  # short passes from one later look to the next
 _SLACK_BYTES = MB // 4  # what may come later
 _LEAST_BYTES = MB // 2  # less than that is not worth moving weights for
-_STAY_AWAY = 0.45  # of what is given back; measured, on models of several kinds: half
+_STAY_AWAY = 0.45  # of what is given back; measured, on models of several kinds: half, in a prompt and in a token
 
 
 class CodePages:
     """spared_bytes: what the process takes less while passes are short than when this was made.
 
-    Until a short pass has shown it, it is a careful guess: weights that fit are then read once, before the first token.
+    Until a short pass has shown it, and for prompts always, it is a careful guess: weights that fit are then read once,
+    before the first token.
     """
 
     def __init__(self) -> None:
         self._counted_bytes = file_bytes()
         self._has_begun = False
+        self._guess_bytes = self._told_bytes = 0  # careful, and what a pass of a prompt was told of it
         self._n_short = -1  # short passes since pages were given back; -1: they have to be
         self.spared_bytes = 0
 
@@ -36,13 +38,18 @@ class CodePages:
         if not self._has_begun:
             self._has_begun = True
             drop_file_pages()
-            self.spared_bytes = int(_STAY_AWAY * max(0, self._counted_bytes - file_bytes()))
+            self._guess_bytes = self.spared_bytes = int(_STAY_AWAY * max(0, self._counted_bytes - file_bytes()))
+
+    def spared(self, *, long: bool) -> int:
+        """What the process takes less in a pass of a prompt (long) or of a few tokens."""
+        return min(self._guess_bytes, self.spared_bytes) if long else self.spared_bytes
 
     def begin_pass(self, *, long: bool) -> bool:
-        """Before a pass of a prompt (long) or of a few tokens; whether spared_bytes has changed."""
+        """Before a pass of a prompt (long) or of a few tokens; whether spared() has changed since one like it."""
         if long:
             self._n_short = -1
-            return False
+            before, self._told_bytes = self._told_bytes, self.spared(long=True)
+            return before != self._told_bytes
         self._n_short += 1
         if self._n_short == 0:
             drop_file_pages()

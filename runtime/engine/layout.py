@@ -41,6 +41,7 @@ class Layout:
         self.plan: Plan
         self.ledger: Ledger
         self.streamed_bytes = 0
+        self.most_outputs = 1  # of a pass of an answer: for more, weights would leave that are all in memory else
         self.plan_changes = -1  # the first plan is none
         self.needs, self._store, self._guest, self._cancelled = needs, store, guest, cancelled
         self._file, self._settings, self._cache = needs.passes.file, needs.passes.settings, needs.cache
@@ -89,8 +90,7 @@ class Layout:
         if room < self._room:
             self._cache.drop_behind(room)
         fixed, total = self._ledgers[use], streamable_bytes(self._file)
-        if not use.long:
-            fixed = replace(fixed, process_bytes=fixed.process_bytes - self._code.spared_bytes)
+        fixed = replace(fixed, process_bytes=fixed.process_bytes - self._code.spared(long=use.long))
         window, limit = window_bytes(self._file, plan), total
         usable = usable_bytes(plan.budget_bytes)
         fits = not plan.budget_bytes or usable >= self._ledgers[self._everything].fixed_bytes + total
@@ -118,9 +118,20 @@ class Layout:
         self._use, self._room, self._fits = use, room, fits
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
         self.plan = replace(plan, k=layers_in(self._file, pinned) if plan.budget_bytes else plan.k)
-        self.streamed_bytes = streamed
+        self.streamed_bytes, self.most_outputs = streamed, self._outputs_worth(plan.budget_bytes, room)
         for table in self.needs.tables:
             table.resize(self.needs.passes.embedding(table.tensor, long=use.long))
+
+    def _outputs_worth(self, budget_bytes: int, room: int) -> int:
+        """most_outputs with room for so many positions; where weights are streamed anyway, as many as there may be."""
+        most = self._settings.n_logits
+        token = self._ledgers[TOKEN].fixed_bytes - self._ledgers[TOKEN].kv_bytes + self.needs.kv_bytes(room)
+        spare = usable_bytes(budget_bytes) - token + self._code.spared_bytes - streamable_bytes(self._file)
+        for rows in (most, rows_for(2, most)):
+            more = self._ledgers[Use(long=False, rows=rows)].fixed_bytes - self._ledgers[TOKEN].fixed_bytes
+            if not budget_bytes or spare < 0 or more <= spare:
+                return rows
+        return 1
 
     def _asked_pieces(self, limit: int) -> frozenset[int] | None:
         """The pieces that the settings name, where there are such and they take no more than limit bytes."""
