@@ -229,3 +229,12 @@ def test_every_process_stays_inside_its_own_group(bundled_model):
         assert [process.returncode for process in found] == [143, 143]
         assert [group.kills for group in (first, second, root)] == [0, 0, 0]
         assert all(20 * MB < group.peak_bytes <= 80 * MB for group in (first, second, root))
+
+
+@pytest.mark.parametrize(("given", "spins"), [(None, "2000"), ("7", "7")])
+def test_threads_of_a_worker_leave_the_cores_to_others_between_its_turns(given, spins):
+    script = "import os; from h2o_cli.main import LazyGroup; LazyGroup().get_command(None, 'worker'); "
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    env |= {"GOMP_SPINCOUNT": given} if given else {}
+    command = [sys.executable, "-c", script + "print(os.environ['GOMP_SPINCOUNT'])"]
+    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout == f"{spins}\n"

@@ -30,7 +30,7 @@ _SHARE = 4  # of the budget, at most
 _VISIT_BYTES = 3 * MB  # what gRPC and a conversation take as soon as a root is there (measured: 2.5 to 3.6 MB)
 _RAMP_S, _MEASURED_S = 0.3, 0.7  # of reading: not looked at, looked at
 _LEAST_POINTS = 3
-_LEAST_PASSES, _PASSES_S = 5, 0.3  # of computing
+_LEAST_PASSES, _PASSES_S = 10, 0.3  # of computing: with the disk behind it, most take far more than the fewest
 _MOST_S = 3.0  # for each of the two, where a disk is slow
 _TYPICAL_CONTEXT = 512
 
