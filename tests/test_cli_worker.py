@@ -225,7 +225,11 @@ def test_every_process_stays_inside_its_own_group(bundled_model):
         finally:
             for process in found:
                 process.terminate()
-                process.communicate(timeout=5)
+            for process in found:
+                try:
+                    process.communicate(timeout=60)  # with both cores taken it is more than five seconds
+                finally:
+                    process.kill()
         assert [process.returncode for process in found] == [143, 143]
         assert [group.kills for group in (first, second, root)] == [0, 0, 0]
         assert all(20 * MB < group.peak_bytes <= 80 * MB for group in (first, second, root))

@@ -142,7 +142,7 @@ def test_weights_take_their_place_until_the_next_prompt(bundled_model, monkeypat
             opened.forward([token])
             assert opened.ledger.total_bytes <= budget
         assert np.array_equal(opened.logits(), wanted)
-        assert opened.ledger.process_bytes == counted - code.spared_bytes < counted
+        assert opened.ledger.process_bytes == counted - opened.layout.spared_bytes < counted
         assert opened.streamed_bytes < streamed
         opened.forward(PROMPT)
         assert opened.ledger.process_bytes == counted - code.spared(long=True) < counted

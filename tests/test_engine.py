@@ -19,7 +19,7 @@ from runtime.kv.options import KvFilter
 from runtime.llama import abi, model_file
 from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
-from runtime.plans.ledger import budget_for
+from runtime.plans.ledger import budget_for, floor_for
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
 from runtime.settings import MARGIN_BYTES, Settings
@@ -94,6 +94,7 @@ def test_the_floor_of_a_part_counts_what_is_owned(tiny_model, layers, head, embe
         opened.apply(Plan(0, 1, budget_bytes=floor))
         with pytest.raises(BudgetError):
             opened.apply(Plan(0, 1, budget_bytes=floor - PAGE))
+        assert opened.layout.floor_bytes == floor_for(opened.layout.fixed_bytes + smallest_window(opened.file))
 
 
 @pytest.mark.parametrize("file_type", ["f16", "q8_0"])

@@ -42,7 +42,7 @@ def test_the_smallest_budget_that_is_named_works_and_one_mb_less_is_refused(file
 def test_room_for_weights_is_that_of_a_token(file, monkeypatch):
     """The placement is made for tokens; in a prompt weights make room. A root's visit takes something, too."""
     seen = []
-    monkeypatch.setattr(Layout, "spared_bytes", 4 * MB)
+    monkeypatch.setattr(Layout, "spared_bytes", property(lambda _: 4 * MB * len(seen)))  # known behind a token
     monkeypatch.setattr(offer, "_token_s", lambda engine: seen.append(engine.layout) or 1.0)
     found = offer.measure(file, 1000 * MB, 1, of_worker)
     (layout,) = seen

@@ -12,7 +12,7 @@ pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 from cluster import MB, workers
 
 from h2o_cli.main import run_command as h2o
-from h2o_cli.session import placing
+from h2o_cli.session import members, placing
 from h2o_cli.session.members import Devices, survey
 from h2o_cli.session.placing import given, place, split_model
 from h2o_cli.session.smallest import of_worker
@@ -53,6 +53,26 @@ def test_hidden_states_in_16_bits_are_half_as_long(file):
     slow = [Device(name, 100 * MB, 1e6, 1e-9, 1e-5, 1e4) for name in ("a:1", "b:1")]
     (short,), (long,) = (place(split_model(file, kind), slow).left_out for kind in ("f16", "f32"))
     assert short[1] < long[1]  # seconds with the device that is left out
+
+
+def test_links_are_measured_and_layers_placed_for_hidden_states_as_they_travel(file, monkeypatch):
+    asked = []
+    monkeypatch.setattr(members, "device_of", lambda _link, n_bytes, **_: asked.append(n_bytes))
+    monkeypatch.setattr(members, "head_s", lambda *_, **__: 0.0)
+    for kind in ("f32", "f16"):
+        model, _ = members._measured(file, Devices("a:1", hidden=kind), {"a:1": None}, 0, 1)
+        asked.append(model.hidden_bytes)
+    n = split_model(file).hidden_bytes
+    assert asked == [n, n, n // 2, n // 2]
+
+
+@pytest.mark.parametrize("command", ["devices", "plan"])
+def test_devices_are_shown_for_hidden_states_as_they_travel(file, command, monkeypatch):
+    seen = []
+    monkeypatch.setattr(members, "survey", lambda _file, devices, *_: seen.append(devices.hidden) or {})
+    for flags in ([], ["--hidden", "f16"]):
+        assert h2o([command, str(file.path), "--workers", "a:1", "--json", *flags]) == 0
+    assert seen == ["f32", "f16"]
 
 
 def test_layers_by_hand():

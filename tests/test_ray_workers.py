@@ -19,7 +19,8 @@ pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 from test_cli_worker import H2O, ROOT, run
 
 from h2o_cli.main import run_command as h2o
-from h2o_cli.session.ray_workers import DISK, RayWorkers, asked_of_nodes
+from h2o_cli.session import members, ray_workers
+from h2o_cli.session.ray_workers import DISK, RayWorkers, asked_of_nodes, join_cluster
 from runtime.errors import WorkerError
 from runtime.sizes import MB
 
@@ -123,6 +124,18 @@ def test_what_is_asked_of_the_nodes():
     assert asked_of_nodes(ray, None) == [("a", 4000 * MB, 200), ("b", 300 * MB, 0)]
     with pytest.raises(WorkerError, match="no node of the Ray cluster has 64"):
         asked_of_nodes(SimpleNamespace(nodes=lambda: nodes[2:]), None)
+
+
+def test_workers_of_a_cluster_are_told_how_hidden_states_travel(monkeypatch):
+    """A cluster that is faster without them is left."""
+    left, seen = [], []
+    nodes = SimpleNamespace(addresses=["a:1", "b:1"], keys=None, close=lambda: left.append(1))
+    monkeypatch.setattr(ray_workers, "RayWorkers", lambda *_: nodes)
+    monkeypatch.setattr(members.Team, "join", lambda _file, devices, *_: seen.append(devices) and None)
+    for kind in ("f32", "f16"):
+        assert join_cluster("auto", None, kind, SimpleNamespace(path="m", n_bytes=1), 0, 1, print) is None
+    assert [(one.workers, one.hidden) for one in seen] == [("a:1,b:1", "f32"), ("a:1,b:1", "f16")]
+    assert left == [1, 1]
 
 
 def test_ray_is_not_left_while_a_thread_is_inside_it(tmp_path):

@@ -15,7 +15,8 @@ from test_plan_stats import MODEL, PROCESS
 from h2o_cli import main as cli
 from planner import running_process
 from planner.footprint import streamable_bytes
-from profiler.model_profile import save_profile
+from planner.simulator import token_s
+from profiler.model_profile import load_profile, save_profile
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Plan
@@ -83,7 +84,7 @@ def live(plan_file, profile_path, capsys, monkeypatch):
     return call
 
 
-def test_live_plan_of_a_process(live, process, plan_file):
+def test_live_plan_of_a_process(live, process, plan_file, profile_path):
     process(0.001)
     code, out, err = live("--json")
     assert code == 0, err
@@ -93,6 +94,9 @@ def test_live_plan_of_a_process(live, process, plan_file):
     assert (found["k"], found["w"], found["layout"]) == (kept.k, kept.w, kept.layout.label)
     assert sum(found["ledger"].values()) == found["budget_bytes"] == 1000
     assert found["ledger"]["fixed_bytes"] == 100
+    assert found["floor_bytes"] == 100 + 25  # and the smallest window
+    predicted = 1000 * token_s(load_profile(profile_path), kept)  # with what the process leaves for weights
+    assert (found["predicted_ms_per_token"], found["predicted_full_ms_per_token"]) == (predicted, None)
     assert 0 < found["pulls"] < 40
     assert found["measured_ms_per_token"] == pytest.approx(1 - kept.k / 10)
     assert re.search(r"pull 1: k=\d+ w=\d+ \w+, window .*: [0-9.]+ ms per token", err)
