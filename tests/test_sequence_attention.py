@@ -134,7 +134,7 @@ def test_a_model_with_windows_keeps_llama_cpps_attention(tiny_model):
         compute(opened, (0, 0, tokens(1, 5)), (1, 0, tokens(2, 3)))
 
 
-def test_one_node_of_a_pass_is_looked_at_for_where_its_rows_go(bundled_model):
+def test_one_node_of_a_pass_is_looked_at_once_the_graph_is_known(bundled_model):
     seen = []
     with shared(bundled_model, 2) as opened:
         if not LIBRARY:
@@ -144,10 +144,61 @@ def test_one_node_of_a_pass_is_looked_at_for_where_its_rows_go(bundled_model):
         for i in range(3):
             compute(opened, (0, i, (5 + i,)), (1, i, (6,)))
             seen.append(None)
-        assert opened.attention.cells == {0: [0, 2, 4], 1: [1, 3, 5]}
+        compute(opened, (0, 3, (8,)))
+        assert opened.attention.cells == {0: [0, 2, 4, 6], 1: [1, 3, 5]}
+        assert opened.attention.n_cells == 7
         n_layers = opened.file.n_layers
-    passes = " ".join("|" if op is None else str(op) for op in seen).split("|")[:3]
-    for one in passes[1:]:  # while the first one is computed, every weight is new
-        ops = [int(op) for op in one.split()]
-        assert ops.count(abi.OP_SET_ROWS) == 1
-        assert ops.count(abi.OP_FLASH_ATTN_EXT) == n_layers
+    passes = [one.split() for one in " ".join("|" if op is None else str(op) for op in seen).split("|")]
+    ops = [[one.count(str(op)) for op in (abi.OP_SET_ROWS, abi.OP_FLASH_ATTN_EXT)] for one in passes]
+    # while the first one is computed, every weight is new; the last one is of another shape
+    assert ops[0][1] == n_layers
+    assert ops[1:] == [[1, 0], [1, 0], [1, n_layers]]
+
+
+def test_nodes_of_llama_cpps_are_as_they_were_after_each_pass(bundled_model):
+    a, b, steps = tokens(1, 20), tokens(2, 31), []
+    with shared(bundled_model, 2) as opened:
+        compute(opened, (0, 0, a[:10]), (1, 0, b[:1]))
+        for i in range(10):  # in turns, both texts and one of them
+            steps.append(compute(opened, (0, 10 + i, a[10 + i : 11 + i]), (1, 1 + 3 * i, b[1 + 3 * i : 2 + 3 * i])))
+            known = opened.attention._in_graph._known
+            assert len(known) == opened.file.n_layers
+            assert all(nodes._read() == nodes._made for nodes in known)
+            for k in (2, 3):
+                steps.append(compute(opened, (1, k + 3 * i, b[k + 3 * i : k + 1 + 3 * i])))
+            if i == 5:
+                opened.guests.stop = ValueError("stopped")
+                with pytest.raises(ValueError, match="stopped"):
+                    compute(opened, (0, 16, a[16:17]), (1, 19, b[19:20]))
+    assert_equal([step[0] for step in steps[::3]], logits_alone(bundled_model, a, 10)[1:])
+    assert_equal([step[-1] for step in steps], logits_alone(bundled_model, b, 1)[1:])
+
+
+def test_passes_of_other_texts_and_in_another_order(bundled_model):
+    texts = [tokens(20 + i, 40) for i in range(3)]
+    found = [[], [], []]
+    with shared(bundled_model, 3, n_threads=2) as opened:
+        at = [0, 0, 0]
+
+        def step(*numbers):
+            parts = [(i, at[i], texts[i][at[i] : at[i] + 1]) for i in numbers]
+            for i, logits in zip(numbers, compute(opened, *parts), strict=True):
+                found[i].append(logits)
+                at[i] += 1
+
+        for numbers in ((0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (1, 2), (1, 2), (2, 0), (1, 0, 2)):
+            for _ in range(3):
+                step(*numbers)
+    for text, own in zip(texts, found, strict=True):
+        assert_equal(own, logits_alone(bundled_model, text[: len(own)], 1, n_threads=2))
+
+
+def test_texts_outgrow_the_cells_that_one_node_attends_to(bundled_model):
+    a, b, found = tokens(30, 262), tokens(31, 262), [[], []]
+    with shared(bundled_model, 2, n_threads=2) as opened:
+        compute(opened, (0, 0, a[:250]), (1, 0, b[:250]))
+        for i in range(250, 262):
+            for own, logits in zip(found, compute(opened, (0, i, a[i : i + 1]), (1, i, b[i : i + 1])), strict=True):
+                own.append(logits)
+    for text, own in zip((a, b), found, strict=True):
+        assert_equal(own, logits_alone(bundled_model, text, 250, n_threads=2)[1:])

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from runtime.errors import EngineError, ModelError
 from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
+from runtime.kv.in_graph import InGraph
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
 from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
@@ -72,6 +73,7 @@ class SequenceAttention:
     def __init__(self, settings: Settings, cache: Cache, query_bytes: int, calls: Calls) -> None:
         """query_bytes: of a token, in all heads."""
         self.cells: dict[int, list[int]] = {}
+        self._n_cells = 0  # that are taken; below 0: to be counted
         self._head = 0  # where llama.cpp looks for the next empty cell
         self._calls = calls
         self._part_of = {part.root: (n, i) for n, layer in cache.layers.items() for i, part in enumerate(layer.parts)}
@@ -108,6 +110,7 @@ class SequenceAttention:
             self._joined, self._lines = _Part(), array.array("H", [0] * (_PADDED * settings.n_sequences))
             joined = self._joined
             operate(joined.out, abi.OP_FLASH_ATTN_EXT, joined.query, *joined.rows, joined.mask)
+            self._in_graph = InGraph(cache, self._copied, joined.query, joined.out)
             nodes = [*self._copied, joined.out, *(part.out for part in self._parts)]
             self._graph = OwnGraph(settings.n_threads, nodes)
             opened.callback(self._graph.close)
@@ -120,7 +123,14 @@ class SequenceAttention:
     @property
     def n_cells(self) -> int:
         """Cells of the cache that are taken; those that sequences share count once."""
-        return len({cell for cells in self.cells.values() for cell in cells})
+        if self._n_cells < 0:
+            self._n_cells = len({cell for cells in self.cells.values() for cell in cells})
+        return self._n_cells
+
+    @property
+    def position_bytes(self) -> int:
+        """Keys and values of a position, in all layers."""
+        return sum(layer.row_bytes for layer in self._cache.layers.values())
 
     def compute_on(self, backend: int) -> None:
         """Compute on another backend from now on."""
@@ -134,7 +144,7 @@ class SequenceAttention:
     def truncate(self, n_past: int, sequence: int) -> None:
         """A sequence's positions from n_past on are forgotten."""
         cells = self.cells.get(sequence, [])
-        self._head = min([self._head, *cells[n_past:]])
+        self._head, self._n_cells = min([self._head, *cells[n_past:]]), -1
         del cells[n_past:]
 
     def next_cells(self, n: int) -> list[int]:
@@ -148,7 +158,7 @@ class SequenceAttention:
         """llama.cpp has put positions of a sequence, those behind its others, into these cells, in this order."""
         cell_of = dict(zip(positions, cells, strict=True))
         self.cells.setdefault(sequence, []).extend(cell_of[position] for position in sorted(positions))
-        self._head = cells[-1] + 1
+        self._head, self._n_cells = cells[-1] + 1, -1
 
     def check_of(self, cell: int) -> int:
         """A checksum of the keys of one layer in a cell."""
@@ -174,11 +184,13 @@ class SequenceAttention:
             node = abi.Tensor.from_address(address)
             if node.view_src == self._first:
                 self._place(abi.Tensor.from_address(node.src[1]).data)
-        if op != abi.OP_FLASH_ATTN_EXT or not self._placed:
+        if op != abi.OP_FLASH_ATTN_EXT or not self._placed or self._in_graph.is_aimed:
             return False
         alibi = ctypes.c_float.from_address(address + abi.Tensor.op_params.offset + _ELEMENT_BYTES).value
         if alibi:
             return False
+        if self._active == [self._joined]:
+            self._in_graph.learn(address, self._layer_of(abi.Tensor.from_address(address)))
         self._calls.skip(address)
         self._asked.add(address)
         return True
@@ -191,19 +203,42 @@ class SequenceAttention:
 
     def end(self, *, complete: bool) -> None:
         """The pass is over; the engine takes one back that failed."""
+        self._in_graph.end(complete=complete)
 
     # --- one pass -----------------------------------------------------------------------------------------------
 
     def _place(self, numbers: int) -> None:
-        """Note the cells that llama.cpp has found for the pass, and which rows every part attends to."""
-        n, copied = 0, _Copied([], array.array("i"))
-        self._copies = [copied]
+        """Note the cells that llama.cpp has found for the pass, and what attends to which rows."""
+        n, n_taken = 0, self.n_cells
         found = (ctypes.c_int64 * self._pass.n_tokens).from_address(numbers)
-        for part, own in zip(self._pass.parts, self._parts, strict=False):
+        for part in self._pass.parts:
             cells = self.cells.setdefault(part.sequence, [])
             if len(cells) != part.first:
                 raise EngineError(f"sequence {part.sequence} has {len(cells)} positions, not {part.first}", _NEXT)
             cells += found[n : n + len(part.tokens)]
+            n += len(part.tokens)
+        self._head, self._n_cells = found[n - 1] + 1, n_taken + n
+        self._placed = True
+        joined = self._join_single_tokens()
+        if not joined:
+            self._place_parts()
+        if joined and self._in_graph.is_known(n):
+            self._copy_from(self._copies[0].cells)
+            self._aim(self._in_graph.first.layer, self._in_graph.first.node)
+            self._in_graph.aim()
+            self._calls.watch(())
+            return
+        for own in (*self._parts, self._joined):
+            own.out.op = abi.OP_NONE
+        self._copy_next(self._copies[0])
+        self._calls.watch((abi.OP_FLASH_ATTN_EXT,))  # each of the other layers has two more nodes that store rows
+
+    def _place_parts(self) -> None:
+        """Every part attends to rows of its own."""
+        n, copied = 0, _Copied([], array.array("i"))
+        self._copies = [copied]
+        for part, own in zip(self._pass.parts, self._parts, strict=False):
+            cells = self.cells[part.sequence]
             if len(copied.cells) + len(cells) > self._most_rows:  # what texts share is copied for each of them
                 copied = _Copied([], array.array("i"))
                 self._copies.append(copied)
@@ -211,35 +246,31 @@ class SequenceAttention:
             copied.parts.append(own)
             copied.cells.extend(cells)
             n += len(part.tokens)
-        self._head = found[n - 1] + 1
         self._active = self._parts[: len(self._pass.parts)]
-        self._join_single_tokens()
-        for own in (*self._parts, self._joined):
-            own.out.op = abi.OP_NONE
-        self._copy_next(self._copies[0])
-        self._placed = True
-        self._calls.watch((abi.OP_FLASH_ATTN_EXT,))  # each of the other layers has two more nodes that store rows
 
-    def _join_single_tokens(self) -> None:
+    def _join_single_tokens(self) -> bool:
         """Where every part is one token that the same kernel computes, all of them are one node: a part is a sequence
-        of that, with as many rows as the longest."""
+        of that, with as many rows as the longest. Whether it is so."""
         ends = [part.end for part in self._pass.parts]
         n, n_rows = len(ends), max(ends)
         if n == 1 or self._pass.n_tokens > n or n_rows > _PADDED or n * n_rows > self._most_rows:
-            return
+            return False
         rows = array.array("i")
-        for i, part in enumerate(self._pass.parts):
+        for part, end in zip(self._pass.parts, ends, strict=True):
             cells = self.cells[part.sequence]
             rows.extend(cells)
-            rows.extend(cells[:1] * (n_rows - part.end))
-            line = self._lines.buffer_info()[0] + i * _PADDED * _HALF_BYTES
-            ctypes.memmove(line, self._zeros_end - part.end * _HALF_BYTES, _PADDED * _HALF_BYTES)
+            rows.extend(cells[:1] * (n_rows - end))
+        masks, middle = memoryview(self._mask), len(self._mask) // 2
+        with memoryview(self._lines) as lines:
+            for i, end in enumerate(ends):
+                lines[i * _PADDED : (i + 1) * _PADDED] = masks[middle - end : middle - end + _PADDED]
         self._joined.join(n, n_rows, self._lines.buffer_info()[0])
         self._active, self._copies = [self._joined], [_Copied([self._joined], rows)]
+        return True
 
     def _copy_next(self, copied: _Copied) -> None:
         """Have the graph copy these rows, and compute the parts that attend to them."""
-        describe(self._which, copied.cells.buffer_info()[0], (len(copied.cells),), _I32)
+        self._copy_from(copied.cells)
         for tensor in self._copied:
             describe(tensor, tensor.data, (tensor.ne[0], len(copied.cells)))
         if len(self._copies) > 1:
@@ -248,13 +279,14 @@ class SequenceAttention:
         for own in copied.parts:
             own.out.op = abi.OP_NONE if own.is_padded else abi.OP_FLASH_ATTN_EXT
 
+    def _copy_from(self, cells: array.array[int]) -> None:
+        """The rows of these cells are copied from now on."""
+        describe(self._which, cells.buffer_info()[0], (len(cells),), _I32)
+
     def _attend(self, node: abi.Tensor) -> None:
         """Compute a layer's attention, part by part."""
         query, keys, values = (abi.Tensor.from_address(node.src[i]) for i in range(3))
-        root = keys.view_src
-        if root not in self._part_of or keys.view_offs or values.view_offs:
-            raise EngineError("an attention node does not read the cache of keys and values", _NEXT)
-        self._aim(self._cache.layers[self._part_of[root][0]], node, query, (keys, values))
+        self._aim(self._layer_of(node), node)
         for copied in self._copies:
             if len(self._copies) > 1:
                 self._copy_next(copied)
@@ -263,8 +295,16 @@ class SequenceAttention:
                 if own.is_padded:
                     self._attend_long(own, node, query, (keys, values))
 
-    def _aim(self, layer: CacheLayer, node: abi.Tensor, query: abi.Tensor, rows: tuple[abi.Tensor, abi.Tensor]) -> None:
+    def _layer_of(self, node: abi.Tensor) -> CacheLayer:
+        """The layer whose attention a node is."""
+        keys, values = (abi.Tensor.from_address(node.src[i]) for i in (1, 2))
+        if keys.view_src not in self._part_of or keys.view_offs or values.view_offs:
+            raise EngineError("an attention node does not read the cache of keys and values", _NEXT)
+        return self._cache.layers[self._part_of[keys.view_src][0]]
+
+    def _aim(self, layer: CacheLayer, node: abi.Tensor) -> None:
         """Have the graph compute a layer's node."""
+        query, *rows = (abi.Tensor.from_address(node.src[i]) for i in range(3))
         shape = tuple(_shape(tensor) for tensor in (node, query, *rows))
         if shape != self._shape:
             self._shape, self._ends = shape, (0, 0)
@@ -282,9 +322,7 @@ class SequenceAttention:
             for own in self._active:
                 own.out.src[4] = node.src[4]
 
-    def _attend_long(
-        self, own: _Part, node: abi.Tensor, query: abi.Tensor, rows: tuple[abi.Tensor, abi.Tensor]
-    ) -> None:
+    def _attend_long(self, own: _Part, node: abi.Tensor, query: abi.Tensor, rows: Sequence[abi.Tensor]) -> None:
         """Compute the attention of few tokens by the kernel for many: others are added that nobody looks at."""
         few, results = self._few.address, self._few.address + _LONG * query.nb[1]
         ctypes.memmove(few, own.query.data, own.n_tokens * query.nb[1])
@@ -351,7 +389,7 @@ class _Part:
         self.mask.nb[0], self.mask.nb[1] = _HALF_BYTES, -_HALF_BYTES  # a step back: it wraps around as in C
         self.mask.nb[2] = self.mask.nb[3] = 0
 
-    def copy(self, node: abi.Tensor, query: abi.Tensor, rows: tuple[abi.Tensor, abi.Tensor]) -> None:
+    def copy(self, node: abi.Tensor, query: abi.Tensor, rows: Sequence[abi.Tensor]) -> None:
         """Take shapes and parameters over from llama.cpp's node and its sources."""
         flags = self.out.flags
         for own, other in zip((self.query, *self.rows, self.out), (query, *rows, node), strict=True):
