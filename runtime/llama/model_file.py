@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from runtime.errors import LIMITS, ModelError, UsageError
@@ -88,7 +89,7 @@ class Piece:
         """The file range to read: [start, end), widened to whole pages."""
         return page_down(self.offset), page_up(self.offset + self.n_bytes)
 
-    @property
+    @cached_property  # a layout asks for it thousands of times
     def span_bytes(self) -> int:
         """Bytes of the span, which is also what the piece takes in memory."""
         start, end = self.span
