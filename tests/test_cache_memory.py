@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.kv.cache_memory import STEP, CacheMemory, Rows
+from runtime.passes import Part, Pass
 from runtime.plans.ledger import budget_for, touched_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
@@ -200,3 +201,18 @@ def test_an_answer_that_fills_its_context_stays_inside_the_cgroup(tiny_model, tm
     answer = json.loads(done.stdout)
     assert len(answer["prompt_tokens"]) + len(answer["tokens"]) >= 2048 or answer["finish"] == "eos"
     assert answer["ledger"]["kv_bytes"] > 30 * MB or answer["finish"] == "eos"
+
+
+def test_pages_for_the_next_positions_of_several_texts_are_made_at_once_where_all_fits(tiny_model):
+    several = {"n_sequences": 2, "n_logits": 2}
+    for budget, fits in ((1000 * MB, True), (0, False)):
+        with engine(tiny_model(SHAPE), n_ubatch=64, n_ctx=CTX, **several) as opened:
+            opened.apply(budget_plan(budget or half_budget(opened)))
+            opened.compute([Pass((Part(0, 0, (5, 6), 1), Part(1, 0, (7,), 1)))])
+            cache = opened.layout._cache
+            found = cache_in_memory(opened)
+            if fits:
+                assert cache.bytes_for(256) <= found <= cache.bytes_for(STEP + 256)
+            else:
+                assert found <= cache.bytes_for(STEP)
+            opened.compute([Pass((Part(0, 2, (5,), 1),))])

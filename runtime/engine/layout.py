@@ -171,6 +171,8 @@ class Layout:
         room = self._cache.steps(self._cells_after(passes))
         if self._fits and self.streamed_bytes == 0:
             self._touched, self._room = use.with_(self._touched), max(room, self._room)
+            if self._settings.n_sequences > 1:  # each pass writes to many new pages
+                self._cache.make(room)
             return
         if use.with_(self._touched) != use:
             self.needs.passes.context.drop_scratch()

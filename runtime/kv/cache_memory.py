@@ -14,10 +14,11 @@ from typing import NamedTuple
 from runtime.llama import abi
 from runtime.llama.hollow import ContextBuffers
 from runtime.llama.model_file import ModelFile
-from runtime.memory import drop_pages
+from runtime.memory import drop_pages, make_pages
 from runtime.plans.ledger import touched_bytes
 
 STEP = 32  # positions that room is made for at once
+_AHEAD = 8 * STEP  # whose pages are made at once where there is room for all
 _ROWS = re.compile(r"^cache_[kv]_l\d+$")  # a row for each position
 _STATES = re.compile(r"^cache_[rs]_l\d+$")  # recurrent: the same bytes for any number of positions
 _TRANSPOSED = frozenset({"grok"})  # without flash attention llama.cpp keeps values with positions innermost
@@ -38,6 +39,7 @@ class CacheMemory:
         self.n_bytes = n_bytes
         self._rows = tuple(rows)
         self.n_cells = max((rows.n_cells for rows in self._rows), default=0)
+        self._n_made = 0  # positions whose pages were made
 
     @classmethod
     def of(cls, buffers: ContextBuffers, file: ModelFile) -> CacheMemory:
@@ -56,11 +58,20 @@ class CacheMemory:
             for rows in self._rows
         )
 
+    def make(self, n_positions: int) -> None:
+        """Where there is room for all positions: have the pages of so many, and of some more."""
+        if n_positions <= self._n_made:
+            return
+        first, self._n_made = self._n_made, min(n_positions + _AHEAD, self.n_cells)
+        for rows in self._rows:
+            make_pages(rows.address + rows.row_bytes * first, rows.address + rows.row_bytes * self._n_made)
+
     def drop_behind(self, n_positions: int) -> None:
         """Give back what positions from n_positions on had taken: none of them is in the sequence any more.
 
         They read as zeros then; attention masks cells without a position, and would only mind what is no number.
         """
+        self._n_made = min(self._n_made, n_positions)
         for rows in self._rows:
             end = rows.address + rows.row_bytes * rows.n_cells
             drop_pages(min(rows.address + rows.row_bytes * n_positions, end), end)
