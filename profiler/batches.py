@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from profiler.awake import Waker
 from profiler.model_profile import BatchProfile, Spread
 from runtime.answer.sampler import Sampler, Sampling
 from runtime.engine.engine import Engine
 from runtime.engine.pass_memory import Use
+from runtime.llama.cell_memory import CellMemory, state_bytes
 from runtime.passes import Part, Pass
 from runtime.plans.plan import Plan
 from runtime.plans.residency import streamable_bytes
 from runtime.settings import Settings
 
+if TYPE_CHECKING:
+    from runtime.kv.apart import SequenceAttention
+
 N_TEXTS = (2, 16)
 POSITIONS, MORE_POSITIONS = 64, 192  # of each text before what is measured: attention takes a part of the time
 POSITIONS_EACH = 256
+_WARM = 2  # the second one of a shape is like all that follow
 DISTURBED = 1.25  # a time that is so many times the shortest one was disturbed
 
 
@@ -31,15 +38,18 @@ def settings_of(settings: Settings, n_texts: int) -> Settings:
     return replace(settings, n_sequences=n_texts, n_logits=n_texts, n_ctx=n_texts * POSITIONS_EACH)
 
 
-def measure_batch(engine: Engine, repeats: int, passed: Callable[[], None], *, room_bytes: int) -> BatchProfile:
+def measure_batch(
+    engine: Engine, repeats: int, passed: Callable[[], None], *, room_bytes: int, spare_bytes: int
+) -> BatchProfile:
     """Measure passes of as many texts as the engine has sequences. It streams everything.
 
-    room_bytes: what weights may take in memory. passed is called after each pass.
+    room_bytes: what weights may take in memory; spare_bytes: what measuring may take besides the engine. passed is
+    called after each pass.
     """
     file, n_texts, needs = engine.file, engine.settings.n_sequences, engine.layout.needs
     short, long = (needs.ledger(Use(long=long, rows=n_texts)) for long in (False, True))
     sizes = [n.compute_bytes + n.embedding_bytes + n.sampler_bytes + n.attention_bytes for n in (short, long)]
-    clock = _Clock(engine, n_texts, repeats, passed)
+    clock = _Clock(engine, n_texts, repeats, passed, spare_bytes)
     try:
         streamed = clock.quiet_spread(POSITIONS)
         resident, weights, more = None, streamable_bytes(file), clock.quiet_spread
@@ -56,10 +66,13 @@ def measure_batch(engine: Engine, repeats: int, passed: Callable[[], None], *, r
 
 
 class _Clock:
-    """Passes over one token of each text, and the choice of the next tokens. Texts begin alike where they may."""
+    """Passes over one token of each text, and the choice of the next tokens."""
 
-    def __init__(self, engine: Engine, n_texts: int, repeats: int, passed: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: Engine, n_texts: int, repeats: int, passed: Callable[[], None], spare_bytes: int
+    ) -> None:
         self._engine, self._n_texts, self._repeats, self._passed = engine, n_texts, repeats, passed
+        self._spare_bytes = spare_bytes
         self._sampler = Sampler(Sampling(temp=0), engine.n_vocab, ())
         self._n_done = 0
 
@@ -74,26 +87,44 @@ class _Clock:
             waker.close()
 
     def spread(self, n_positions: int) -> Spread:
-        """Seconds of a pass without its waits for reads: of the fastest ones, after one that warms up.
-
-        Texts begin with the same n_positions, where they may share them.
-        """
+        """Seconds of a pass without its waits for reads: of the fastest ones, after two that warm up."""
         engine = self._engine
         for i in range(self._n_texts):
             engine.truncate(0, i)
         self._n_done = n_positions if engine.attention else 0
-        if self._n_done:
-            tokens = tuple(i % engine.n_vocab for i in range(n_positions))
-            for first in range(0, n_positions, POSITIONS):
-                engine.compute([Pass((Part(0, first, tokens[first : first + POSITIONS], 0, long=True),))])
-            for i in range(1, self._n_texts):
-                engine.share(0, i, n_positions)
-        self._seconds()
+        if engine.attention:
+            self._read(engine.attention, n_positions)
+        for _ in range(_WARM):
+            self._seconds()
         times: list[float] = []
         while len(times) < self._repeats or (len(times) < 2 * self._repeats and self._disturbed(times)):
             times.append(self._seconds())
             times.sort()
         return Spread.of(times[: self._repeats])
+
+    def _read(self, attention: SequenceAttention, n_positions: int) -> None:
+        """Give all texts the same n_positions, computed once.
+
+        Each has copies of its own: to attend to those takes longer than to others' that were just read. Where there is
+        no memory to copy through, they share them.
+        """
+        engine, others = self._engine, range(1, self._n_texts)
+        tokens = tuple(i % engine.n_vocab for i in range(n_positions))
+        for first in range(0, n_positions, POSITIONS):
+            engine.compute([Pass((Part(0, first, tokens[first : first + POSITIONS], 0, long=True),))])
+        n_bytes = state_bytes(attention.position_bytes, n_positions, engine.file.n_layers)
+        if n_bytes > self._spare_bytes:
+            for i in others:
+                engine.share(0, i, n_positions)
+            return
+        order = sorted(range(n_positions), key=attention.cells[0].__getitem__)
+        with closing(CellMemory(engine.context, n_bytes)) as memory:
+            memory.save(0)
+            for i in others:
+                engine.layout.make_cells(n_positions)
+                cells = attention.next_cells(n_positions)
+                memory.load(i)
+                attention.put_back(i, order, cells)
 
     def _disturbed(self, times: list[float]) -> bool:
         return times[self._repeats - 1] > DISTURBED * times[0]
@@ -104,8 +135,8 @@ class _Clock:
         parts = tuple(Part(i, self._n_done, (token,), 1) for i, token in enumerate(tokens))
         begin_s, waited_s = time.perf_counter(), engine.counters.wait_s
         engine.compute([Pass(parts, decode=True)])
-        for i in range(n_texts):
-            self._sampler.sample(engine, i - n_texts)
+        for i in range(-n_texts, 0):
+            engine.is_number(self._sampler.sample(engine, i), i)
         took_s = time.perf_counter() - begin_s - (engine.counters.wait_s - waited_s)
         self._n_done += 1
         self._passed()

@@ -239,8 +239,10 @@ class Measurement:
             self._engine = engine
             try:
                 self._check()
-                if engine.layout.fixed_bytes + window_bytes <= (self._budget_bytes or available_bytes()):
-                    batches.append(measure_batch(engine, self.repeats, self._passed, room_bytes=room_bytes))
+                spare = (self._budget_bytes or available_bytes()) - engine.layout.fixed_bytes - window_bytes
+                if spare >= 0:
+                    memory = {"room_bytes": room_bytes, "spare_bytes": spare}
+                    batches.append(measure_batch(engine, self.repeats, self._passed, **memory))
             finally:
                 self._engine = None
                 engine.close()

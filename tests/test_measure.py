@@ -8,6 +8,7 @@ from engines import engine
 from h2o_cli.run_memory import measure_run_memory
 from profiler import compute, disk, measure
 from profiler.awake import Waker
+from profiler.batches import MORE_POSITIONS, POSITIONS_EACH, measure_batch
 from profiler.compute import layer_trace, measure_compute
 from profiler.device import device_info
 from profiler.measure import Measurement, default_settings, measure_memory
@@ -18,6 +19,7 @@ from runtime.errors import BudgetError, Cancelled
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.residency import layer_bytes, smallest_window
+from runtime.sizes import MB
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +74,18 @@ def test_head_is_timed_apart_from_the_layers_when_it_is_the_embedding(opened):
                 e.forward([token])
     assert len(trace.seconds) == 2
     assert all(seconds > 0 for row in trace.seconds for seconds in row)
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 10 * MB])
+def test_texts_that_are_measured_have_copies_of_their_own_where_there_is_room(opened, spare_bytes):
+    texts = {"n_sequences": 3, "n_logits": 3, "n_ctx": 3 * POSITIONS_EACH, "n_ubatch": 128}
+    with engine(opened("llama").path, n_threads=1, **texts) as e:
+        measure_batch(e, 1, lambda: None, room_bytes=0, spare_bytes=spare_bytes)
+        one, *others = (cells[:MORE_POSITIONS] for cells in e.attention.cells.values())
+        assert len(one) == MORE_POSITIONS
+        for cells in others:
+            assert set(cells).isdisjoint(one) if spare_bytes else cells == one
+            assert [e.attention.check_of(cell) for cell in cells] == [e.attention.check_of(cell) for cell in one]
 
 
 def test_quiet_passes_compute_the_same(opened):
