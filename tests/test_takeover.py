@@ -159,7 +159,14 @@ def test_an_interrupt_while_keys_and_values_are_given(paths, alone, replayed, mo
 
 def test_where_there_is_no_snapshot_all_is_computed_again(paths, alone, replayed, monkeypatch):
     """Recurrent states, for example, are not of one position."""
-    monkeypatch.setattr(Link, "cell_bytes", {})
+    wait_ready = Link.wait_ready
+
+    def without(link, check):
+        ready = wait_ready(link, check)
+        link.cell_bytes = {}
+        return ready
+
+    monkeypatch.setattr(Link, "wait_ready", without)
     with workers(2, [paths["gemma3"]]) as found:
         addresses = [worker.address for worker in found]
         with shared_engine(paths["gemma3"], CUTS["halves"], addresses, n_ubatch=64) as opened:

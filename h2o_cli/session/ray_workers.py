@@ -217,7 +217,9 @@ def connected(address: str) -> Any:
         if address != AUTO:
             socket.create_connection(parse_address(address), _CONNECT_S).close()  # Ray itself would wait for minutes
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-        ray._private.worker._worker_logs_enabled = False  # lost nodes would be told on standard output, in the answer
+        # Lost nodes would be told on standard output, in the answer. Ray has no public way: the thread that says it is
+        # started whatever log_to_driver is, and this is what its own debugger switches off.
+        ray._private.worker._worker_logs_enabled = False
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(

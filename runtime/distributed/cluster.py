@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 
-from runtime.distributed.hidden import F32, NUMBER_BYTES, packed, refuse_too_large, unpacked
+from runtime.distributed.hidden import F32, NUMBER_BYTES, converted, refuse_too_large
 from runtime.distributed.journal import Entry, Journal
 from runtime.distributed.link import AGAIN, LATENCIES, Link
 from runtime.distributed.messages import BLOCK, Saved, Setup, Step
@@ -118,7 +118,7 @@ class Cluster:
 
     def leave(self, layer: int, hidden: memoryview) -> None:
         """To the worker that has this layer."""
-        data = packed(hidden, self.hidden)
+        data = converted(hidden, F32, self.hidden)
         refuse_too_large(data, self.hidden, layer)
         self._journal.put(layer, data)
         stage = next(stage for stage in self.stages if stage.first == layer)
@@ -155,7 +155,7 @@ class Cluster:
             refuse_too_large(hidden, self.hidden, at)
             if at == layer:
                 self._waited_s += time.perf_counter() - start_s
-                return unpacked(hidden, self.hidden)
+                return converted(hidden, self.hidden, F32)
             self._journal.put(at, hidden)
 
     def _start_of_chain(self, layer: int) -> int:

@@ -13,24 +13,17 @@ NUMBER_BYTES = {F32: 4, F16: 2}
 _LARGEST = 65504  # of 16 bits; what is larger becomes infinite
 
 
-def packed(hidden: bytes | memoryview, kind: str) -> bytes:
-    """Numbers of 32 bits in the kind that travels."""
-    source = bytes(hidden)
-    if kind == F32:
+_CONVERSIONS = {(F32, F16): abi.ggml_fp32_to_fp16_row, (F16, F32): abi.ggml_fp16_to_fp32_row}
+
+
+def converted(numbers: bytes | memoryview, kind: str, wanted: str) -> bytes:
+    """Numbers of one kind as those of another: on their way, or behind it."""
+    source = bytes(numbers)
+    if kind == wanted:
         return source
-    n = len(source) // NUMBER_BYTES[F32]
-    target = ctypes.create_string_buffer(n * NUMBER_BYTES[F16])
-    abi.ggml_fp32_to_fp16_row(source, target, n)
-    return target.raw
-
-
-def unpacked(data: bytes, kind: str) -> bytes:
-    """Numbers of 32 bits again."""
-    if kind == F32:
-        return data
-    n = len(data) // NUMBER_BYTES[F16]
-    target = ctypes.create_string_buffer(n * NUMBER_BYTES[F32])
-    abi.ggml_fp16_to_fp32_row(data, target, n)
+    n = len(source) // NUMBER_BYTES[kind]
+    target = ctypes.create_string_buffer(n * NUMBER_BYTES[wanted])
+    _CONVERSIONS[kind, wanted](source, target, n)
     return target.raw
 
 
@@ -40,7 +33,7 @@ def refuse_too_large(data: bytes, kind: str, layer: int) -> None:
     """
     if kind == F32:
         return
-    numbers, total = unpacked(data, kind), ctypes.c_float()
+    numbers, total = converted(data, kind, F32), ctypes.c_float()
     abi.ggml_vec_dot_f32(len(numbers) // NUMBER_BYTES[F32], ctypes.byref(total), 0, numbers, 0, numbers, 0, 1)
     if not math.isfinite(total.value):
         raise EngineError(

@@ -42,6 +42,9 @@ class Link:
         """Connect and greet."""
         self.address, self._keys, self._mine = address, keys, hello
         self.ranges: list[tuple[int, int]] = []
+        self.layers: list[int] = []  # all of its layers, in order
+        self.cell_bytes: dict[int, int] = {}  # layer -> of the keys and values of a position; empty: not given out
+        self.groups: list[tuple[int, int]] = []  # which of its layers travel in one message: [begin, end)
         self.bytes_read = self.peak_bytes = self._first_number = 0
         self.compute_s = 0.0  # of the last step
         self.latencies: deque[float] = deque(maxlen=LATENCIES)  # seconds of its own for a token, of this placement
@@ -79,6 +82,7 @@ class Link:
     def set_up(self, setup: Setup) -> None:
         """Give it its layers; `wait_ready` waits until it has planned them."""
         self.ranges, self._is_taking = setup.ranges, False
+        self.layers = [layer for first, last in setup.ranges for layer in range(first, last)]
         self._wire.send(self._side.setup(setup))
 
     def wait_ready(self, check: Callable[[], object]) -> Ready:
@@ -87,32 +91,11 @@ class Link:
         if not isinstance(answer, Ready):
             raise WorkerError(f"the worker {self.address} does not say how it took its layers", AGAIN)
         self.ready = answer
+        self.cell_bytes = dict(zip(self.layers, answer.cell_bytes, strict=True)) if answer.cell_bytes else {}
+        self.groups = _groups(answer.cell_bytes)
         return answer
 
     # --- keys and values ----------------------------------------------------------------------------------------
-
-    @property
-    def layers(self) -> list[int]:
-        """All of its layers, in order."""
-        return [layer for first, last in self.ranges for layer in range(first, last)]
-
-    @property
-    def cell_bytes(self) -> dict[int, int]:
-        """Layer -> bytes of the keys and values of a position; empty where they are not given out."""
-        sizes = self.ready.cell_bytes if self.ready else []
-        return dict(zip(self.layers, sizes, strict=True)) if sizes else {}
-
-    @property
-    def groups(self) -> list[tuple[int, int]]:
-        """Which of its layers travel in one message: [begin, end)."""
-        found, n_bytes = [[0, 0]], 0
-        for size in self.cell_bytes.values():
-            if n_bytes and n_bytes + BLOCK * size > _SAVE_BYTES:
-                found.append([found[-1][1], found[-1][1]])
-                n_bytes = 0
-            found[-1][1] += 1
-            n_bytes += BLOCK * size
-        return [(begin, end) for begin, end in found if end > begin]
 
     def save(self, known: Callable[[int, int], int]) -> None:
         """Ask for some more keys and values, which come with a later answer. known: positions of a layer that are
@@ -226,6 +209,18 @@ class Link:
         if self._side.state != CLOSED:
             self._wire.send(self._side.bye())
         self._wire.close()
+
+
+def _groups(cell_bytes: Sequence[int]) -> list[tuple[int, int]]:
+    """Which layers travel in one message, [begin, end); cell_bytes: of each of them."""
+    found, n_bytes = [[0, 0]], 0
+    for size in cell_bytes:
+        if n_bytes and n_bytes + BLOCK * size > _SAVE_BYTES:
+            found.append([found[-1][1], found[-1][1]])
+            n_bytes = 0
+        found[-1][1] += 1
+        n_bytes += BLOCK * size
+    return [(begin, end) for begin, end in found if end > begin]
 
 
 def greet(addresses: Sequence[str], keys: Callable[[str], Keys | None], mine: Hello) -> list[Link]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from runtime.distributed.hidden import packed, unpacked
+from runtime.distributed.hidden import F32, converted
 from runtime.distributed.messages import (
     BLOCK,
     MOST_MESSAGE_BYTES,
@@ -377,7 +377,7 @@ class Worker:
         assert step and part
         if part.setup.ranges[step.part][0] != layer:
             step = self._step = self._next_step()
-        return unpacked(step.hidden, part.setup.hidden)
+        return converted(step.hidden, part.setup.hidden, F32)
 
     def _next_step(self) -> Step:
         while True:
@@ -395,7 +395,7 @@ class Worker:
         talk, part = self._talk, self._part
         assert talk and part
         n_read, seconds = part.engine.counters.bytes_read, time.perf_counter() - self._began_s
-        data = packed(hidden, part.setup.hidden)
+        data = converted(hidden, F32, part.setup.hidden)
         with talk.lock:
             if talk.side.state != COMPUTING:
                 raise Cancelled(GIVEN_UP)
