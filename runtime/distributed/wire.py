@@ -49,6 +49,9 @@ _CONVERSATIONS = 16  # at once: one computes, the others ask what the worker off
 _SIZES = [
     ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MOST_MESSAGE_BYTES),
+    # What may be on its way unread: else it grows with the link to 8 MB, also of a message that is refused.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 2**20),
 ]
 _PINGS = [
     ("grpc.keepalive_time_ms", int(1000 * _QUIET_S)),
