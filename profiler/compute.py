@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from profiler.awake import Waker
@@ -72,7 +72,7 @@ def measure_compute(
 ) -> ComputeTimes:
     """Time decode passes, then prefill passes, `repeats` of each after one that warms up.
 
-    room_bytes: what weights may take in memory; where all of them fit, a token is timed with all of them there.
+    room_bytes: what weights may take in memory; a token is timed with as many of them there.
     Passes that others disturbed are made again: of up to twice as many the fastest count. progress is called after
     each pass.
     """
@@ -121,10 +121,12 @@ def _disturbed(passes: list[_Pass], repeats: int) -> bool:
 
 
 def _token_s(engine: Engine, repeats: int, room_bytes: int) -> float:
-    """Seconds of a token, no clock in it: with all weights in memory where there is room, else without its waits."""
+    """Seconds of a token without its waits, no clock in it: with all weights in memory that there is room for."""
     weights = streamable_bytes(engine.file)
     if weights <= room_bytes:
         engine.apply(Plan(engine.file.n_layers, 1, pinned_bytes=weights))
+    elif room_bytes > 0:
+        engine.apply(replace(engine.plan, pinned_bytes=room_bytes))
     engine.truncate(0)
     for seed in range(_WARM_TOKENS):
         _timed_pass(engine, 1, seed)

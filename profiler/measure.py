@@ -217,7 +217,8 @@ class Measurement:
         self._engine = engine
         try:
             self._check()
-            room_bytes = 0 if self._budget_bytes else available_bytes() // 2
+            left = min(available_bytes(), self._budget_bytes) - engine.layout.fixed_bytes - window_bytes
+            room_bytes = left if self._budget_bytes else available_bytes() // 2
             times = measure_compute(engine, hollow, self.repeats, self._passed, room_bytes=room_bytes)
         finally:
             self._engine = None

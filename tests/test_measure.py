@@ -9,17 +9,20 @@ from h2o_cli.run_memory import measure_run_memory
 from profiler import compute, disk, measure
 from profiler.awake import Waker
 from profiler.batches import MORE_POSITIONS, POSITIONS_EACH, measure_batch
-from profiler.compute import layer_trace, measure_compute
+from profiler.compute import ComputeTimes, layer_trace, measure_compute
 from profiler.device import device_info
 from profiler.measure import Measurement, default_settings, measure_memory
-from profiler.model_profile import decode_profile, save_profile
+from profiler.model_profile import DiskProfile, Spread, decode_profile, save_profile
 from profiler.release import resident_release, slot_release
 from runtime.engine.trace import LayerTrace
 from runtime.errors import BudgetError, Cancelled
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
-from runtime.plans.residency import layer_bytes, smallest_window
+from runtime.plans.residency import layer_bytes, smallest_window, streamable_bytes
 from runtime.sizes import MB
+
+DISK = DiskProfile(Spread(1e9, 0.0, 1, 1e9, 1e9), "direct", 2**21, 4, ())
+TIMES = ComputeTimes([], [], Spread(1.0, 0.0, 1, 1.0, 1.0), 1, steady=True)
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +132,20 @@ def test_decode_times_add_up_to_a_token_without_a_clock(bundled_model):
             if measured < 2 * sorted(plain)[10]:
                 return
         raise AssertionError(f"{measured} s beside {plain}")
+
+
+def test_a_token_is_timed_with_the_weights_that_there_is_room_for(bundled_model, monkeypatch):
+    """Streaming costs time of its own: a head of many tiles took three times as long as in memory."""
+    with engine(bundled_model, n_threads=1) as opened:
+        total = streamable_bytes(opened.file)
+        measure_compute(opened, opened._model, 1, room_bytes=total // 2)
+        assert 0 < opened.streamed_bytes < total
+        rooms, file = [], opened.file
+        monkeypatch.setattr(measure, "measure_compute", lambda *_, room_bytes: rooms.append(room_bytes) or TIMES)
+        measurement = Measurement(bundled_model, 1, budget_bytes=opened.layout.fixed_bytes + 50 * MB)
+        measurement.settings = opened.settings
+        measurement._compute(file, opened._model, DISK, MB)
+    assert rooms[0] == pytest.approx(49 * MB, abs=8 * MB)
 
 
 def test_memory_figures_agree_with_the_engines_ledger(opened):
