@@ -95,19 +95,37 @@ def test_what_comes_again_is_counted(monkeypatch):
     assert pages.spared_bytes == 4.5 * MB  # what stays away at the least
     dropped.clear()
     assert pages.spared(long=True) == 4.5 * MB
-    assert [pages.begin_pass(long=True) for _ in range(2)] == [True, False]
-    assert [pages.begin_pass(long=False) for _ in range(5)] == [False, True, False, False, False]
+    assert [pages.begin_pass(long=True, streams=True) for _ in range(2)] == [True, False]
+    assert [pages.begin_pass(long=False, streams=True) for _ in range(5)] == [False, True, False, False, False]
     assert (pages.spared_bytes, dropped) == (7 * MB - slack, [1])
-    assert sum(pages.begin_pass(long=False) for _ in range(32)) == 1  # a little more: weights make room
+    assert sum(pages.begin_pass(long=False, streams=True) for _ in range(32)) == 1  # a little more: weights make room
     assert pages.spared_bytes == 7 * MB - MB // 8 - slack
-    assert sum(pages.begin_pass(long=False) for _ in range(32)) == 1
+    assert sum(pages.begin_pass(long=False, streams=True) for _ in range(32)) == 1
     assert pages.spared_bytes == 5 * MB - slack
     assert pages.spared(long=True) == 4.5 * MB  # a prompt's guess stays, while tokens do not show that it is too much
-    assert not pages.begin_pass(long=True)
-    assert not pages.begin_pass(long=False)
+    assert not pages.begin_pass(long=True, streams=True)
+    assert not pages.begin_pass(long=False, streams=True)
     assert (pages.spared_bytes, dropped) == (5 * MB - slack, [1, 1])
-    assert pages.begin_pass(long=False)
+    assert pages.begin_pass(long=False, streams=True)
     assert pages.spared_bytes == 8 * MB - slack
+
+
+def test_nothing_is_given_back_again_where_all_weights_are_there(monkeypatch):
+    sizes = iter([14 * MB, 4 * MB, 8 * MB, 8 * MB, 10 * MB, 7 * MB])
+    dropped = []
+    monkeypatch.setattr(code_pages, "file_bytes", lambda: next(sizes))
+    monkeypatch.setattr(code_pages, "drop_file_pages", lambda: dropped.append(1))
+    pages = CodePages()
+    pages.begin()
+    assert pages.begin_pass(long=True, streams=False)
+    assert not any(pages.begin_pass(long=False, streams=False) for _ in range(6))
+    assert (pages.spared_bytes, dropped) == (
+        6 * MB - code_pages._SLACK_BYTES,
+        [1],
+    )
+    assert sum(pages.begin_pass(long=False, streams=False) for _ in range(32)) == 1  # more pages: weights make room
+    assert [pages.begin_pass(long=False, streams=True) for _ in range(2)] == [False, True]  # now they are
+    assert (pages.spared_bytes, dropped) == (7 * MB - code_pages._SLACK_BYTES, [1, 1])
 
 
 def test_weights_that_fit_beside_a_token_come_before_the_first_one(bundled_model, monkeypatch):

@@ -27,7 +27,8 @@ class CodePages:
         self._counted_bytes = file_bytes()
         self._has_begun = False
         self._guess_bytes = self._told_bytes = 0  # careful, and what a pass of a prompt was told of it
-        self._n_short = -1  # short passes since pages were given back; -1: they have to be
+        self._n_short = -1  # short passes since a prompt, or since pages were given back
+        self._are_dropped = False  # pages, since the last prompt
         self.spared_bytes = 0
 
     def begin(self) -> None:
@@ -44,18 +45,22 @@ class CodePages:
         """What the process takes less in a pass of a prompt (long) or of a few tokens."""
         return min(self._guess_bytes, self.spared_bytes) if long else self.spared_bytes
 
-    def begin_pass(self, *, long: bool) -> bool:
-        """Before a pass of a prompt (long) or of a few tokens; whether spared() has changed since one like it."""
+    def begin_pass(self, *, long: bool, streams: bool) -> bool:
+        """Before a pass of a prompt (long) or of a few tokens; whether spared() has changed so that it matters.
+
+        streams: in short passes there is not room for all weights. Else nothing is given back for more.
+        """
         if long:
-            self._n_short = -1
+            self._n_short, self._are_dropped = -1, False
             before, self._told_bytes = self._told_bytes, self.spared(long=True)
             return before != self._told_bytes
-        self._n_short += 1
-        if self._n_short == 0:
+        if streams and not self._are_dropped:
+            self._n_short, self._are_dropped = -1, True
             drop_file_pages()
-        elif self._n_short in _LOOKS or self._n_short % _AGAIN == 0:
+        self._n_short += 1
+        if self._n_short in _LOOKS or (self._n_short and self._n_short % _AGAIN == 0):
             before, spared = self.spared_bytes, max(0, self._counted_bytes - file_bytes() - _SLACK_BYTES)
             if not before <= spared < before + _LEAST_BYTES:
                 self.spared_bytes = spared
-                return True
+                return streams or spared < before
         return False

@@ -57,6 +57,7 @@ class Layout:
         self._placed: tuple[frozenset[int], int, bool] | None = None  # resident pieces, window, repacked or not
         self._most_cells = 0  # of the cache that were taken at once since it was empty
         self._all = frozenset(piece.number for piece in self._file.pieces)
+        self._spare_bytes = 0  # what passes of one token leave beside all weights; negative: some are streamed
         self._fits = False  # weights and what any pass needs, both at once
 
     # --- plans --------------------------------------------------------------------------------------------------
@@ -118,18 +119,19 @@ class Layout:
         self._use, self._room, self._fits = use, room, fits
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
         self.plan = replace(plan, k=layers_in(self._file, pinned) if plan.budget_bytes else plan.k)
-        self.streamed_bytes, self.most_outputs = streamed, self._outputs_worth(plan.budget_bytes, room)
+        self.streamed_bytes = streamed
+        token = replace(self._ledgers[TOKEN], kv_bytes=self.needs.kv_bytes(room))
+        self._spare_bytes = usable - token.fixed_bytes + self._code.spared_bytes - total
+        self.most_outputs = self._outputs_worth() if plan.budget_bytes else self._settings.n_logits
         for table in self.needs.tables:
             table.resize(self.needs.passes.embedding(table.tensor, long=use.long))
 
-    def _outputs_worth(self, budget_bytes: int, room: int) -> int:
-        """most_outputs with room for so many positions; where weights are streamed anyway, as many as there may be."""
+    def _outputs_worth(self) -> int:
+        """most_outputs under a budget; where weights are streamed anyway, as many as there may be."""
         most = self._settings.n_logits
-        token = self._ledgers[TOKEN].fixed_bytes - self._ledgers[TOKEN].kv_bytes + self.needs.kv_bytes(room)
-        spare = usable_bytes(budget_bytes) - token + self._code.spared_bytes - streamable_bytes(self._file)
         for rows in (most, rows_for(2, most)):
             more = self._ledgers[Use(long=False, rows=rows)].fixed_bytes - self._ledgers[TOKEN].fixed_bytes
-            if not budget_bytes or spare < 0 or more <= spare:
+            if self._spare_bytes < 0 or more <= self._spare_bytes:
                 return rows
         return 1
 
@@ -181,7 +183,9 @@ class Layout:
             room = self._room
         if not self._asked_plan.budget_bytes:
             self._room = max(room, self._room)
-        elif self._code.begin_pass(long=use.long) or (use, room) != (self._use, self._room):
+            return
+        code_changed = self._code.begin_pass(long=use.long, streams=self._spare_bytes < 0)
+        if code_changed or (use, room) != (self._use, self._room):
             self._lay_out(self._asked_plan, use, room, again=True)
 
     def _cells_after(self, passes: Sequence[Pass]) -> int:
