@@ -133,8 +133,9 @@ def test_the_plan_counts_what_a_run_counts(long_model, tmp_path, flags):
     plan, run = found["ledger"], json.loads(done.stdout)["ledger"]
     assert plan.get("filter_bytes") == run.get("filter_bytes")
     own = run["process_bytes"] + run["embedding_bytes"] + run["sampler_bytes"]
+    # A run whose weights fit does not look for pages of libraries that it could do without, up to a megabyte.
     assert plan["process_bytes"] + plan["small_tensor_bytes"] == pytest.approx(
-        own, abs=1.5 * MB if plan.get("filter_bytes") is None else 3 * MB
+        own, abs=2.5 * MB if plan.get("filter_bytes") is None else 3.5 * MB
     )
     for part in ("kv_bytes", "compute_bytes"):
         assert plan[part] == pytest.approx(run[part], abs=200_000)
