@@ -14,8 +14,9 @@ class Footprint:
     """Bytes the process needs besides weights that can be streamed.
 
     compute_bytes is what a token needs, prompt_bytes what a prompt needs on top of it. unused_bytes are pages of
-    libraries that prompts need and tokens do not; process_bytes is without them. kv_bytes is for a full context,
-    without what a disk store spares. later_bytes is the part of kv_bytes that an answer does not need at its beginning.
+    libraries that opening a model needs and tokens do not; process_bytes is without them. kv_bytes is for a full
+    context, without what a disk store spares. later_bytes is the part of kv_bytes that an answer does not need at its
+    beginning.
     Weights are there until it does. filter_bytes: what filtering takes beside the cache.
     known_floor_bytes: the smallest budget where a run has said it (0: not).
     """
