@@ -5,7 +5,6 @@ Plain writes only: a run keeps to its memory budget, so no drawing library is lo
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -99,6 +98,8 @@ def _silence(stream: TextIO) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on one line of standard output."""
+    import json  # here: no answer waits for it
+
     emit(json.dumps(value, ensure_ascii=False) + "\n")
 
 

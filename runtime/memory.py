@@ -6,7 +6,8 @@ import ctypes
 import errno
 import mmap
 import os
-from array import array
+import re
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -32,8 +33,12 @@ _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_COLD = 4, 14, 15, 20
 _MADV_DONTFORK, _MADV_POPULATE_WRITE = 10, 23
 _M_MMAP_THRESHOLD = -3
 _LARGE_BLOCK_BYTES = 128 * 2**10  # glibc's own, to begin with
-_PAGEMAP_ENTRY_BYTES, _PAGEMAP_STATE = 8, 61  # proc(5): the highest bits say present, swapped, of a file
+_PAGEMAP_ENTRY_BYTES, _PAGEMAP_STATE = 8, 5  # proc(5): the highest bits say present, swapped, of a file
+_PAGEMAP_HIGHEST = 7 if sys.byteorder == "little" else 0  # the byte of an entry that has them
 _NOT_THERE, _FROM_FILE = 0b000, 0b101
+# A row of /proc/self/maps: a private mapping of a file that nobody can write to; its addresses, "x" where it is code,
+# and its file (device and inode).
+_READ_ONLY = re.compile(rb"^(\w+)-(\w+) .-(.)p \w+ (\S+ [1-9]\d*) ", re.M)
 
 
 def _huge_page_bytes() -> int:
@@ -120,27 +125,20 @@ def drop_file_pages() -> None:
 
 def _library_mappings() -> set[tuple[int, int]]:
     """Addresses [start, end) of private mappings that nobody can write to, of files with code that can be run."""
-    readable, with_code = [], set()
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as rows:
-        for row in rows:
-            addresses, access, _, device, inode, *_ = row.split(maxsplit=5)
-            if inode == "0" or access[1] == "w" or access[3] != "p":
-                continue
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            readable.append((start, end, (device, inode)))
-            if access[2] == "x":
-                with_code.add((device, inode))
-    return {(start, end) for start, end, file in readable if file in with_code}
+    found = _READ_ONLY.findall(Path("/proc/self/maps").read_bytes())
+    with_code = {file for *_, access, file in found if access == b"x"}
+    return {(int(start, 16), int(end, 16)) for start, end, access, file in found if file in with_code}
 
 
 def _unwritten(mappings: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
     """Those of which this process has written no page, as it has where a library's relocated addresses are."""
     found = set()
-    with open("/proc/self/pagemap", "rb") as pages:
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
         for start, end in mappings:
-            pages.seek(start // PAGE * _PAGEMAP_ENTRY_BYTES)
-            entries = array("Q", pages.read((end - start) // PAGE * _PAGEMAP_ENTRY_BYTES))
-            if {entry >> _PAGEMAP_STATE for entry in entries} <= {_NOT_THERE, _FROM_FILE}:
+            n_bytes = (end - start) // PAGE * _PAGEMAP_ENTRY_BYTES
+            entries = os.pread(pages.fileno(), n_bytes, start // PAGE * _PAGEMAP_ENTRY_BYTES)
+            highest = set(entries[_PAGEMAP_HIGHEST::_PAGEMAP_ENTRY_BYTES])
+            if {byte >> _PAGEMAP_STATE for byte in highest} <= {_NOT_THERE, _FROM_FILE}:
                 found.add((start, end))
     return found
 
@@ -244,12 +242,12 @@ def resident_bytes_outside(ranges: Iterable[tuple[int, int]]) -> int:
     ours = sorted(ranges)
     starts = [start for start, _ in ours]
     total, counted = _status_bytes("VmPTE"), True
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as rows:
+    with open("/proc/self/smaps", "rb") as rows:
         for row in rows:
-            if row.startswith("Rss:"):
+            if row[:4] == b"Rss:":
                 total += int(row.split()[1]) * 1024 * counted
-            elif "-" in row[:17]:
-                start, end = (int(text, 16) for text in row.split(" ", 1)[0].split("-"))
+            elif not 65 <= row[0] <= 90:  # addresses are in small letters, names of figures begin with a capital
+                start, end = (int(text, 16) for text in row.split(b" ", 1)[0].split(b"-"))
                 i = bisect_right(starts, start) - 1
                 counted = not (i >= 0 and end <= ours[i][1])
     return total

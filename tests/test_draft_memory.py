@@ -3,7 +3,6 @@
 import json
 import random
 import tracemalloc
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -391,5 +390,5 @@ def test_a_run_with_a_draft_model_says_what_it_gave(bundled_model):
         assert "1.50 tokens per pass (draft)" in said(opened, 3.0, statistics)
         assert "1.0 s lost by --draft" in said(opened, -1.0, statistics)
         assert "lost" not in said(opened, -0.1, statistics)
-        unused = replace(statistics, tokens_per_pass=1.0, drafted=0, accepted=0)
+        unused = statistics._replace(tokens_per_pass=1.0, drafted=0, accepted=0)
         assert "1.00 tokens per pass (off)" in said(opened, 0.0, unused)

@@ -282,6 +282,19 @@ def test_a_head_start_has_huge_pages_where_all_weights_may_fit(bundled_model, mo
     assert asked == [everything]
 
 
+def test_a_model_that_fits_is_read_while_llama_cpp_loads(bundled_model):
+    """All but the last part, for which loading would raise the peak; nothing goes through a window."""
+    file = ModelFile.open(bundled_model)
+    total = streamable_bytes(file)
+    weights = head_start(file, Plan(0, 1, Layout.BALANCED, window_bytes=MB, budget_bytes=10**9), Settings())
+    try:
+        weights.store.settle()
+        assert 0.8 * total < weights.store.bytes_read < total - total // 16
+        assert weights.store.window_bytes == 0
+    finally:
+        weights.close()
+
+
 def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
     largest = smallest_window(ModelFile.open(bundled_model))
     guess = Plan(0, 1, Layout.BALANCED, window_bytes=largest, budget_bytes=10**9)

@@ -44,7 +44,13 @@ NEVER_ON_THE_RUN_PATH = (
     "h2o_cli.bench.models.make_model",
     "rich",
 )
-REPORT = "import sys; print(','.join(name for name in {names!r} if name in sys.modules), file=sys.stderr)"
+AT_THE_END = "import sys; loaded = sys.modules; "
+AT_THE_TOKEN = """import sys
+from runtime.answer.meter import Meter
+loaded, see = set(), Meter.see
+Meter.see = lambda meter, step: (loaded.update(sys.modules), see(meter, step))
+"""  # of an answer of one token
+REPORT = "print(','.join(name for name in {names!r} if name in loaded), file=sys.stderr)"
 
 
 def imports_of(path, *, when_imported=False, for_types=True):
@@ -161,9 +167,9 @@ def test_packages_have_empty_init_files():
         assert path.name != "__init__.py" or not path.read_text().strip(), f"{relative(path)} is not empty"
 
 
-def loaded_after(arguments, names, tmp_path):
-    """Which of these modules a command has imported when it is done."""
-    code = f"from h2o_cli.main import run_command; code = run_command({arguments!r}); "
+def loaded_after(arguments, names, tmp_path, look=AT_THE_END):
+    """Which of these modules a command has imported by then."""
+    code = look + f"from h2o_cli.main import run_command; code = run_command({arguments!r}); "
     code += REPORT.format(names=names) + "; sys.exit(code)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -190,6 +196,13 @@ def test_a_run_loads_nothing_it_does_not_need(tmp_path, tiny_model):
     bindings = "llama_cpp.llama_cpp"  # the package around them is heavy: numpy, jinja2, a server's formats
     names = (bindings, "llama_cpp", "numpy", "jinja2", *NEVER_ON_THE_RUN_PATH)
     assert loaded_after(arguments, names, tmp_path) == [bindings]
+
+
+def test_the_first_token_waits_for_no_import_of_what_comes_later(tmp_path, tiny_model):
+    """What writes JSON and versions comes after it; errors, and budgets near the smallest one, bring the rest."""
+    arguments = ["run", str(tiny_model("llama")), "-p", "a", "-n", "1", "--json", "-s", str(tmp_path / "plan")]
+    names = ("json", "importlib.metadata", "email", "platformdirs", "tempfile", "random", "shlex", "unicodedata")
+    assert loaded_after(arguments, names, tmp_path, look=AT_THE_TOKEN) == []
 
 
 def test_a_run_with_a_profile_loads_no_planner(tmp_path, tiny_model, monkeypatch):

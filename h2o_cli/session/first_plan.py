@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from h2o_cli.session.profiled import Profiled
 from runtime.errors import PlanError
@@ -20,8 +21,7 @@ from runtime.settings import Settings
 FROM_FILE, FROM_PROFILE, DEFAULT = "plan file", "profile", "default"
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A plan, where it came from, and the budget of the process."""
 
     plan: Plan

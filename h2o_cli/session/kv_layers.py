@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +30,8 @@ def find_choice(model_hash: int) -> LayerChoice | None:
 def warn_of_guess(kv: Filter, path: Path, n_ctx: int, warn: Callable[[str, str], None]) -> None:
     """Say that the filter layers are a guess, where they are one and a context of n_ctx tokens can be filtered."""
     if kv.options.is_guess_in(n_ctx):
+        import shlex  # for a warning only
+
         layers = ",".join(map(str, kv.roles.filters))
         warn(
             f"{path.name} was not analyzed, its filter layers {layers} are a guess: answers can be wrong",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +45,8 @@ def need_profile(model_hash: int, model: str) -> Path:
     """The newest profile of a model. Raises ProfileError when there is none."""
     found = find_profile(model_hash)
     if found is None:
+        import shlex  # for an error only
+
         raise ProfileError(f"there is no profile of {model}", f"run `h2o profile {shlex.quote(model)}` first")
     return found
 

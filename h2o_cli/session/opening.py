@@ -166,7 +166,7 @@ def _open_inside(model: OpenModel, options: SessionOptions, chosen: Chosen, sett
     try:
         engine = _open_engine(model, chosen, settings)
         near = engine.layout.fixed_bytes + smallest_window(model.file) + NEAR_BYTES
-        if not budget or budget >= (written(model.file.hash, least, options.kind) or near):
+        if not budget or budget >= near or 0 < written(model.file.hash, least, options.kind) <= budget:
             return engine
         engine.close()
     except BudgetError:

@@ -9,7 +9,6 @@ measurements agree with it. Commands that have loaded other code than a run ask 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from contextlib import suppress
@@ -98,6 +97,8 @@ def _path() -> Path:
 
 def _read() -> dict[str, int]:
     """All that was written down. Anything but that is as good as nothing."""
+    import json  # here, as platformdirs: a budget with room to spare asks for no number
+
     try:
         found = json.loads(_path().read_bytes())
         return {str(key): int(n_bytes) for key, n_bytes in found.items()}
@@ -107,6 +108,8 @@ def _read() -> dict[str, int]:
 
 def _write(key: str, floor: int) -> None:
     """Write a number down; silent where the folder cannot be written."""
+    import json
+
     others = {old: n_bytes for old, n_bytes in _read().items() if old != key}
     kept = dict([*others.items(), (key, floor)][-_MOST_WRITTEN:])
     with suppress(OSError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _MEMORY = 16  # observations a running mean remembers
 _OUTLIER = 4  # times the mean
@@ -51,8 +51,7 @@ class Mean:
         self._weight = min(self._weight, _UNSURE)
 
 
-@dataclass(frozen=True)
-class PassTime:
+class PassTime(NamedTuple):
     """What one pass took: all of it with drafting, and the parts that went into drafting and computing."""
 
     seconds: float

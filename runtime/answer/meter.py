@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from runtime.answer.generate import CANCELLED, Step
 from runtime.engine.engine import Counters, Engine
@@ -14,8 +15,7 @@ from runtime.settings import Machine
 _RATE_STEPS = 4  # the best observed read rate is taken over this many tokens
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """How fast an answer was. None: too few tokens to say.
 
     limit_ms_per_token is the least a token can take with one token per pass, when reading and computing overlap fully:

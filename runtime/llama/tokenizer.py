@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-import unicodedata
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -110,6 +109,8 @@ class Tokenizer:
         for character in dict.fromkeys(text):
             mark = cuts.SPACE_MARK if character == " " else character
             if mark not in texts and not all(_has_byte(texts, byte) for byte in mark.encode(errors="replace")):
+                import unicodedata  # a library of 1 MB, for an error
+
                 name = unicodedata.name(character, "a control character")
                 raise PromptError(
                     f"this model's vocabulary has no {character!r} ({name.lower()})", "leave it out of the prompt"

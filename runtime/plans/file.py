@@ -12,7 +12,6 @@ import fcntl
 import mmap
 import os
 import struct
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +41,8 @@ def default_plan_path() -> Path:
         if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
             break
     else:
+        import tempfile  # here: it brings random numbers and hashes, and most machines have /dev/shm
+
         folder = tempfile.gettempdir()
     return Path(folder) / f"h2o-plan-{os.geteuid()}.bin"
 

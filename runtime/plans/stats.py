@@ -13,8 +13,8 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.errors import PlanError
 from runtime.plans.shared_record import MOVE_AWAY, check_owner, is_whole, open_shared, with_crc
@@ -34,8 +34,7 @@ def stats_path(plan_path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(plan_path)}.stats")
 
 
-@dataclass(frozen=True)
-class PlanStats:
+class PlanStats(NamedTuple):
     """One record. passes to bytes_read count decode passes since the plan `generation` was adopted; times in seconds.
 
     available_bytes is what the fixed bytes of the process leave of its budget, for window and resident weights.

@@ -18,6 +18,8 @@ from runtime.weights.store import LayerStore
 _GUESSED_PROCESS_BYTES = 80 * MB
 _LEAST_PROCESS_BYTES = 40 * MB  # with more left than this, all weights may fit in the end
 _GUESSED_HEADER_COPIES = 9  # llama.cpp's vocabulary takes about this many times its bytes in the file
+_BRIEF_HEADER_COPIES = 3  # and this many times more for a moment, while it is loaded
+_LAST_SHARE = 16  # this part of a model that fits comes later, about when pages of libraries are given back
 
 
 @dataclass
@@ -60,13 +62,16 @@ def head_start(file: ModelFile, plan: Plan, settings: Settings) -> Weights:
     """Weights that are being read while llama.cpp is still loading vocabulary and header.
 
     What the process will take is not measured yet, so they are read into what a careful guess leaves of the plan's
-    budget; the engine then extends that to the exact figure.
+    budget. Where that is room for all, the last ones come later all the same, when loading no longer takes memory for
+    a moment: the peak of the process is no higher then. The engine extends it all to the exact figure.
     """
     weights = open_weights(file, settings)
     window = page_down(window_bytes(file, plan))
     limit = guessed_room(file, plan.budget_bytes) - window
     total = streamable_bytes(file)
-    if 0 < limit < total:
+    if limit >= total:
+        window, limit = 0, total - total // _LAST_SHARE - _BRIEF_HEADER_COPIES * sum(file.data_offsets)
+    if limit > 0:
         resident = resident_pieces(file, replace(plan, pinned_bytes=limit), limit)
         most = max(plan.pinned_bytes, usable_bytes(plan.budget_bytes) - _LEAST_PROCESS_BYTES - MARGIN_BYTES)
         try:
