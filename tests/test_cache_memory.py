@@ -204,15 +204,19 @@ def test_an_answer_that_fills_its_context_stays_inside_the_cgroup(tiny_model, tm
 
 
 def test_pages_for_the_next_positions_of_several_texts_are_made_at_once_where_all_fits(tiny_model):
-    several = {"n_sequences": 2, "n_logits": 2}
-    for budget, fits in ((1000 * MB, True), (0, False)):
+    """Where nothing streams. One text writes to few pages, so its own come one by one."""
+    for budget, n_texts in ((1000 * MB, 2), (0, 2), (1000 * MB, 1)):
+        fits, several = budget > 0 and n_texts > 1, {"n_sequences": n_texts, "n_logits": n_texts}
         with engine(tiny_model(SHAPE), n_ubatch=64, n_ctx=CTX, **several) as opened:
             opened.apply(budget_plan(budget or half_budget(opened)))
-            opened.compute([Pass((Part(0, 0, (5, 6), 1), Part(1, 0, (7,), 1)))])
+            opened.compute([Pass((Part(0, 0, (5, 6), 1), Part(1, 0, (7,), 1))[:n_texts])])
             cache = opened.layout._cache
             found = cache_in_memory(opened)
             if fits:
                 assert cache.bytes_for(256) <= found <= cache.bytes_for(STEP + 256)
+                cache.drop_behind(0)
+                cache.make(STEP)
+                assert cache_in_memory(opened) >= cache.bytes_for(256)
             else:
                 assert found <= cache.bytes_for(STEP)
             opened.compute([Pass((Part(0, 2, (5,), 1),))])

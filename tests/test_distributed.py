@@ -126,6 +126,8 @@ def test_what_16_bits_do_not_hold_is_refused(paths, addresses, monkeypatch):
         with pytest.raises(EngineError, match="what goes into layer 2 is beyond 65504"):
             opened.forward([1])
         monkeypatch.undo()
+        with pytest.raises(EngineError, match="what goes into layer 2 is beyond 65504"):  # from layers of the root
+            opened.cluster.leave(2, memoryview(np.full(opened.cluster.width, 1e6, np.float32)))
         opened.forward([1])
         assert not any(link.is_lost for link in opened.cluster.links)
 

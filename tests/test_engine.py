@@ -95,6 +95,8 @@ def test_the_floor_of_a_part_counts_what_is_owned(tiny_model, layers, head, embe
         with pytest.raises(BudgetError):
             opened.apply(Plan(0, 1, budget_bytes=floor - PAGE))
         assert opened.layout.floor_bytes == floor_for(opened.layout.fixed_bytes + smallest_window(opened.file))
+        opened.layout._least_window += 5 * MB
+        assert opened.layout.floor_bytes == floor_for(opened.layout.fixed_bytes + smallest_window(opened.file) + 5 * MB)
 
 
 @pytest.mark.parametrize("file_type", ["f16", "q8_0"])

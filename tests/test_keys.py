@@ -107,7 +107,7 @@ class Echo:
     def __init__(self, send):
         self.take = send
 
-    def leave(self):
+    def leave(self, *, is_cut):
         self.take(None)
 
 

@@ -27,6 +27,7 @@ from test_residency import make_index, or_a_part
 from runtime.memory import view
 from runtime.sizes import PAGE, page_down
 from runtime.weights import homes
+from runtime.weights import readers as weight_readers
 from runtime.weights.store import LayerStore
 
 SLOW = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -250,6 +251,23 @@ def test_a_part_of_what_is_going_to_be_resident_as_a_whole_has_huge_pages(everyt
         assert asked == [everything]
         c.plan(numbers_of(c.pieces), 0)
         assert set(asked[1:]) == {True}
+
+
+def test_huge_pages_are_made_by_the_reader_before_it_reads_into_them(monkeypatch):
+    """Those that a read finds missing are made under a lock that all of the process waits for."""
+    made, late = set(), []
+    monkeypatch.setattr(weight_readers, "touch", lambda address, n_bytes: made.add((address, n_bytes)))
+    with computing(SMALL) as (c, _, files):
+        plain = files.read
+
+        def read(file, offset, *place):
+            late.append(place not in made)
+            plain(file, offset, *place)
+
+        monkeypatch.setattr(files, "read", read)
+        c.plan({0}, ONE)
+        c.one_pass()
+    assert set(late) == {False}
 
 
 def test_passes_without_head_do_not_read_it():

@@ -148,6 +148,17 @@ def test_a_token_is_timed_with_the_weights_that_there_is_room_for(bundled_model,
     assert rooms[0] == pytest.approx(49 * MB, abs=8 * MB)
 
 
+def test_copies_of_texts_may_take_what_the_budget_leaves(bundled_model, monkeypatch):
+    spares = []
+    monkeypatch.setattr(measure, "measure_batch", lambda _engine, *_, spare_bytes, **__: spares.append(spare_bytes))
+    with engine(bundled_model, n_threads=1) as opened:
+        measurement = Measurement(bundled_model, 1, budget_bytes=300 * MB)
+        measurement.settings = opened.settings
+        measurement._batches(opened.file, opened._model, DISK, MB)
+    two, sixteen = spares
+    assert 300 * MB > two > sixteen > 100 * MB  # keys and values of the texts are not in it
+
+
 def test_memory_figures_agree_with_the_engines_ledger(opened):
     file = opened("llama")
     hollow = HollowModel(file)

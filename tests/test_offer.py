@@ -11,6 +11,8 @@ from runtime.engine.layout import Layout
 from runtime.errors import BudgetError
 from runtime.llama.model_file import ModelFile
 from runtime.plans.ledger import usable_bytes
+from runtime.plans.residency import layer_bytes, streamable_bytes
+from runtime.settings import FULL_TILES, Settings
 from runtime.sizes import MB
 
 
@@ -48,6 +50,23 @@ def test_room_for_weights_is_that_of_a_token(file, monkeypatch):
     (layout,) = seen
     in_a_prompt = usable_bytes(1000 * MB) - layout.fixed_bytes
     assert found.weights_bytes - in_a_prompt == layout.prompt_bytes + 4 * MB - offer._VISIT_BYTES > MB
+
+
+@pytest.mark.parametrize(("part", "share"), [(2, 1.0), (0.5, 0.5), (-1, 0.0)])
+def test_a_token_is_timed_with_the_share_of_weights_that_there_is_room_for(file, monkeypatch, part, share):
+    """As a profile does it: streaming costs time of its own. The disk is measured with nothing in memory."""
+    total = sum(layer_bytes(layer) for layer in file.layers)
+    seen, budget = [], 1000 * MB
+    monkeypatch.setattr(Layout, "fixed_bytes", usable_bytes(budget) - int(part * total))
+    monkeypatch.setattr(offer, "_token_s", lambda engine: seen.append(engine) or seen.append(_in_memory(engine)) or 1.0)
+    monkeypatch.setattr(offer, "_disk_rate", lambda *_: seen.append(_in_memory(seen[0])) or 1.0)
+    offer._measure(file, range(file.n_layers), budget, Settings(n_ctx=512, n_ubatch=FULL_TILES, repack=False))
+    assert seen[1:] == [pytest.approx(share, abs=0.05), 0.0]
+
+
+def _in_memory(engine):
+    """The share of an engine's weights."""
+    return engine.ledger.resident_bytes / streamable_bytes(engine.file)
 
 
 @pytest.mark.parametrize("off", [-MB, 3 * MB])

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("grpc", reason="the extra `workers` is not installed")
 
 from cluster import MB, workers
+from stores import bytes_in_memory
 
 from h2o_cli.main import run_command as h2o
-from h2o_cli.session import members, placing
+from h2o_cli.session import members, placing, ray_workers
 from h2o_cli.session.members import Devices, survey
 from h2o_cli.session.placing import given, place, split_model
 from h2o_cli.session.smallest import of_worker
 from planner.placement import Device
-from runtime.distributed import offer
+from runtime.distributed import head_time, offer
 from runtime.distributed.head_time import measure_head
 from runtime.distributed.offer import measure
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
+from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
+from runtime.llama.own_graph import OwnGraph
 from runtime.plans.residency import layer_bytes
+from runtime.sizes import page_down
 from runtime.weights.files import WeightFiles
 
 
@@ -66,13 +71,28 @@ def test_links_are_measured_and_layers_placed_for_hidden_states_as_they_travel(f
     assert asked == [n, n, n // 2, n // 2]
 
 
-@pytest.mark.parametrize("command", ["devices", "plan"])
-def test_devices_are_shown_for_hidden_states_as_they_travel(file, command, monkeypatch):
-    seen = []
+@pytest.mark.parametrize(
+    ("command", "named"), [("devices", "--workers"), ("plan", "--workers"), ("devices", "--cluster")]
+)
+def test_devices_are_shown_for_hidden_states_as_they_travel(file, command, named, monkeypatch):
+    seen, nodes = [], SimpleNamespace(addresses=["a:1"], keys=None, close=lambda: None)
+    monkeypatch.setattr(ray_workers, "RayWorkers", lambda *_: nodes)
     monkeypatch.setattr(members, "survey", lambda _file, devices, *_: seen.append(devices.hidden) or {})
     for flags in ([], ["--hidden", "f16"]):
-        assert h2o([command, str(file.path), "--workers", "a:1", "--json", *flags]) == 0
+        assert h2o([command, str(file.path), named, "a:1", "--json", *flags]) == 0
     assert seen == ["f32", "f16"]
+
+
+def test_the_head_is_in_what_is_expected_of_this_machine(file, monkeypatch):
+    """Else it would look slow, and a worker that is slow would look like it."""
+    half, model = sum(layer_bytes(layer) for layer in file.layers) // 2, split_model(file, root_s=1.0)
+    found = place(model, [Device(name, half, 1e6, 1e-9, 1e-5) for name in ("local", "a:1")])
+    own_s, other_s = found.placement.turns_s
+    link = SimpleNamespace(address="a:1", latencies=[2 * other_s] * 20)
+    stages = [SimpleNamespace(first=first, last=last, link=link) for first, last, name in found.stages if name == "a:1"]
+    cluster = SimpleNamespace(stages=stages, links=[link], own_latencies=[own_s + 1.0] * 20)
+    monkeypatch.setattr(members, "moved", lambda *_: True)
+    assert members.Team(file, found, cluster, model).slower({}) == {"a:1": pytest.approx(2)}
 
 
 def test_layers_by_hand():
@@ -111,6 +131,31 @@ def test_the_head_is_measured_without_a_read(tiny_model, kind, monkeypatch):
     for budget_bytes in (1000 * MB, 2 * layer_bytes(file.head)):  # with all of it, and with half
         assert 0 < measure_head(file, budget_bytes, 1) < 0.1
     assert measure_head(file.owned([0], head=False, embedding=True), 1000 * MB, 1) == 0
+
+
+def test_what_the_head_takes_grows_with_its_bytes(tiny_model, monkeypatch):
+    """On a machine that takes a second for a byte: whatever part of the head was measured with."""
+    file, clock, sizes = ModelFile.open(tiny_model("qwen2", "q8_0")), [0], []
+
+    class Graph(OwnGraph):
+        def compute(self, *what):
+            weights = abi.Tensor.from_address(self.nodes[0].src[0])
+            sizes.append(weights.ne[1] * weights.nb[1])
+            end = page_down(sizes[-1])
+            assert bytes_in_memory([(weights.data, weights.data + end)]) == end  # pages that were written to
+            super().compute(*what)
+            clock[0] += sizes[-1]
+
+        def __init__(self, n_threads, nodes):
+            self.nodes, self.n_threads = nodes, n_threads
+            super().__init__(n_threads, nodes)
+
+    monkeypatch.setattr(head_time, "OwnGraph", Graph)
+    monkeypatch.setattr(head_time, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    n = layer_bytes(file.head)
+    found = [measure_head(file, budget_bytes, 1) for budget_bytes in (1000 * MB, 2 * n)]
+    assert found == [pytest.approx(n), pytest.approx(n)]
+    assert (max(sizes), min(sizes)) == (pytest.approx(n, rel=0.05), pytest.approx(n / 2, rel=0.05))
 
 
 def test_the_head_is_in_what_is_predicted(file, monkeypatch):

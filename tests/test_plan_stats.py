@@ -22,7 +22,7 @@ from runtime.plans.stats import RECORD, StatsReader, decode_stats, stats_path
 
 ROOT = Path(__file__).parents[1]
 MODEL = 42
-# A process that follows a plan file; argv: plan file, seconds per pass, passes[, floor].
+# A process that follows a plan file; argv: plan file, seconds per pass, passes[, floor, bytes it grows by with a plan].
 # A resident layer takes 1/10 off a pass.
 PROCESS = """
 import sys, time
@@ -30,7 +30,8 @@ from types import SimpleNamespace
 from runtime.answer.plan_stats import StatsWriter
 from runtime.plans.stats import stats_path
 from runtime.plans.watcher import PlanWatcher
-path, pass_s, n, floor = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int((sys.argv[4:] or [0])[0])
+path, pass_s, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+floor, growth = [*map(int, sys.argv[4:]), 0, 0][:2]
 engine = SimpleNamespace(
     counters=SimpleNamespace(passes=0, decodes=0, seconds=0.0, bytes_read=0, wait_s=0.0),
     ledger=SimpleNamespace(fixed_bytes=100, window_bytes=20, resident_bytes=30),
@@ -45,6 +46,7 @@ for i in range(n):
         refused = plan.generation
     elif plan:
         generation, k, first = plan.generation, plan.k, True
+        engine.ledger.fixed_bytes = 100 + growth
     writer.publish(engine, 1000, generation, refused)
     if i == 0:
         print("ready", flush=True)

@@ -20,7 +20,7 @@ from test_cli_worker import H2O, ROOT, run
 
 from h2o_cli.main import run_command as h2o
 from h2o_cli.session import members, ray_workers
-from h2o_cli.session.ray_workers import DISK, RayWorkers, asked_of_nodes, join_cluster
+from h2o_cli.session.ray_workers import DISK, RayWorkers, actor_on, asked_of_nodes, join_cluster
 from runtime.errors import WorkerError
 from runtime.sizes import MB
 
@@ -124,6 +124,18 @@ def test_what_is_asked_of_the_nodes():
     assert asked_of_nodes(ray, None) == [("a", 4000 * MB, 200), ("b", 300 * MB, 0)]
     with pytest.raises(WorkerError, match="no node of the Ray cluster has 64"):
         asked_of_nodes(SimpleNamespace(nodes=lambda: nodes[2:]), None)
+
+
+def test_ray_is_told_what_an_actor_asks_for(monkeypatch):
+    seen, ray = [], SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **asked: seen.append(asked)))
+    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
+    monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", strategies)
+    for disk in (200, 0):
+        actor_on(ray, object, "a", 1000 * MB, disk)
+    assert [(asked["memory"], asked["resources"], asked["scheduling_strategy"]) for asked in seen] == [
+        (1000 * MB, {DISK: 200}, ("a", True)),
+        (1000 * MB, {}, ("a", True)),
+    ]
 
 
 def test_workers_of_a_cluster_are_told_how_hidden_states_travel(monkeypatch):

@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,14 +15,18 @@ from test_model_profile import make_profile
 from test_plan_stats import MODEL, PROCESS
 
 from h2o_cli import main as cli
+from h2o_cli import plan_live
+from h2o_cli.plan_report import outlook_of
 from planner import running_process
 from planner.footprint import streamable_bytes
+from planner.replan import Pulled, Row
 from planner.simulator import token_s
 from profiler.model_profile import load_profile, save_profile
 from runtime.llama.model_file import ModelFile
 from runtime.plans.file import read_plan, write_plan
 from runtime.plans.plan import Plan
 from runtime.plans.stats import StatsReader, stats_path
+from runtime.sizes import MB
 
 ROOT = Path(__file__).parents[1]
 H2O = [sys.executable, "-m", "h2o_cli.main"]
@@ -48,8 +54,8 @@ def process(plan_file):
     command = [sys.executable, "-c", PROCESS, str(plan_file)]
     started = []
 
-    def start(pass_s, n=100000, floor=0):
-        arguments = [*command, str(pass_s), str(n), str(floor)]
+    def start(pass_s, n=100000, floor=0, growth=0):
+        arguments = [*command, *map(str, (pass_s, n, floor, growth))]
         started.append(subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == "ready\n"
         return started[-1]
@@ -104,6 +110,34 @@ def test_live_plan_of_a_process(live, process, plan_file, profile_path):
     for plan in live.plans:
         assert plan.budget_bytes == 1000
         assert plan.pinned_bytes + plan.window_bytes <= 900
+
+
+def test_live_plan_of_a_process_that_grows(live, process):
+    process(0.001, growth=150)
+    code, out, err = live("--json")
+    assert code == 0, err
+    ledger = json.loads(out)["ledger"]
+    assert ledger["fixed_bytes"] == 100 + 150
+    assert ledger["resident_bytes"] + ledger["window_bytes"] <= 750
+
+
+def test_what_a_live_plan_is_predicted_to_reach():
+    """With the arm that is kept, cut to what the process leaves, whatever the profile says that a run leaves."""
+    profile = make_profile([10 * MB] * 10, [1e-4] * 10, disk=1e9, fixed=20 * MB)
+    arms = [Plan(k, 1, pinned_bytes=k * 10 * MB, window_bytes=10 * MB) for k in (2, 6, 3, 4)]
+    rows = [Row(arm, 1.0, pulls=[Pulled(2.0 + i, 0.0)]) for i, arm in enumerate(arms)]
+    facts = {"available_bytes": 75 * MB, "n_pulls": 4, "n_restarts": 0, "is_settled": True}
+    found = SimpleNamespace(rows=rows, best=arms[2], best_row=rows[2], **facts)
+    plan = replace(arms[2], budget_bytes=100 * MB)
+    stats = SimpleNamespace(pid=7, floor_bytes=30 * MB, fixed_bytes=25 * MB)
+    outlook = plan_live._live_outlook(found, profile, plan, stats)
+    seconds = [token_s(profile, arm) for arm in arms]
+    assert seconds.count(seconds[2]) == 1
+    assert outlook.ms_per_token == 1000 * seconds[2] != outlook_of(profile, plan, 100 * MB, 128).ms_per_token
+    assert outlook_of(profile, plan, 100 * MB, 128).full_ms
+    assert outlook.limit_ms == pytest.approx(70)  # what is not in memory, at 1 GB/s
+    assert (outlook.full_ms, outlook.floor_bytes, outlook.live["measured_ms_per_token"]) == (None, 30 * MB, 4.0)
+    assert (outlook.ledger["resident_bytes"], outlook.ledger["fixed_bytes"]) == (30 * MB, 25 * MB)
 
 
 def test_live_plan_for_people(live, process, plan_file):

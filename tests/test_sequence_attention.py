@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 from engines import engine
 
+from runtime.kv import in_graph
 from runtime.llama import abi
 from runtime.llama.compiled import LIBRARY
 from runtime.passes import Part, Pass
@@ -191,6 +194,54 @@ def test_passes_of_other_texts_and_in_another_order(bundled_model):
                 step(*numbers)
     for text, own in zip(texts, found, strict=True):
         assert_equal(own, logits_alone(bundled_model, text[: len(own)], 1, n_threads=2))
+
+
+def test_nodes_are_known_where_they_are_what_they_were(bundled_model):
+    """Those of another pass are not taken for them, nor is a node in the middle of a pass that they have over."""
+    with shared(bundled_model, 2) as opened:
+        for i in range(2):
+            compute(opened, (0, i, (5,)), (1, i, (6,)))
+        nodes = opened.attention._in_graph
+        assert nodes.is_known(2)
+        assert not nodes.is_known(3)
+        last = nodes._known[-1].node
+        mask, size = last.src[3], last.nb[3]
+        last.src[3] = last.src[2]
+        assert not nodes.is_known(2)
+        last.src[3], last.nb[3] = mask, size + 8
+        assert nodes.is_known(2)
+        assert nodes._known[-1]._made == nodes._known[-1]._read()
+        last.nb[3] = size
+        address = ctypes.addressof(last)
+        nodes.is_aimed = True
+        assert not opened.attention.before(address)
+        nodes.is_aimed = False
+        assert opened.attention.before(address)
+
+
+def test_nodes_of_a_pass_that_failed_or_that_differ_between_layers_are_not_known(bundled_model, monkeypatch):
+    a, b = tokens(1, 14), tokens(2, 14)
+    with shared(bundled_model, 2) as opened:
+        compute(opened, (0, 0, a[:10]), (1, 0, b[:10]))
+        attention, n, after = opened.attention, [], opened.attention.after
+
+        def stop_at_the_third(address):
+            n.append(address)
+            opened.guests.stop = ValueError("stopped") if len(n) == 3 else opened.guests.stop
+            after(address)
+
+        attention.after = stop_at_the_third
+        with pytest.raises(ValueError, match="stopped"):
+            compute(opened, (0, 10, a[10:11]), (1, 10, b[10:11]))
+        assert attention._in_graph._known == []
+        found = [compute(opened, (0, i, a[i : i + 1]), (1, i, b[i : i + 1])) for i in (10, 11)]
+        assert len(attention._in_graph._known) == opened.file.n_layers
+        monkeypatch.setattr(in_graph._LayerNodes, "shapes", property(lambda nodes: [nodes.layer]))
+        attention._in_graph._known = []
+        found += [compute(opened, (0, i, a[i : i + 1]), (1, i, b[i : i + 1])) for i in (12, 13)]
+        assert attention._in_graph._known == []
+    assert_equal([step[0] for step in found], logits_alone(bundled_model, a, 10)[1:])
+    assert_equal([step[1] for step in found], logits_alone(bundled_model, b, 10)[1:])
 
 
 def test_texts_outgrow_the_cells_that_one_node_attends_to(bundled_model):

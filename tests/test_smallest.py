@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from cgroups import memory_limit
@@ -63,9 +64,18 @@ def test_numbers_of_older_code_do_not_count(tmp_path, monkeypatch):
     for room in ("runtime/engine", "h2o_cli"):
         (tmp_path / room).mkdir(parents=True)
         (tmp_path / room / "a.py").touch()
+    for i, room in enumerate(("runtime/engine", "h2o_cli")):
+        agreed(77, SETTINGS, PROMPT, 40 * MB)
+        assert written(77, SETTINGS, PROMPT) == 41 * MB
+        os.utime(tmp_path / room / "a.py", (2**32 + i, 2**32 + i))
+        assert written(77, SETTINGS, PROMPT) == 0
+
+
+@pytest.mark.parametrize("changed", [{"PINNED_VERSION": "0.0"}, {"sys": SimpleNamespace(hexversion=1)}])
+def test_numbers_of_another_llama_cpp_or_python_do_not_count(changed, monkeypatch):
     agreed(77, SETTINGS, PROMPT, 40 * MB)
-    assert written(77, SETTINGS, PROMPT) == 41 * MB
-    os.utime(tmp_path / "runtime/engine/a.py", (2**32, 2**32))
+    for name, value in changed.items():
+        monkeypatch.setattr(smallest, name, value)
     assert written(77, SETTINGS, PROMPT) == 0
 
 

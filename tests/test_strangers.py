@@ -85,14 +85,32 @@ def test_everyone_without_a_valid_certificate_is_refused_and_said_once(bundled_m
 
 
 def test_messages_that_are_too_long_take_no_memory(bundled_model):
+    greeting = encode(hello_of(bundled_model))
     with worker(bundled_model, "--listen", "127.0.0.1:0", "-m", "100") as (process, found):
         before = peak_bytes(process.pid)
         with grpc.insecure_channel(found["listening"], ANY_SIZE) as channel:
-            for _ in range(3):
-                assert said(channel, bytes(65 * 2**20)) == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+            for i in range(6):
+                assert said(channel, *[greeting] * (i % 2), bytes(65 * 2**20)) == [grpc.StatusCode.RESOURCE_EXHAUSTED]
         assert peak_bytes(process.pid) - before < GROWTH_BYTES
         assert run("run", bundled_model, *PROMPT, "--workers", found["listening"])[0] == 0
-        assert log_of(process) == ["h2o: refused: a conversation without a message of at most 64 MiB"]
+        assert log_of(process) == [
+            "h2o: a root is gone without a goodbye: it was killed, its line is lost, or a message of more than 64 MiB "
+            "was refused",
+            "h2o: refused: a conversation without a message of at most 64 MiB",
+        ]
+
+
+def test_a_root_that_ends_says_goodbye(bundled_model):
+    """So nothing is said of it; nor where the worker itself ends."""
+    with worker(bundled_model, "--listen", "127.0.0.1:0", "-m", "100") as (process, found):
+        for _ in range(3):
+            assert run("run", bundled_model, *PROMPT, "--workers", found["listening"])[0] == 0
+            assert run("devices", bundled_model, "--workers", found["listening"])[0] == 0
+        link = Wire(found["listening"], None)
+        link.send(encode(hello_of(bundled_model)))
+        link.receive(timeout_s=5)
+        assert log_of(process) == []
+        link.close()
 
 
 def test_a_step_that_comes_again(bundled_model):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from statistics import linear_regression
 from typing import Protocol
@@ -68,7 +68,7 @@ class Least(Protocol):
 
 
 def measure(file: ModelFile, budget_bytes: int, n_threads: int, least: Least) -> Offer:
-    """Compute some tokens with the first layers, read anew for each. Raises BudgetError below the smallest budget:
+    """Compute some tokens with the first layers, then read those. Raises BudgetError below the smallest budget:
     that of the first layer alone, whatever this very process would need.
     """
     layers, n_bytes = [0], layer_bytes(file.layers[0])
@@ -105,18 +105,21 @@ def _opened(part: ModelFile) -> Iterator[HollowModel]:
 
 
 def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, settings: Settings) -> Offer:
-    """With these layers."""
+    """With these layers, of which as large a share stays in memory as there is room for of all layers."""
     part = file.owned(layers, head=False, embedding=True)
     n_bytes, window = sum(layer_bytes(layer) for layer in part.layers), 2 * smallest_window(part)
     plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes)
     with _opened(part) as hollow:
         weights = open_weights(part, settings)
         with closing(Engine(part, hollow, plan, settings, weights)) as engine:
-            engine.apply(Plan(0, 1, Layout.BALANCED, window_bytes=window))  # nothing stays
+            layout, streams = engine.layout, Plan(0, 1, Layout.BALANCED, window_bytes=window)
+            room = usable_bytes(budget_bytes) - layout.fixed_bytes
+            share = min(1.0, max(room, 0) / sum(layer_bytes(layer) for layer in file.layers))
+            engine.apply(replace(streams, pinned_bytes=int(share * n_bytes)))
             engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
-            token_s, layout = _token_s(engine), engine.layout
-            for_token = layout.prompt_bytes + layout.spared_bytes  # weights take their place while tokens are computed
-            room = usable_bytes(budget_bytes) - layout.fixed_bytes + for_token
+            token_s = _token_s(engine)
+            room += layout.prompt_bytes + layout.spared_bytes  # weights take their place while tokens are computed
+            engine.apply(streams)
             rate = _disk_rate(weights.store, tuple(part.pieces))
     room = max(room - _VISIT_BYTES, min(room, window), 0)
     return Offer(budget_bytes, settings.n_threads, room, rate, token_s / n_bytes)

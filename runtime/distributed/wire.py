@@ -44,6 +44,7 @@ _PORTS = 65535
 _QUIET_S, _ANSWER_S = 3.0, 3.0  # without data until a ping is sent; for its answer
 _CONNECT_S = 5.0
 _POLL_S = 0.1
+_LAST_S = 0.5  # for the last message to arrive
 _CLOSED = "it closed the connection"
 _CONVERSATIONS = 16  # at once: one computes, the others ask what the worker offers
 _SIZES = [
@@ -108,8 +109,8 @@ class Visitor(Protocol):
     def take(self, message: bytes, /) -> None:
         """A message came. Called one after the other, in gRPC's own thread: what takes long is for another one."""
 
-    def leave(self) -> None:
-        """The other side is gone, or all was said."""
+    def leave(self, *, is_cut: bool) -> None:
+        """The other side is gone, or all was said. is_cut: gRPC ended the stream, not this side and not the other."""
 
 
 class Listener:
@@ -189,16 +190,18 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 def _listen(requests: Iterable[object], visitor: Visitor) -> None:
     """Ask for message after message until the other side is gone."""
+    is_cut = True
     try:
         for _ in requests:
             pass
+        is_cut = False
     except grpc.RpcError:
         return
     except Exception as error:
         if type(error) is not Exception:
             raise
     finally:
-        visitor.leave()
+        visitor.leave(is_cut=is_cut)
 
 
 # --- a root's side --------------------------------------------------------------------------------------------------
@@ -222,7 +225,8 @@ class Wire:
         self._has_answered = False
         converse = self._channel.stream_stream(_PATH, None, self._take)
         self._call = converse(iter(self._out.get, None))
-        threading.Thread(target=self._read, name=f"from {address}", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name=f"from {address}", daemon=True)
+        self._reader.start()
 
     def _take(self, message: bytes) -> bytes:
         """A message arrived; where gRPC would decode it is one thread less on its way than where it is read."""
@@ -264,8 +268,9 @@ class Wire:
             raise WorkerError(f"the worker {self.address} is gone: {message}", "start it, and run again")
 
     def close(self) -> None:
-        """End the stream; messages under way still arrive if they can."""
+        """End the stream; messages under way still arrive if they can, and the other side ends it, too."""
         self._out.put(None)
+        self._reader.join(_LAST_S)
         self._call.cancel()
         self._channel.close()
 
@@ -281,6 +286,7 @@ def _reason(error: grpc.RpcError) -> str:
         ("DNS", "its name is not known"),
         ("Socket closed", _CLOSED),
         ("reset by peer", _CLOSED),
+        ("Handshake read failed", _CLOSED),
         ("ping timeout", "it does not answer any more"),
         ("keepalive", "it does not answer any more"),
     ):

@@ -83,9 +83,9 @@ class Visit:
         """A message came."""
         self.worker.take(self.talk, message)
 
-    def leave(self) -> None:
+    def leave(self, *, is_cut: bool) -> None:
         """The other side is gone, or all was said."""
-        self.worker.leave(self.talk)
+        self.worker.leave(self.talk, is_cut=is_cut)
 
 
 class Follower(Protocol):
@@ -141,13 +141,18 @@ class Worker:
         """A conversation begins."""
         return Visit(self, Talk(send))
 
-    def leave(self, talk: Talk) -> None:
+    def leave(self, talk: Talk, *, is_cut: bool) -> None:
         """It is over."""
         with talk.lock:
-            said_nothing = talk.side.state == GREETING
-            talk.side.state = CLOSED
-        if said_nothing:  # gRPC itself refuses what is too long, and does not say so here
-            self._log_once(f"refused: a conversation without a message of at most {MOST_MESSAGE_BYTES >> 20} MiB")
+            before, talk.side.state = talk.side.state, CLOSED
+        most = f"{MOST_MESSAGE_BYTES >> 20} MiB"  # gRPC itself refuses what is longer, and does not say so here
+        if before == GREETING:
+            self._log_once(f"refused: a conversation without a message of at most {most}")
+        elif is_cut and before != CLOSED and not self._stopped:
+            self._log_once(
+                f"a root is gone without a goodbye: it was killed, its line is lost, or a message of more than {most}"
+                " was refused"
+            )
         talk.send(None)
         with self._seat:
             mine = self._talk is talk
