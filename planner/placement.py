@@ -229,7 +229,8 @@ def _divisions(n: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def _starts(model: SplitModel, devices: Sequence[Device]) -> Iterator[tuple[int, ...]]:
-    """Divisions to begin at: by memory, by disk, by what memory leaves for the disks, by computing, all alike."""
+    """Divisions to begin at: by memory, by disk, by what memory leaves for the disks, by computing, all alike, and
+    nearly all on one device: from there a climb finds the ends that it does not reach from the middle."""
     n, each = len(model.group_bytes), model.n_bytes / len(model.group_bytes)
     held = [device.memory_bytes / each for device in devices]
     left = max(0.0, n - sum(held))
@@ -239,6 +240,8 @@ def _starts(model: SplitModel, devices: Sequence[Device]) -> Iterator[tuple[int,
     yield _rounded([h + left * d.disk_bytes_per_s / disk for h, d in zip(held, devices, strict=True)], n)
     yield _rounded([1 / max(device.compute_s_per_byte, _LEAST_S_PER_BYTE) for device in devices], n)
     yield _rounded([1.0] * len(devices), n)
+    for most in range(len(devices)):
+        yield tuple(n - len(devices) + 1 if i == most else 1 for i in range(len(devices)))
 
 
 def _rounded(weights: Sequence[float], n: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def said(channel, *messages):
         return [error.code()]
 
 
+def said_after_greeting(channel, greeting, message):
+    """What a worker answers to a message that comes when it has answered the greeting."""
+    greeted = threading.Event()
+
+    def messages():
+        yield greeting
+        greeted.wait(5)
+        yield message
+
+    with pytest.raises(grpc.RpcError) as refused:
+        for _ in channel.stream_stream(wire._PATH)(messages()):
+            greeted.set()
+    return refused.value.code()
+
+
 def test_everyone_without_a_valid_certificate_is_refused_and_said_once(bundled_model, tmp_path):
     make_keys(tmp_path / "a", ["me", "worker,127.0.0.1"])
     make_keys(tmp_path / "a", ["late"], days=-1)
@@ -89,8 +105,10 @@ def test_messages_that_are_too_long_take_no_memory(bundled_model):
     with worker(bundled_model, "--listen", "127.0.0.1:0", "-m", "100") as (process, found):
         before = peak_bytes(process.pid)
         with grpc.insecure_channel(found["listening"], ANY_SIZE) as channel:
-            for i in range(6):
-                assert said(channel, *[greeting] * (i % 2), bytes(65 * 2**20)) == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+            for _ in range(3):
+                assert said(channel, bytes(65 * 2**20)) == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+                code = said_after_greeting(channel, greeting, bytes(65 * 2**20))
+                assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert peak_bytes(process.pid) - before < GROWTH_BYTES
         assert run("run", bundled_model, *PROMPT, "--workers", found["listening"])[0] == 0
         assert log_of(process) == [
