@@ -123,6 +123,16 @@ def drop_file_pages() -> None:
             _advise(start, end, _MADV_DONTNEED, optional=True)  # not where somebody has locked them
 
 
+def use_file(path: Path) -> None:
+    """Read a file twice: then the system keeps its pages in its cache while it takes others out."""
+    buffer = bytearray(64 * 2**10)
+    with suppress(OSError):
+        for _ in range(2):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
 def _library_mappings() -> set[tuple[int, int]]:
     """Addresses [start, end) of private mappings that nobody can write to, of files with code that can be run."""
     found = _READ_ONLY.findall(Path("/proc/self/maps").read_bytes())

@@ -26,6 +26,7 @@ class Settings:
     repack: rearrange weights for the fastest kernels while everything is resident, as llama.cpp does by default.
     fit_window: the first plan's window is a guess: widen it to what the disk needs, as fast as it was until then.
     draft_bytes: what a draft model in the same process will take.
+    lists_tokens: llama.cpp's samplers may choose, from a list of all tokens; else always the likeliest one is taken.
     margin_bytes: what is kept free for all that nothing else in the ledger counts.
     kv: which keys and values a decode pass attends to (None: all).
     n_sequences: texts in the cache at once; they share its n_ctx positions.
@@ -45,6 +46,7 @@ class Settings:
     repack: bool = True
     fit_window: bool = False
     draft_bytes: int = 0
+    lists_tokens: bool = True
     margin_bytes: int = MARGIN_BYTES
     kv: KvFilter | None = None
     n_sequences: int = 1

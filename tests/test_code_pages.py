@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from runtime import memory
 from runtime.engine import code_pages
 from runtime.engine.code_pages import CodePages
 from runtime.engine.pass_memory import TOKEN
+from runtime.llama import abi
 from runtime.memory import drop_file_pages, file_bytes
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import streamable_bytes
@@ -108,6 +110,34 @@ def test_what_comes_again_is_counted(monkeypatch):
     assert (pages.spared_bytes, dropped) == (5 * MB - slack, [1, 1])
     assert pages.begin_pass(long=False, streams=True)
     assert pages.spared_bytes == 8 * MB - slack
+
+
+def test_kernels_of_tokens_are_kept_in_the_page_cache(monkeypatch):
+    """Of all that is given back: the kernel takes what was used least out of a full memory group's page cache."""
+    used = []
+    monkeypatch.setattr(code_pages, "use_file", used.append)
+    pages = CodePages()
+    pages.begin()
+    pages.begin()
+    deadline = time.monotonic() + 5
+    while not used and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [path.name for path in used] == ["libggml-cpu.so.0"]
+    assert used[0].samefile(abi.ggml_cpu._name)
+
+
+def test_a_file_is_used_to_its_end(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(200_001))
+    before = read_characters()
+    memory.use_file(tmp_path / "file")
+    assert 400_002 <= read_characters() - before < 420_000
+    memory.use_file(tmp_path / "no file")
+
+
+def read_characters():
+    """Bytes that this process has read, from wherever."""
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
 
 
 def test_nothing_is_given_back_again_where_all_weights_are_there(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from engines import engine
 from stores import bytes_in_memory
 
+from runtime.engine.pass_memory import PROMPT as PROMPT_USE
 from runtime.engine.pass_memory import Use, rows_for
 from runtime.llama import abi
 from runtime.passes import Part
@@ -190,6 +191,47 @@ def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
         opened.forward([5])
         assert touched_bytes(scratch) <= opened.layout.needs.passes.compute(Use(long=False))
         assert opened.ledger.total_bytes <= smaller
+
+
+def test_a_prompts_memory_stays_where_all_weights_are_there_beside_it(bundled_model, monkeypatch):
+    """Without room for a full context and drafts; then a token finds its pages, and nothing is laid out anew for it."""
+    with engine(bundled_model, n_ubatch=256, n_ctx=512, n_logits=16, repack=False) as opened:
+        layout = opened.layout
+        monkeypatch.setattr(layout._code, "begin", lambda: None)  # no pages of libraries make room
+        buffers, needs, total = opened._context.buffers, layout.needs, streamable_bytes(opened.file)
+        scratch = [region for region in buffers.regions if region not in buffers._cleared]
+        prompt = needs.ledger(PROMPT_USE)
+        budget = without_cache(prompt) + needs.kv_bytes(256) + total + 2 * PAGE
+        opened.apply(Plan(0, 1, budget_bytes=budget))
+        opened.forward(PROMPT[:250])
+        assert not layout._fits
+        used, laid_out = touched_bytes(scratch), []
+        assert used > needs.passes.compute(Use(long=False))
+        with monkeypatch.context() as patch:
+            patch.setattr(layout, "_lay_out", lambda *args, **_: laid_out.append(args))
+            opened.forward([5])
+        assert (touched_bytes(scratch), laid_out) == (used, [])
+        for _ in range(40):  # keys and values need the room
+            opened.forward([5])
+        assert opened.streamed_bytes == 0
+        assert touched_bytes(scratch) <= needs.passes.compute(Use(long=False))
+        assert opened.ledger.total_bytes <= budget
+
+
+def test_where_all_weights_fit_beside_all_pages_of_libraries_nobody_looks_at_those(bundled_model, monkeypatch):
+    with engine(bundled_model, n_ctx=512, n_logits=16) as opened:
+        layout = opened.layout
+        prompt = without_cache(layout.needs.ledger(PROMPT_USE))
+        full = prompt + layout.needs.kv_bytes(64) + streamable_bytes(opened.file)
+        looks = []
+        monkeypatch.setattr(layout._code, "begin_pass", lambda *, long, streams: looks.append(long) or False)
+        for budget in (full + MB, full - 2 * MB):
+            opened.truncate(0)
+            opened.apply(Plan(0, 1, budget_bytes=budget))
+            opened.forward(PROMPT[:30])
+            opened.forward([5])
+            opened.forward([5])
+        assert looks == [True, True, False, False]
 
 
 def test_logits_of_drafts_made_while_everything_fitted_are_gone_under_a_smaller_budget(bundled_model):

@@ -10,17 +10,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from cgroups import memory_limit
 
 from h2o_cli.floor_run import ask
-from h2o_cli.session import smallest
+from h2o_cli.session import opening, smallest
 from h2o_cli.session.model import settings_for
 from h2o_cli.session.options import SessionOptions
-from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT, agreed, written
+from h2o_cli.session.smallest import CHAT, CONVERSATION, PROMPT, agreed, least_settings, written
+from runtime.answer.sampler import Sampling
 from runtime.errors import ModelError
+from runtime.llama.compiled import LIBRARY
 from runtime.llama.model_file import ModelFile
 from runtime.settings import MARGIN_BYTES, TURNS_MARGIN_BYTES, Settings
 
@@ -154,6 +157,31 @@ def test_flags_in_the_smallest_budget(bundled_model, flags):
             done = group.run([*command, str(size)], timeout=120, env=os.environ)
             assert (done.returncode, group.kills) == (code, 0), done.stderr
     assert named(done.stderr) == floor
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="built without a compiler")
+def test_a_greedy_run_has_weights_in_the_place_of_a_sampler_and_the_same_smallest_budget(bundled_model):
+    """One number for both; only a run that does no more than take the likeliest token has the memory."""
+    run, greedy = ("run", bundled_model, "-p", "A dog", "-n", 4, "--ctx", 512), ("--temp", 0)
+    counted = {}
+    for flags in ((), greedy, (*greedy, "--chat"), (*greedy, "--repeat-penalty", 1.1)):
+        done = h2o(*run, *flags, "-m", 60, "--json")
+        counted[flags] = json.loads(done.stdout)["ledger"]["sampler_bytes"]
+    assert [n_bytes > 0 for n_bytes in counted.values()] == [True, False, False, True]
+    assert least_settings(replace(SETTINGS, lists_tokens=False), None) == least_settings(SETTINGS, None)
+    floors = {named(h2o(*run, *flags, "-m", 5).stderr) for flags in ((), greedy)}
+    assert len(floors) == 1
+    floor = floors.pop()
+    assert [h2o(*run, *greedy, "-m", size).returncode for size in (floor, floor - 1)] == [0, 1]
+
+
+def test_a_conversation_keeps_the_memory_of_a_sampler():
+    """Its tokens may be chosen in another way from its next turn on."""
+    model = SimpleNamespace(tokenizer=SimpleNamespace(suppressed=[]))
+    options = [SessionOptions(Path("model"), kind=kind, sampling=Sampling(temp=0)) for kind in (PROMPT, CONVERSATION)]
+    assert [opening._lists_tokens(model, each) for each in options] == [LIBRARY is None, True]
+    model.tokenizer.suppressed = [3]
+    assert opening._lists_tokens(model, options[0])
 
 
 @pytest.mark.cgroup

@@ -13,7 +13,7 @@ from h2o_cli.session.first_plan import DEFAULT, FROM_FILE, Chosen, FirstPlan
 from h2o_cli.session.kv_layers import warn_of_guess
 from h2o_cli.session.model import OpenModel, positions_of, settings_for
 from h2o_cli.session.options import SessionOptions
-from h2o_cli.session.smallest import NEAR_BYTES, least_settings, measure, written
+from h2o_cli.session.smallest import CONVERSATION, NEAR_BYTES, least_settings, measure, written
 from runtime.answer.follower import PlanFollower, check_budget
 from runtime.answer.generate import Request, Step, generate
 from runtime.answer.plan_stats import StatsWriter
@@ -77,6 +77,7 @@ def open_session(model: OpenModel, options: SessionOptions, n_ctx: int, n_prompt
     note = model.caller.note
     _check_context(n_ctx, model.first_plan.budget_bytes)
     settings = settings_for(model.file, options, n_ctx, n_prompt, model.profile)
+    settings = replace(settings, lists_tokens=_lists_tokens(model, options))
     if options.kv:
         settings = replace(settings, kv=options.kv.for_model(model.file.hash))
     if options.kv and options.speculate != "off":
@@ -120,6 +121,11 @@ def open_session(model: OpenModel, options: SessionOptions, n_ctx: int, n_prompt
         load_s=model.load_s + time.perf_counter() - start,
         cleanup=cleanup,
     )
+
+
+def _lists_tokens(model: OpenModel, options: SessionOptions) -> bool:
+    """Settings.lists_tokens; in a conversation tokens may be chosen in another way later."""
+    return options.kind == CONVERSATION or options.sampling.lists_tokens or bool(model.tokenizer.suppressed)
 
 
 def _check_context(n_ctx: int, budget_bytes: int) -> None:

@@ -36,9 +36,12 @@ _CODE = ("runtime", "h2o_cli")  # what a run imports
 
 
 def least_settings(settings: Settings, ubatch: int | None) -> Settings:
-    """Those of the smallest budget: the shortest passes of a prompt, no drafts from the text. ubatch: as given."""
+    """Those of the smallest budget: the shortest passes of a prompt, no drafts from the text, tokens chosen in any way.
+
+    ubatch: as given.
+    """
     n_logits = rows_for(2, settings.n_logits) if settings.draft_bytes else settings.n_sequences
-    return replace(settings, n_ubatch=min(ubatch or FULL_TILES, FULL_TILES), n_logits=n_logits)
+    return replace(settings, n_ubatch=min(ubatch or FULL_TILES, FULL_TILES), n_logits=n_logits, lists_tokens=True)
 
 
 def measure(file: ModelFile, hollow: HollowModel, settings: Settings, kind: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
 from runtime.llama import abi
+from runtime.llama.compiled import LIBRARY
 
 PENALTY_TOKENS = 64  # how many of the last tokens the repeat penalty looks at
 _SEEDS = 2**32 - 1  # llama.cpp reads 2^32 - 1 as "choose one"
@@ -44,6 +45,11 @@ class Sampling:
         """Whether the most likely token is always taken."""
         return self.temp == 0
 
+    @property
+    def lists_tokens(self) -> bool:
+        """Whether llama.cpp's samplers choose, from a list of all tokens; else it is the largest logit that counts."""
+        return not self.greedy or self.repeat_penalty != 1 or LIBRARY is None
+
 
 class Sampler:
     """A chain of llama.cpp samplers. `seed` is the one in use (chosen here when none was given)."""
@@ -52,7 +58,7 @@ class Sampler:
         self.sampling = sampling
         self.seed = int.from_bytes(os.urandom(4), "little") % _SEEDS if sampling.seed is None else sampling.seed
         self._n_vocab = n_vocab
-        self._is_plain = sampling.greedy and sampling.repeat_penalty == 1 and not suppressed
+        self._is_plain = not sampling.lists_tokens and not suppressed
         self._chain = abi.llama.llama_sampler_chain_init(abi.llama.llama_sampler_chain_default_params())
         for sampler in (*self._before(suppressed), *self._choosing()):
             abi.llama.llama_sampler_chain_add(self._chain, sampler)

@@ -1,14 +1,20 @@
 """Pages of libraries: opening a model uses many that computing does not.
 
 They are mapped from files, so nothing is lost where they are given back, and those that are used come again from the
-page cache. What stays away is room for weights, until the next prompt.
+page cache. What stays away is room for weights, until the next prompt. In a memory group that weights fill, the kernel
+takes files out of that cache meanwhile, those that were read once before others.
 """
 
 from __future__ import annotations
 
-from runtime.memory import drop_file_pages, file_bytes
+from contextlib import suppress
+from threading import Thread
+
+from runtime.llama.abi import LIB_DIR
+from runtime.memory import drop_file_pages, file_bytes, use_file
 from runtime.sizes import MB
 
+_KERNELS = LIB_DIR / "libggml-cpu.so.0"  # the first token computes with other pages of it than the prompt
 _LOOKS = (1, 4)  # short passes: what a token uses has come again with the first one, but for little
 _AGAIN = 32  # short passes from one later look to the next
 _SLACK_BYTES = MB // 4  # what may come later
@@ -39,6 +45,8 @@ class CodePages:
         if not self._has_begun:
             self._has_begun = True
             drop_file_pages()
+            with suppress(RuntimeError):  # there are no more threads: then a token waits for those pages
+                Thread(target=use_file, args=(_KERNELS,), daemon=True, name="kernels").start()
             self._guess_bytes = self.spared_bytes = int(_STAY_AWAY * max(0, self._counted_bytes - file_bytes()))
 
     def spared(self, *, long: bool) -> int:

@@ -58,6 +58,7 @@ class Layout:
         self._most_cells = 0  # of the cache that were taken at once since it was empty
         self._all = frozenset(piece.number for piece in self._file.pieces)
         self._spare_bytes = 0  # what passes of one token leave beside all weights; negative: some are streamed
+        self._counts_on_code = True  # all weights fit only where pages of libraries stay away, or not even then
         self._fits = False  # weights and what any pass needs, both at once
 
     # --- plans --------------------------------------------------------------------------------------------------
@@ -99,6 +100,7 @@ class Layout:
             margin = fixed.margin_bytes + plan.budget_bytes - usable
             fixed = replace(fixed, kv_bytes=self.needs.kv_bytes(room), margin_bytes=margin)
             left = plan.budget_bytes - fixed.fixed_bytes
+            self._counts_on_code = left < total + self._code.spared(long=use.long)
             if left >= total and self._asked_pieces(total) in (None, self._all):
                 window, limit = 0, total
             else:
@@ -120,11 +122,15 @@ class Layout:
         self.ledger = replace(fixed, window_bytes=window, resident_bytes=pinned)
         self.plan = replace(plan, k=layers_in(self._file, pinned) if plan.budget_bytes else plan.k)
         self.streamed_bytes = streamed
-        token = replace(self._ledgers[TOKEN], kv_bytes=self.needs.kv_bytes(room))
-        self._spare_bytes = usable - token.fixed_bytes + self._code.spared_bytes - total
+        self._spare_bytes = self._beside_all(usable, TOKEN, room)
         self.most_outputs = self._outputs_worth() if plan.budget_bytes else self._settings.n_logits
         for table in self.needs.tables:
             table.resize(self.needs.passes.embedding(table.tensor, long=use.long))
+
+    def _beside_all(self, usable: int, use: Use, room: int) -> int:
+        """What passes of this kind leave of so many bytes beside all weights; negative: some are streamed."""
+        ledger = replace(self._ledgers[use], kv_bytes=self.needs.kv_bytes(room))
+        return usable - ledger.fixed_bytes + self._code.spared(long=use.long) - streamable_bytes(self._file)
 
     def _outputs_worth(self) -> int:
         """most_outputs under a budget; where weights are streamed anyway, as many as there may be."""
@@ -168,25 +174,40 @@ class Layout:
             n_tokens, n_outputs = max(n_tokens, pass_.n_tokens), max(n_outputs, pass_.n_outputs)
         rows = rows_for(n_outputs, self._settings.n_logits)
         use = Use(long=n_tokens > self.needs.passes.short(rows), rows=rows)
-        if use.long:
-            use = PROMPT if rows == 1 else self._everything
-        room = self._cache.steps(self._cells_after(passes))
+        use, room = self._known(use), self._cache.steps(self._cells_after(passes))
         if self._fits and self.streamed_bytes == 0:
             self._touched, self._room = use.with_(self._touched), max(room, self._room)
             if self._settings.n_sequences > 1:  # each pass writes to many new pages
                 self._cache.make(room)
             return
-        if use.with_(self._touched) != use:
-            self.needs.passes.context.drop_scratch()
-        self._touched = use
         if self._room - STEP <= room <= self._room:  # no step back for each draft that was wrong
             room = self._room
-        if not self._asked_plan.budget_bytes:
+        code_changed, budget = False, self._asked_plan.budget_bytes
+        if budget and (use.long or self._counts_on_code):
+            code_changed = self._code.begin_pass(long=use.long, streams=self._spare_bytes < 0)
+        use = self._touched = self._kept(use, room)
+        if not budget:
             self._room = max(room, self._room)
-            return
-        code_changed = self._code.begin_pass(long=use.long, streams=self._spare_bytes < 0)
-        if code_changed or (use, room) != (self._use, self._room):
+        elif code_changed or (use, room) != (self._use, self._room):
             self._lay_out(self._asked_plan, use, room, again=True)
+
+    def _known(self, use: Use) -> Use:
+        """The use that there is a ledger for: of a prompt with one row of logits, or with the most."""
+        return use if not use.long else PROMPT if use.rows == 1 else self._everything
+
+    def _kept(self, use: Use, room: int) -> Use:
+        """What memory is laid out for where passes of this kind are next.
+
+        What was touched before stays where all weights are there beside it, and is given back else.
+        """
+        both = self._known(use.with_(self._touched))
+        if both == use:
+            return use
+        usable = usable_bytes(self._asked_plan.budget_bytes)
+        if self.streamed_bytes == 0 and self._beside_all(usable, both, room) >= 0:
+            return both
+        self.needs.passes.context.drop_scratch()
+        return use
 
     def _cells_after(self, passes: Sequence[Pass]) -> int:
         """How many of the cache's cells, from the front on, these passes may touch.

@@ -105,12 +105,13 @@ class Needs(NamedTuple):
     def ledger(self, use: Use) -> Ledger:
         """The ledger of a full context, without weights."""
         passes, settings = self.passes, self.passes.settings
+        n_lists = settings.n_sequences if settings.lists_tokens else 0
         return Ledger(
             process_bytes=self.process_bytes,
             kv_bytes=self.kv_bytes(self.cache.n_cells),
             compute_bytes=passes.compute(use),
             embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self.tables),
-            sampler_bytes=settings.n_sequences * passes.context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
+            sampler_bytes=n_lists * passes.context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
             draft_bytes=settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
             attention_bytes=self.attention.memory_bytes if self.attention else 0,
