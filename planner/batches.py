@@ -17,7 +17,7 @@ from planner.kv import KvUse
 from planner.simulator import decode_rates, token_s
 from profiler.model_profile import BatchProfile, ModelProfile
 from runtime.errors import BudgetError
-from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN
+from runtime.plans.ledger import sampler_bytes
 from runtime.plans.plan import Plan
 from runtime.settings import FULL_TILES, MARGIN_BYTES, TURNS_MARGIN_BYTES
 
@@ -104,7 +104,8 @@ def batch_footprint(profile: ModelProfile, n_texts: int, positions_each: int, kv
         prompt_bytes = int(_between([(b.n_texts, b.prompt_bytes) for b in profile.batches], n_texts))
     elif profile.embedding.row_bytes:
         n_vocab = profile.embedding.bytes // profile.embedding.row_bytes
-        compute_bytes += (n_texts - 1) * n_vocab * (_LOGIT_BYTES + SAMPLER_BYTES_PER_TOKEN)
+        compute_bytes += (n_texts - 1) * n_vocab * _LOGIT_BYTES
+        compute_bytes += sampler_bytes(n_vocab, n_texts) - sampler_bytes(n_vocab, 1)
     return replace(
         one,
         compute_bytes=compute_bytes,

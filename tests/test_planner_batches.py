@@ -93,7 +93,7 @@ def test_passes_wait_for_the_disk_or_for_the_processor():
 
 
 def test_what_does_not_fit_is_left_out():
-    fitting = [p.n_texts for p in predict(streaming(), 120_000, SIZES, 10)]
+    fitting = [p.n_texts for p in predict(streaming(), 100_000, SIZES, 10)]
     assert fitting and fitting == list(SIZES[: len(fitting)]) and len(fitting) < len(SIZES)
     with pytest.raises(BudgetError):
         predict(streaming(), 10_000, SIZES, 10)

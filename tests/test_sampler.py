@@ -9,12 +9,14 @@ from runtime.answer.sampler import Sampler, Sampling
 from runtime.errors import UsageError
 from runtime.llama import context
 from runtime.llama.compiled import LIBRARY
+from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN
 
 PROMPT = list(range(3, 15))
 SETTINGS = [
     Sampling(temp=0.8, seed=1),
     Sampling(temp=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=77),
     Sampling(temp=1.0, repeat_penalty=1.3, seed=5),
+    Sampling(temp=1.2, top_k=0, top_p=0.7, seed=9),
     Sampling(temp=0.0, repeat_penalty=1.2),
 ]
 
@@ -104,6 +106,44 @@ def test_the_likeliest_token_is_that_of_llama_cpp(n):
         found = LIBRARY.h2o_argmax(row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), n)
         assert found == choose(chain, row), (n, case)
     llama_cpp.llama_sampler_free(chain)
+
+
+def test_the_likeliest_of_all_outputs(opened):
+    if not LIBRARY:
+        pytest.skip("the package was built without a compiler")
+    opened.truncate(0)
+    opened.forward(PROMPT)
+    assert opened.likeliest_of_all() == [opened.likeliest()]
+    opened.logits()[0] = np.nan  # the first one is chosen then
+    assert opened.likeliest_of_all() == [-1]
+
+
+def test_many_samplers_have_one_list_of_candidates(bundled_model):
+    with engine(bundled_model) as opened:
+        opened.forward(PROMPT)
+        list_bytes = opened.n_vocab * SAMPLER_BYTES_PER_TOKEN
+        wide = Sampling(temp=1.0, top_k=0, top_p=0.9999999, min_p=0.0, seed=1)
+        samplers = [Sampler(wide if i % 2 else Sampling(seed=1), opened.n_vocab) for i in range(20)]
+        before = allocated_bytes()
+        for sampler in samplers:
+            sampler.sample(opened)
+        assert allocated_bytes() - before <= 3 * list_bytes  # a vector is at most twice as large as it has to be
+        for sampler in samplers:
+            sampler.close()
+
+
+def allocated_bytes():
+    """What malloc has handed out in this process."""
+
+    class Info(ctypes.Structure):
+        """struct mallinfo2."""
+
+        _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Info
+    info = mallinfo()
+    return info.e + info.h  # mapped, and in use elsewhere
 
 
 def test_without_the_compiled_function_the_choice_is_the_same(opened, monkeypatch):

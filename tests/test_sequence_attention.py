@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from random import Random
 
 import numpy as np
 import pytest
 from engines import engine
 
 from runtime.kv import in_graph
+from runtime.kv.single_tokens import NO_LOGIT, PADDED, SEEN, SingleTokens
 from runtime.llama import abi
 from runtime.llama.compiled import LIBRARY
 from runtime.passes import Part, Pass
@@ -253,3 +255,50 @@ def test_texts_outgrow_the_cells_that_one_node_attends_to(bundled_model):
                 own.append(logits)
     for text, own in zip((a, b), found, strict=True):
         assert_equal(own, logits_alone(bundled_model, text, 250, n_threads=2)[1:])
+
+
+def test_what_texts_see_is_added_to_their_tables():
+    """Or written down anew: both come to the same."""
+    random, tables = Random(4), SingleTokens(4)
+    cells = {i: [random.randrange(5000) for _ in range(random.randrange(1, 9))] for i in range(6)}
+    texts = [0, 1]
+    for _ in range(300):
+        if not random.randrange(4):
+            i = random.randrange(6)
+            cells[i] = [random.randrange(5000) for _ in range(random.randrange(1, 9))]
+            tables.forget()
+        if not random.randrange(3):
+            texts = random.sample(range(6), random.randrange(1, 5))
+        parts = [Part(i, len(cells[i]), (1,), 1) for i in texts]
+        for i in texts:
+            cells[i].append(random.randrange(5000))
+        tables.place(parts, cells)
+        for line, i in enumerate(texts):
+            begin, end = line * PADDED, len(cells[i])
+            assert tables.cells[begin : begin + end].tolist() == cells[i]
+            assert tables.masks[begin : begin + PADDED].tolist() == [SEEN] * end + [NO_LOGIT] * (PADDED - end)
+
+
+def test_texts_that_take_the_place_of_others_of_their_length(bundled_model):
+    a, b, c = tokens(20, 9), tokens(21, 9), tokens(22, 9)
+    with shared(bundled_model, 3) as opened:
+        compute(opened, (0, 0, a[:3]), (1, 0, b[:3]))
+        for i in range(3, 6):
+            compute(opened, (0, i, a[i : i + 1]), (1, i, b[i : i + 1]))
+        for i in range(2):
+            opened.truncate(0, i)
+        found = compute(opened, (1, 0, c[:6]))
+        compute(opened, (0, 0, a[:6]))
+        for i in range(6, 9):
+            found += compute(opened, (0, i, a[i : i + 1]), (1, i, c[i : i + 1]))[1:]
+    assert_equal(found, logits_alone(bundled_model, c, 6))
+
+
+def test_nodes_are_made_anew_only_where_more_rows_are_copied(bundled_model):
+    made = []
+    with shared(bundled_model, 2) as opened:
+        make = opened.attention._in_graph.make
+        opened.attention._in_graph.make = lambda shape: made.append(shape) or make(shape)
+        for i in range(20):
+            compute(opened, (0, i, (5 + i,)), (1, i, (6,)))
+    assert made == [(2, 8), (2, 16), (2, 24)]

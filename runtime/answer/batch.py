@@ -141,30 +141,39 @@ class Batch:
         counts = self._counts()
         taking = [(running, n) for running, n in zip(self._running, counts, strict=True) if n]
         n_block = self._limits.n_block
-        pass_ = Pass(
-            tuple(running.part(n, n_block) for running, n in taking), all(not r.job.n_unread for r, _ in taking)
-        )
+        parts = tuple([running.part(n, n_block) for running, n in taking])
+        pass_ = Pass(parts, not any([running.n_unread for running, _ in taking]))
         self.engine.compute([pass_])
         self.largest = max(self.largest, len(taking))
-        place = -pass_.n_outputs
+        likeliest = self.engine.likeliest_of_all()
+        place, n_outputs = 0, pass_.n_outputs
         for running, n in taking:
-            self.n_prompt_tokens += min(n, running.job.n_unread)
+            self.n_prompt_tokens += min(n, running.n_unread)
             running.n_cached += n
-            if running.job.n_unread:
+            if running.n_unread:
                 continue
-            finish = self._choose(running, place)
+            if likeliest and running.sampler.is_plain:
+                token = likeliest[place]
+            else:
+                token = self._sampled(running, place - n_outputs)
             place += 1
-            if finish:
+            if finish := self._take(running, token):
                 yield self._leave(running, finish)
 
     def _counts(self) -> list[int]:
         """How many tokens of each the next pass computes."""
+        if not any([running.n_unread for running in self._running]):
+            return [1] * len(self._running)
         return next_pass([running.job for running in self._running], self._limits)
 
-    def _choose(self, running: Running, place: int) -> str:
-        """Choose the next token of an answer; why it is the last, if it is."""
+    def _sampled(self, running: Running, place: int) -> int:
+        """What an answer's sampler chooses from an output; below 0: its logit is no number."""
         token = running.sampler.sample(self.engine, place)
-        if not self.engine.is_number(token, place):
+        return token if self.engine.is_number(token, place) else -1
+
+    def _take(self, running: Running, token: int) -> str:
+        """The next token of an answer was chosen; why it is the last, if it is."""
+        if token < 0:
             raise no_numbers()
         step = running.answer.take(token)
         running.parts.append(step.text)
@@ -190,18 +199,24 @@ class Running:
         self.sequence, self.wanted, self.answer, self.sampler = sequence, wanted, answer, sampler
         self.n_cached = self.n_shared = self.n_chosen = 0
         self.parts: list[str] = []
+        self._n_prompt = len(wanted.request.prompt)
+
+    @property
+    def n_unread(self) -> int:
+        """Tokens of the prompt that are not computed yet."""
+        return max(0, self._n_prompt - self.n_cached)
 
     @property
     def job(self) -> Job:
         """As the scheduler sees it."""
-        return Job(len(self.wanted.request.prompt), self.n_cached, self.answer.n_left, self.n_shared)
+        return Job(self._n_prompt, self.n_cached, self.answer.n_left, self.n_shared)
 
     def part(self, n_tokens: int, n_block: int) -> Part:
         """The next n_tokens in a pass; logits are wanted where they are the last that are known."""
-        end, job = self.n_cached + n_tokens, self.job
-        tokens = tuple(self.answer.tokens[self.n_cached : end])
-        is_long = job.n_unread > 0 and job.block(n_block)[1]
-        return Part(self.sequence, self.n_cached, tokens, int(end == len(self.answer.tokens)), is_long)
+        first, known = self.n_cached, self.answer.tokens
+        end = first + n_tokens
+        is_long = self.n_unread > 0 and self.job.block(n_block)[1]
+        return Part(self.sequence, first, tuple(known[first:end]), int(end == len(known)), is_long)
 
 
 def finish_reason(finish: str) -> str:

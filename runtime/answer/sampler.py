@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
@@ -51,19 +52,24 @@ class Sampling:
         return not self.greedy or self.repeat_penalty != 1 or LIBRARY is None
 
 
+_CHAIN = abi.llama.llama_sampler_chain_init(abi.llama.llama_sampler_chain_default_params())
+"""All samplers choose in this chain, one after the other: it keeps the only list of candidates."""
+
+
 class Sampler:
-    """A chain of llama.cpp samplers. `seed` is the one in use (chosen here when none was given)."""
+    """llama.cpp's samplers in a row. `seed` is the one in use (chosen here when none was given).
+
+    is_plain: nothing but the largest logit counts, so there is nothing to remember.
+    """
 
     def __init__(self, sampling: Sampling, n_vocab: int, suppressed: Sequence[int] = ()) -> None:
         self.sampling = sampling
         self.seed = int.from_bytes(os.urandom(4), "little") % _SEEDS if sampling.seed is None else sampling.seed
         self._n_vocab = n_vocab
-        self._is_plain = not sampling.lists_tokens and not suppressed
-        self._chain = abi.llama.llama_sampler_chain_init(abi.llama.llama_sampler_chain_default_params())
-        for sampler in (*self._before(suppressed), *self._choosing()):
-            abi.llama.llama_sampler_chain_add(self._chain, sampler)
+        self.is_plain = not sampling.lists_tokens and not suppressed
+        self._steps: list[Any] = [*self._before(suppressed), *self._choosing()]
 
-    def _before(self, suppressed: Sequence[int]) -> Iterable[int]:
+    def _before(self, suppressed: Sequence[int]) -> Iterable[Any]:
         """Samplers that change logits before anything is cut away."""
         if suppressed:
             bias = (abi.llama.llama_logit_bias * len(suppressed))(*((token, -math.inf) for token in suppressed))
@@ -72,34 +78,51 @@ class Sampler:
             penalty = self.sampling.repeat_penalty
             yield abi.llama.llama_sampler_init_penalties(self._n_vocab, PENALTY_TOKENS, penalty, 0.0, 0.0)
 
-    def _choosing(self) -> Iterable[int]:
+    def _choosing(self) -> Iterable[Any]:
         sampling, llama = self.sampling, abi.llama
         if sampling.greedy:
             yield llama.llama_sampler_init_greedy()
             return
         yield llama.llama_sampler_init_top_k(sampling.top_k)
-        yield llama.llama_sampler_init_top_p(sampling.top_p, 0)
+        yield self._top_p()
         yield llama.llama_sampler_init_min_p(sampling.min_p, 0)
         yield llama.llama_sampler_init_temp(sampling.temp)
         yield llama.llama_sampler_init_dist(self.seed)
 
-    def sample(self, engine: Engine, i: int = -1) -> int:
-        """Choose from an output of the last forward (counted from the end: negative), and remember the choice.
+    def _top_p(self) -> Any:
+        return abi.llama.llama_sampler_init_top_p(self.sampling.top_p, 0)
 
-        Where nothing but the largest logit counts, there is nothing to remember.
-        """
-        token = engine.likeliest(i) if self._is_plain else None
+    def sample(self, engine: Engine, i: int = -1) -> int:
+        """Choose from an output of the last forward (counted from the end: negative), and remember the choice."""
+        token = engine.likeliest(i) if self.is_plain else None
         if token is not None:
             return token
-        return int(abi.llama.llama_sampler_sample(self._chain, engine.context, i))
+        llama = abi.llama
+        for step in self._steps:
+            llama.llama_sampler_chain_add(_CHAIN, step)
+        try:
+            token = int(llama.llama_sampler_sample(_CHAIN, engine.context, i))
+        finally:
+            for _ in self._steps:
+                llama.llama_sampler_chain_remove(_CHAIN, 0)
+        if not (self.sampling.greedy or self.sampling.top_k) and self.sampling.top_p < 1:
+            self._forget_sorted()
+        return token
+
+    def _forget_sorted(self) -> None:
+        """Top-p keeps a list of its own where nothing was cut away before it: a new one does not have it yet."""
+        place = len(self._steps) - 4
+        abi.llama.llama_sampler_free(self._steps[place])
+        self._steps[place] = self._top_p()
 
     def accept(self, tokens: Iterable[int]) -> None:
         """Remember tokens that were not chosen here (the prompt), for the repeat penalty."""
-        for token in tokens:
-            abi.llama.llama_sampler_accept(self._chain, token)
+        if self.sampling.repeat_penalty != 1:
+            for token in tokens:
+                for step in self._steps:
+                    abi.llama.llama_sampler_accept(step, token)
 
     def close(self) -> None:
-        """Free the chain."""
-        if self._chain:
-            abi.llama.llama_sampler_free(self._chain)
-            self._chain = None
+        """Free the samplers."""
+        while self._steps:
+            abi.llama.llama_sampler_free(self._steps.pop())

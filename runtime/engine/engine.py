@@ -326,6 +326,10 @@ class Engine:
         """The token with the largest logit in the last forward's i-th output; None: only a sampler can tell."""
         return self._context.likeliest(i)
 
+    def likeliest_of_all(self) -> Sequence[int] | None:
+        """The same of every output of the last forward, in their order; -1 where that logit is no number."""
+        return self._context.likeliest_of_all()
+
     def odds(self, token: int, i: int = -1) -> float:
         """The probability (at temperature 1) of a token in the last forward's i-th output (negative: from the end)."""
         return self._context.odds(token, i)

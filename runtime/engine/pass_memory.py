@@ -15,7 +15,7 @@ from runtime.kv.cache_memory import CacheMemory
 from runtime.llama.context import Context
 from runtime.llama.model_file import ModelFile, TensorInfo
 from runtime.llama.scratch import Scratch
-from runtime.plans.ledger import SAMPLER_BYTES_PER_TOKEN, Ledger, embedding_rows_bytes, more_margin
+from runtime.plans.ledger import Ledger, embedding_rows_bytes, more_margin, sampler_bytes
 from runtime.settings import SHORT_PASS, Settings
 from runtime.sizes import MB, PAGE, page_up
 from runtime.weights.rows import RowTable
@@ -111,7 +111,7 @@ class Needs(NamedTuple):
             kv_bytes=self.kv_bytes(self.cache.n_cells),
             compute_bytes=passes.compute(use),
             embedding_bytes=sum(passes.embedding(table.tensor, long=use.long) for table in self.tables),
-            sampler_bytes=n_lists * passes.context.n_vocab * SAMPLER_BYTES_PER_TOKEN,
+            sampler_bytes=sampler_bytes(passes.context.n_vocab, n_lists),
             draft_bytes=settings.draft_bytes,
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
             attention_bytes=self.attention.memory_bytes if self.attention else 0,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from runtime.errors import EngineError, ModelError
 from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
 from runtime.kv.in_graph import InGraph
+from runtime.kv.single_tokens import NO_LOGIT, PADDED, SEEN, SingleTokens, rows_to_copy
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
 from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
@@ -28,9 +29,7 @@ from runtime.settings import Settings
 _ELEMENT_BYTES = 4  # rows are copied as 32-bit numbers, whatever they are
 _HALF_BYTES = 2
 _HALF_TYPE, _I32 = 1, 26
-_NO_LOGIT = 0xFC00  # minus infinity in 16 bits
 _LONG = 64  # tokens from which on the other kernel computes
-_PADDED = 256  # llama.cpp attends to a multiple of so many cells; those behind the positions are masked
 _GRAPH_BYTES = 2**20
 _WHAT, _NEXT = "the attention of a batch", "answer the prompts one by one with `h2o run`"
 
@@ -84,7 +83,7 @@ class SequenceAttention:
         self._asked: set[int] = set()
         self._shape: tuple[bytes, ...] = ()  # of the nodes that the parts' tensors are made for
         self._ends = 0, 0  # addresses of the queries and results that they point into
-        n_cells = max(layer.parts[K].n_cells for layer in cache.layers.values()) + _PADDED
+        n_cells = max(layer.parts[K].n_cells for layer in cache.layers.values()) + PADDED
         row_bytes = [max(layer.parts[i].row_bytes for layer in cache.layers.values()) for i in (K, V)]
         with ExitStack() as opened:
             self._rows = [Region(n * n_cells) for n in row_bytes]
@@ -95,10 +94,10 @@ class SequenceAttention:
             self._few = Region(2 * _LONG * query_bytes)
             opened.callback(self._few.free)
             # position p's mask: p + 1 zeros, then no logits: it begins p + 1 before the end of the zeros
-            self._mask = array.array("H", [0] * n_cells + [_NO_LOGIT] * n_cells)
+            self._mask = array.array("H", [SEEN] * n_cells + [NO_LOGIT] * n_cells)
             self._zeros_end = self._mask.buffer_info()[0] + n_cells * _HALF_BYTES
             self._copies: list[_Copied] = []  # of the pass at hand: several where its rows do not fit at once
-            self._most_rows = n_cells - _PADDED
+            self._most_rows = n_cells - PADDED
             self._from, self._copied = _tensors(2), _tensors(2)
             self._which = abi.Tensor()
             self._parts = [_Part() for _ in range(settings.n_sequences)]
@@ -107,7 +106,7 @@ class SequenceAttention:
             for part in self._parts:
                 operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
             self._active: list[_Part] = []  # in the pass at hand
-            self._joined, self._lines = _Part(), array.array("H", [0] * (_PADDED * settings.n_sequences))
+            self._joined, self._singles = _Part(), SingleTokens(settings.n_sequences)
             joined = self._joined
             operate(joined.out, abi.OP_FLASH_ATTN_EXT, joined.query, *joined.rows, joined.mask)
             self._in_graph = InGraph(cache, self._copied, joined.query, joined.out)
@@ -140,12 +139,14 @@ class SequenceAttention:
     def share(self, source: int, target: int, n: int) -> None:
         """Another sequence, which has no positions, begins with the first n of one."""
         self.cells[target] = self.cells[source][:n]
+        self._singles.forget()
 
     def truncate(self, n_past: int, sequence: int) -> None:
         """A sequence's positions from n_past on are forgotten."""
         cells = self.cells.get(sequence, [])
         self._head, self._n_cells = min([self._head, *cells[n_past:]]), -1
         del cells[n_past:]
+        self._singles.forget()
 
     def next_cells(self, n: int) -> list[int]:
         """The cells that llama.cpp will give to the next n positions."""
@@ -159,6 +160,7 @@ class SequenceAttention:
         cell_of = dict(zip(positions, cells, strict=True))
         self.cells.setdefault(sequence, []).extend(cell_of[position] for position in sorted(positions))
         self._head, self._n_cells = cells[-1] + 1, -1
+        self._singles.forget()
 
     def check_of(self, cell: int) -> int:
         """A checksum of the keys of one layer in a cell."""
@@ -223,11 +225,11 @@ class SequenceAttention:
         if not joined:
             self._place_parts()
         if joined and self._in_graph.is_known(n):
-            self._copy_from(self._copies[0].cells)
-            self._aim(self._in_graph.first.layer, self._in_graph.first.node)
-            self._in_graph.aim()
+            self._aim_graph(self._copies[0])
             self._calls.watch(())
             return
+        if joined:
+            self._joined.join(self._copies[0], self._singles.masks.buffer_info()[0])
         for own in (*self._parts, self._joined):
             own.out.op = abi.OP_NONE
         self._copy_next(self._copies[0])
@@ -251,37 +253,46 @@ class SequenceAttention:
     def _join_single_tokens(self) -> bool:
         """Where every part is one token that the same kernel computes, all of them are one node: a part is a sequence
         of that, with as many rows as the longest. Whether it is so."""
-        ends = [part.end for part in self._pass.parts]
-        n, n_rows = len(ends), max(ends)
-        if n == 1 or self._pass.n_tokens > n or n_rows > _PADDED or n * n_rows > self._most_rows:
+        parts = self._pass.parts
+        n, n_seen = len(parts), max([part.end for part in parts])
+        if n == 1 or self._pass.n_tokens > n or n_seen > PADDED:
             return False
-        rows = array.array("i")
-        for part, end in zip(self._pass.parts, ends, strict=True):
-            cells = self.cells[part.sequence]
-            rows.extend(cells)
-            rows.extend(cells[:1] * (n_rows - end))
-        masks, middle = memoryview(self._mask), len(self._mask) // 2
-        with memoryview(self._lines) as lines:
-            for i, end in enumerate(ends):
-                lines[i * _PADDED : (i + 1) * _PADDED] = masks[middle - end : middle - end + _PADDED]
-        self._joined.join(n, n_rows, self._lines.buffer_info()[0])
-        self._active, self._copies = [self._joined], [_Copied([self._joined], rows)]
+        n_rows = rows_to_copy(n_seen, n, self._most_rows)
+        if not n_rows:
+            return False
+        self._singles.place(parts, self.cells)
+        self._active, self._copies = [self._joined], [_Copied([self._joined], self._singles.cells, n, n_rows)]
         return True
+
+    def _aim_graph(self, copied: _Copied) -> None:
+        """Aim llama.cpp's own nodes at the rows of single tokens; mostly as in the pass before."""
+        shape = copied.n_texts, copied.n_rows
+        self._copy_rows(copied)
+        if not self._in_graph.is_made_for(shape):
+            self._joined.join(copied, self._singles.masks.buffer_info()[0])
+            self._aim(self._in_graph.first.layer, self._in_graph.first.node)
+            self._in_graph.make(shape)
+        self._in_graph.aim()
 
     def _copy_next(self, copied: _Copied) -> None:
         """Have the graph copy these rows, and compute the parts that attend to them."""
-        self._copy_from(copied.cells)
-        for tensor in self._copied:
-            describe(tensor, tensor.data, (tensor.ne[0], len(copied.cells)))
+        self._copy_rows(copied)
         if len(self._copies) > 1:
             for own in self._parts:
                 own.out.op = abi.OP_NONE
         for own in copied.parts:
             own.out.op = abi.OP_NONE if own.is_padded else abi.OP_FLASH_ATTN_EXT
 
-    def _copy_from(self, cells: array.array[int]) -> None:
-        """The rows of these cells are copied from now on."""
-        describe(self._which, cells.buffer_info()[0], (len(cells),), _I32)
+    def _copy_rows(self, copied: _Copied) -> None:
+        """These rows are copied from now on."""
+        n_rows, n_texts = copied.n_rows or len(copied.cells), copied.n_texts
+        describe(self._which, copied.cells.buffer_info()[0], (n_rows, n_texts), _I32)
+        if n_texts > 1:
+            self._which.nb[1] = PADDED * copied.cells.itemsize
+        for tensor in self._copied:
+            describe(tensor, tensor.data, (tensor.ne[0], n_rows, n_texts))
+        for tensor in self._from:
+            tensor.ne[2], tensor.nb[2] = n_texts, 0
 
     def _attend(self, node: abi.Tensor) -> None:
         """Compute a layer's attention, part by part."""
@@ -337,18 +348,24 @@ class SequenceAttention:
     def _point_at_rows(self, layer: CacheLayer) -> None:
         """Have the rows of layers like this one copied, and every part find its own."""
         for i, part in enumerate(layer.parts):
-            width, address = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address
-            describe(self._from[i], part.data, (width, part.n_cells))
-            describe(self._copied[i], address, (width, self._which.ne[0]))
+            width, address, n_texts = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address, self._which.ne[1]
+            describe(self._from[i], part.data, (width, part.n_cells, n_texts))
+            self._from[i].nb[2] = 0  # of the same rows for every text
+            describe(self._copied[i], address, (width, self._which.ne[0], n_texts))
             for own in self._active:
                 own.rows[i].data = address + own.row * part.row_bytes
 
 
 class _Copied(NamedTuple):
-    """Rows that are copied at once, by their cells, and the parts that attend to them."""
+    """Rows that are copied at once, by their cells, and the parts that attend to them.
+
+    n_texts above 1: n_rows of each text, whose cells are a line of a table (see SingleTokens).
+    """
 
     parts: list[_Part]
     cells: array.array[int]
+    n_texts: int = 1
+    n_rows: int = 0
 
 
 class _Part:
@@ -367,7 +384,7 @@ class _Part:
         """What it attends to in a pass. As alone, where llama.cpp's own mask ends at a multiple of some cells."""
         self.n, self.row, self.n_tokens = n, row, len(part.tokens)
         self.is_padded = part.long and self.n_tokens < _LONG
-        self._n_rows = -(-part.end // _PADDED) * _PADDED
+        self._n_rows = -(-part.end // PADDED) * PADDED
         self._see(zeros_end - (part.first + 1) * _HALF_BYTES)
 
     def take(self, other: _Part) -> None:
@@ -375,12 +392,12 @@ class _Part:
         self.n, self.row, self.n_tokens, self._n_rows = other.n, other.row, _LONG, other._n_rows
         self._see(other.mask.data)
 
-    def join(self, n_parts: int, n_rows: int, lines: int) -> None:
-        """Be single tokens of many sequences, each with n_rows rows. lines: of the mask."""
-        self.n, self.row, self.n_tokens, self._n_rows, self._n_joined = 0, 0, 1, _PADDED, n_parts
-        self._row_step = n_rows
-        self._see(lines)
-        self.mask.ne[3], self.mask.nb[3] = n_parts, _PADDED * _HALF_BYTES
+    def join(self, copied: _Copied, masks: int) -> None:
+        """Be single tokens of many texts, each with its rows and its line of masks."""
+        self.n, self.row, self.n_tokens, self._n_rows, self._n_joined = 0, 0, 1, PADDED, copied.n_texts
+        self._row_step = copied.n_rows
+        self._see(masks)
+        self.mask.ne[3], self.mask.nb[3] = copied.n_texts, PADDED * _HALF_BYTES
 
     def _see(self, mask: int) -> None:
         """A line of the mask is the one before it, begun one zero earlier: so all of them are one array."""

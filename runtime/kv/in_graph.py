@@ -29,6 +29,7 @@ class InGraph:
         self._n_layers, self._own = len(cache.layers), (query, *copied, out)
         self._learned: list[_LayerNodes] = []  # in the pass at hand
         self._known: list[_LayerNodes] = []  # all layers', or none
+        self._made_for = (0, 0)  # texts, rows of each
         self.is_aimed = False
 
     def learn(self, node: int, layer: CacheLayer) -> None:
@@ -37,18 +38,28 @@ class InGraph:
 
     def is_known(self, n_tokens: int) -> bool:
         """Whether the graph at hand, a pass of so many tokens, has the nodes of all layers where they were."""
-        return bool(self._known) and self.first.node.ne[2] == n_tokens and all(one.are_there() for one in self._known)
+        return bool(self._known) and self.first.node.ne[2] == n_tokens and all([one.are_there() for one in self._known])
 
     @property
     def first(self) -> _LayerNodes:
         """The first layer's."""
         return self._known[0]
 
-    def aim(self) -> None:
-        """Have the nodes of all layers do what ours do."""
+    def is_made_for(self, shape: tuple[int, int]) -> bool:
+        """Whether make() was called for so many texts and rows of each, and llama.cpp's nodes are as they were then."""
+        return shape == self._made_for and all([one.is_made for one in self._known])
+
+    def make(self, shape: tuple[int, int]) -> None:
+        """From now on the nodes of all layers are aimed to do what ours do."""
         own = [ctypes.string_at(ctypes.addressof(tensor), abi.TENSOR_BYTES) for tensor in self._own]
         for nodes in self._known:
-            nodes.aim(own)
+            nodes.make(own, shape[0])
+        self._made_for = shape
+
+    def aim(self) -> None:
+        """Have the nodes of all layers do what ours did when make() was called."""
+        for nodes in self._known:
+            nodes.aim()
         self.is_aimed = True
 
     def end(self, *, complete: bool) -> None:
@@ -78,7 +89,7 @@ class _LayerNodes:
         self._from = [abi.Tensor() for _ in layer.parts]
         for tensor, part in zip(self._from, layer.parts, strict=True):
             describe(tensor, part.data, (part.row_bytes // _ELEMENT_BYTES, part.n_cells))
-        self._made = b""
+        self._made = self._aimed = b""
         self.can_be_aimed = self._n_bytes <= _MOST_BYTES and self._are_views()
         if self.can_be_aimed:
             self._made = self._read()
@@ -104,19 +115,29 @@ class _LayerNodes:
             links = ([bytes_[at + abi.OP_OFFSET : at + _LINKS_END] for at in self._at] for bytes_ in (made, self._made))
             if next(links) != next(links):
                 return False
-            self._made = made
+            self._made, self._aimed = made, b""
         return True
 
-    def aim(self, own: Sequence[bytes]) -> None:
+    @property
+    def is_made(self) -> bool:
+        """Whether it is known what they are aimed to be."""
+        return bool(self._aimed)
+
+    def make(self, own: Sequence[bytes], n_texts: int) -> None:
         """Take over from structs of ours."""
         changed, (query, keys, values, out) = bytearray(self._made), self._at
         changed[query + _SHAPE : query + abi.OP_OFFSET] = own[0][_SHAPE : abi.OP_OFFSET]
         for at, copied, source in zip((keys, values), own[1:3], self._from, strict=True):
+            source.ne[2], source.nb[2] = n_texts, 0
             changed[at : at + abi.NAME_OFFSET] = copied[: abi.NAME_OFFSET]
             changed[at + abi.SRC_OFFSET : at + _SECOND] = ctypes.addressof(source).to_bytes(8, sys.byteorder)
         changed[out + _SHAPE : out + abi.OP_OFFSET] = own[3][_SHAPE : abi.OP_OFFSET]
         changed[out + _SECOND : out + _FIFTH] = own[3][_SECOND:_FIFTH]  # keys, values, mask
-        ctypes.memmove(self._begin, bytes(changed), self._n_bytes)
+        self._aimed = bytes(changed)
+
+    def aim(self) -> None:
+        """Make the nodes what they are aimed to be."""
+        ctypes.memmove(self._begin, self._aimed, self._n_bytes)
 
     def put_back(self) -> None:
         """Make the nodes what they were."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EngineError
@@ -74,12 +74,14 @@ class Context:
         batch = abi.llama.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens, i = n, 0
+            tokens, positions, texts = batch.token, batch.pos, batch.seq_id  # looked up once: each time takes a while
+            n_texts, wanted = batch.n_seq_id, batch.logits
             for part in pass_.parts:
-                silent_end = part.end - part.n_outputs
+                silent_end = part.first + len(part.tokens) - part.n_outputs
                 for position, token in enumerate(part.tokens, part.first):
-                    batch.token[i], batch.pos[i] = token, position
-                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, part.sequence
-                    batch.logits[i] = position >= silent_end
+                    tokens[i], positions[i] = token, position
+                    n_texts[i], texts[i][0] = 1, part.sequence
+                    wanted[i] = position >= silent_end
                     i += 1
             status = int(abi.llama.llama_decode(self.pointer, batch))
         finally:
@@ -127,6 +129,18 @@ class Context:
         if LIBRARY is None:
             return None
         return int(LIBRARY.h2o_argmax(abi.llama.llama_get_logits_ith(self.pointer, i), self.n_vocab))
+
+    def likeliest_of_all(self) -> Sequence[int] | None:
+        """The same of each output of the last pass, in their order; -1 where that logit is no number."""
+        if LIBRARY is None or not self._n_outputs:
+            return None
+        n, argmax, tokens = self.n_vocab, LIBRARY.h2o_argmax, []
+        rows = abi.llama.llama_get_logits_ith(self.pointer, -self._n_outputs)  # they lie one behind the other
+        first = ctypes.cast(rows, ctypes.c_void_p).value or 0
+        for begin in range(0, n * self._n_outputs, n):
+            token = argmax(ctypes.c_void_p(first + begin * ctypes.sizeof(ctypes.c_float)), n)
+            tokens.append(-1 if math.isnan(rows[begin + token]) else token)
+        return tokens
 
     def odds(self, token: int, i: int) -> float:
         """The probability (at temperature 1) of one token in the last pass's i-th output (negative: from the end)."""

@@ -125,6 +125,11 @@ def below_floor(budget_bytes: int, floor_bytes: int, lowered_by: str = "") -> Bu
     )
 
 
+def sampler_bytes(n_vocab: int, n_texts: int) -> int:
+    """The list of candidates; where there are several texts one more, as some of them may sort all candidates."""
+    return min(n_texts, 2) * n_vocab * SAMPLER_BYTES_PER_TOKEN
+
+
 def embedding_rows_bytes(row_bytes: int, n_tokens: int) -> int:
     """Memory for the embedding rows of n_tokens, in whole pages."""
     return n_tokens * (row_bytes // PAGE + 2) * PAGE

@@ -108,8 +108,8 @@ class _TimedBatch(PressedBatch):
         self.works.append(Work.of([running.job for running in self._running], counts))
         return counts
 
-    def _choose(self, running: Running, place: int) -> str:
-        finish = super()._choose(running, place)
+    def _take(self, running: Running, token: int) -> str:
+        finish = super()._take(running, token)
         return finish or (STOP if running.n_chosen == self._lengths[running.wanted.key] else "")
 
 
