@@ -68,6 +68,10 @@ class CodePages:
         self._n_short += 1
         if self._n_short in _LOOKS or (self._n_short and self._n_short % _AGAIN == 0):
             before, spared = self.spared_bytes, max(0, self._counted_bytes - file_bytes() - _SLACK_BYTES)
+            if streams and self._n_short >= _AGAIN and spared <= before - _LEAST_BYTES:
+                drop_file_pages()  # not what a token uses: other code ran, as where a worker's next root comes
+                self._n_short = 0
+                return False
             if not before <= spared < before + _LEAST_BYTES:
                 self.spared_bytes = spared
                 return streams or spared < before
