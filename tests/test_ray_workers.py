@@ -53,7 +53,7 @@ def text(bundled_model):
 
 def workers_of(cluster):
     """Processes of workers that listen on an address of this cluster's nodes."""
-    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
     return [line for line in found.splitlines() if "h2o_cli.start worker" in line and "--tls /tmp/h2o-" in line]
 
 
