@@ -6,7 +6,7 @@ ranges) or in several (a ring of short ranges). A token takes the longer of two 
 
     the busiest disk     max over devices  streamed_i / disk_i
     one after the other  sum over devices  max(compute_i, rounds * max(0, streamed_i / rounds - window_i) / disk_i)
-                         + what the hops between devices take + what the root takes for the head
+                         + what the hops to devices take + what the root takes for the head
 
 A device reads ahead while the others compute, but only as far as its window goes; what is more than that in one round
 has to be waited for. The formula was checked against 12 measured set-ups (tests/test_placement.py).
@@ -133,7 +133,7 @@ def predicted(
     for r in ranges:
         n_groups[r.device] += r.end - r.begin
         n_bytes[r.device] += sum(model.group_bytes[r.begin : r.end])
-    hops_s = sum(devices[r.device].hop_s(model.hidden_bytes) for r in ranges) if len(devices) > 1 else 0.0
+    hops_s = sum(devices[r.device].hop_s(model.hidden_bytes) for r in ranges)  # none to this machine
     shares, disk_s, others_s = [], 0.0, hops_s + model.root_s
     for i, device in enumerate(devices):
         window = windows[i] if windows else _window(n_bytes[i] - device.memory_bytes, rounds, model.piece_bytes)

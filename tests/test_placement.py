@@ -164,6 +164,11 @@ def test_ranges_follow_each_other(counts, rounds):
     assert all(a.device != b.device for a, b in itertools.pairwise(ranges))
 
 
+def test_one_device_behind_a_slow_link_takes_the_time_of_the_link():
+    far = replace(of_layers(24), link_s=0.08)
+    assert placed(QWEN, [far]).token_s == placed(QWEN, [of_layers(24)]).token_s + 0.08
+
+
 def test_one_device_takes_the_time_of_its_disk():
     found = predicted(QWEN, [of_layers(4)], [Range(0, 0, 24)])
     assert found.token_s == pytest.approx(21 * LAYER / DISK)  # three layers stay, and a window takes one
