@@ -194,7 +194,8 @@ def test_with_room_for_everything_a_prompts_memory_stays(bundled_model):
 
 
 def test_a_prompts_memory_stays_where_all_weights_are_there_beside_it(bundled_model, monkeypatch):
-    """Without room for a full context and drafts; then a token finds its pages, and nothing is laid out anew for it."""
+    """Without room for a full context and drafts; then a token finds its pages, and nothing is laid out or counted for
+    it."""
     with engine(bundled_model, n_ubatch=256, n_ctx=512, n_logits=16, repack=False) as opened:
         layout = opened.layout
         monkeypatch.setattr(layout._code, "begin", lambda: None)  # no pages of libraries make room
@@ -209,6 +210,7 @@ def test_a_prompts_memory_stays_where_all_weights_are_there_beside_it(bundled_mo
         assert used > needs.passes.compute(Use(long=False))
         with monkeypatch.context() as patch:
             patch.setattr(layout, "_lay_out", lambda *args, **_: laid_out.append(args))
+            patch.setattr(layout, "_beside_all", lambda *args: laid_out.append(args))
             opened.forward([5])
         assert (touched_bytes(scratch), laid_out) == (used, [])
         for _ in range(40):  # keys and values need the room

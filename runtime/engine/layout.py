@@ -185,7 +185,10 @@ class Layout:
         code_changed, budget = False, self._asked_plan.budget_bytes
         if budget and (use.long or self._counts_on_code):
             code_changed = self._code.begin_pass(long=use.long, streams=self._spare_bytes < 0)
-        use = self._touched = self._kept(use, room)
+        if code_changed or self.streamed_bytes or use.with_(self._touched) != self._use or room != self._room:
+            use = self._touched = self._kept(use, room)
+        else:
+            use = self._use  # laid out for it and for what was touched before, and all weights are there
         if not budget:
             self._room = max(room, self._room)
         elif code_changed or (use, room) != (self._use, self._room):
