@@ -8,6 +8,7 @@ from pathlib import Path
 import broken_models
 import pytest
 
+from runtime import limited
 from runtime.errors import PromptError
 from runtime.llama.chat import CHATML, CHATML_STOP, Chat, Message
 
@@ -135,6 +136,14 @@ def test_a_template_that_ends_its_process(tiny_model, tokenizer_of, monkeypatch)
     monkeypatch.setattr("runtime.llama.chat_template.rendered", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(PromptError, match="ended the process that read it"):
         chat.render(TALK)
+
+
+def test_where_memory_runs_out_the_templates_process_goes_first():
+    """And not the run: the highest mark that the kernel knows."""
+    mark = Path("/proc/self/oom_score_adj")
+    before = mark.read_text()
+    assert limited.in_child(lambda: None, mark.read_bytes, 2**20, 5.0, "a test") == b"1000\n"
+    assert mark.read_text() == before
 
 
 def test_a_conversation_that_is_far_too_long(tiny_model, tokenizer_of):

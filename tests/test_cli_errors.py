@@ -278,6 +278,7 @@ def test_output_that_cannot_be_written(tiny_model):
     [
         (["--help"], ["run ", "plan ", "Examples:", "h2o run model.gguf"]),
         (["run", "--help"], ["--repeat-penalty", "-m, --memory SIZE", "Examples:", "/help lists its commands"]),
+        (["run", "-h"], ["H2O_MODEL"]),
         (["plan", "-h"], ["--set K,W", "--explain", "Examples:"]),
         (["bench", "make-model", "--help"], ["SHAPE", "Examples:", "h2o bench make-model llama-7b"]),
     ],

@@ -54,6 +54,7 @@ def test_predicted_stands_beside_measured_where_there_is_a_profile(monkeypatch):
 
 def test_what_says_nothing_is_left_out():
     found = Statistics(n_tokens=1, ttft_s=0.5, decode_ms_per_token=9.0, tokens_per_s=111.0, bytes_read_per_token=0.0)
+    found = found._replace(tokens_per_pass=1.0)  # nothing was drafted
     line = closing.closing_line(session(streamed=0), found)
     assert "all in memory" in line and "1 token," in line
     for word in ("read", "limit", "waited", "k=", "per pass"):

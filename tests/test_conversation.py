@@ -6,9 +6,13 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace as Some
 
 import pytest
 from terminals import H2O, Terminal
+
+from h2o_cli import conversation
+from runtime.errors import Cancelled
 
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
@@ -72,6 +76,25 @@ def test_what_was_typed_ahead_is_dropped_on_ctrl_c(talk, tmp_path):
     assert terminal.exit_code() == 0
 
 
+def test_what_was_typed_ahead_is_dropped_wherever_ctrl_c_comes(monkeypatch):
+    """In a line that was begun, in an answer, and while a message is made ready for the model."""
+    dropped, lines = [], iter(["hello", None])
+    monkeypatch.setattr(conversation, "_drop_typed_ahead", lambda: dropped.append(1))
+    talk = conversation.Conversation(Some(session=None, chat=None), None, Some(get_line_buffer=lambda: "half a li"))
+    inputs = iter([lambda: conversation.interrupts._act(signal.SIGINT), lambda: "another one"])
+    monkeypatch.setattr(talk, "_input", lambda _: next(inputs)())
+    assert (talk._read_line("> "), len(dropped)) == ("another one", 1)
+    talk._tell_end(conversation.CANCELLED)
+    assert len(dropped) == 2
+
+    def cancelled(_):
+        raise Cancelled(signal.SIGINT)
+
+    monkeypatch.setattr(talk, "_read", lambda: next(lines))
+    monkeypatch.setattr(talk, "_take", cancelled)
+    assert (talk.run(), len(dropped)) == (0, 3)
+
+
 def test_an_answer_cut_by_n_says_so(talk, capsys, tiny_model):
     terminal = talk("-n", 3)
     terminal.send("hello\n")
@@ -94,7 +117,7 @@ def test_settings(talk):
         ("/set", "temp 0.0, top-k 40"),
         ("/set temp 0.2", "temp 0.2, top-k 40"),
         ("/set top-k 7", "temp 0.2, top-k 7"),
-        ("/set seed 3", "seed 3"),
+        ("/set seed 3", "seed 3, n 2"),  # of the sampler
         ("/set temp", "'' is not a number"),
         ("/set temp -1", "--temp -1.0 is not possible"),
         ("/set heat 1", "there is no setting heat"),
@@ -139,15 +162,11 @@ def test_system_message_save_and_load(talk, tmp_path):
 
 
 def test_the_system_message_is_in_the_prompt():
-    from types import SimpleNamespace as Some
-
-    from h2o_cli.conversation import Conversation
-
     seen = []
     chat = Some(
         encode=lambda messages, _most: seen.append([turn.role for turn in messages]) or [0] * 60 * len(messages)
     )
-    talk = Conversation(Some(session=Some(engine=Some(settings=Some(n_ctx=320))), chat=chat), None)
+    talk = conversation.Conversation(Some(session=Some(engine=Some(settings=Some(n_ctx=320))), chat=chat), None)
     talk._set_system("Be short.")
     assert len(talk._chat_prompt("hello")) == 120
     talk._messages += [Some(role="assistant", content="")]

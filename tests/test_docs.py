@@ -1,10 +1,16 @@
-"""docs/seam.md names files, functions and tests that exist, and says of every entry what would notice a change."""
+"""docs/seam.md names files, functions and tests that exist, and says of every entry what would notice a change. README
+names commands and flags that exist."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
+
+import typer
+
+from h2o_cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "seam.md").read_text()
@@ -44,3 +50,22 @@ def test_every_entry_of_the_page_is_complete():
 def test_tests_in_the_page_are_named_with_their_function():
     for line in re.findall(r"^- test: .*", PAGE, flags=re.MULTILINE):
         assert re.fullmatch(r"- test: `tests/test_\w+\.py::test_\w+`(, `tests/test_\w+\.py::test_\w+`)*", line), line
+
+
+def parse(words):
+    """Have the parser of the command line look at a command, and do nothing."""
+    command = typer.main.get_command(app)
+    command, words = command.get_command(command.make_context("h2o", [], resilient_parsing=True), words[0]), words[1:]
+    while words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, words)
+
+
+def test_commands_in_the_readme_can_be_typed():
+    readme = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^(?:\$ | {4}|)h2o (\w.*?)(?: {2,}.*| [#|>&].*|)$", readme, flags=re.MULTILINE)
+    for line in lines:
+        parse(shlex.split(line))
+    assert len(lines) >= 10
+    assert any(line.startswith("kv analyze --quick ") for line in lines), "how to find the layers that filter"
+    assert any(line.startswith("run SmolLM2-") for line in lines), "a real model, from download to answer"

@@ -19,9 +19,9 @@ from runtime.answer.pool import BLOCK_TOKENS, Pool
 from runtime.answer.pool_trace import check
 from runtime.answer.pressed import CountedBatch, Parts, PressedBatch
 from runtime.answer.swapping import Swapping
-from runtime.errors import DiskError
+from runtime.errors import DiskError, EngineError
 from runtime.kv.slow_tier import DiskTier, RamTier
-from runtime.llama.cell_memory import state_bytes
+from runtime.llama.cell_memory import CellMemory, state_bytes
 from runtime.llama.tokenizer import Tokenizer
 from runtime.passes import Part, Pass
 
@@ -178,3 +178,14 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(bundled_model, tmp_path):
 def test_no_folder_for_the_file_is_an_error(tmp_path):
     with pytest.raises(DiskError, match="no file to swap to can be made"):
         DiskTier(Path(tmp_path / "none"), 4096)
+
+
+def test_a_state_that_llama_cpp_does_not_give_or_take_is_an_error(bundled_model):
+    """Else a text would go on with keys and values that are not its own."""
+    with engine(bundled_model, n_ctx=256, n_sequences=2, n_logits=2, swap_bytes=1) as opened:
+        opened.compute([Pass((Part(0, 0, (5, 6, 7), 1),))])
+        for n_bytes, change, said in ((64, "save", "did not give"), (2**16, "load", "did not take")):
+            memory = CellMemory(opened.context, n_bytes)
+            with pytest.raises(EngineError, match=said):
+                getattr(memory, change)(0)
+            memory.close()
