@@ -14,7 +14,7 @@ from planner.footprint import streamable_bytes
 from planner.source.profile import SourceProfile
 from profiler.model_profile import ModelProfile
 from runtime.plans.plan import Layout, Plan
-from runtime.plans.residency import overlapping_window, whole_layers
+from runtime.plans.residency import in_huge_pages, overlapping_window, whole_layers
 
 
 def tie_order(arm: Plan, token_ms: float) -> tuple[float, int, int]:
@@ -121,8 +121,7 @@ def narrowest_window(profile: ModelProfile, available_bytes: int) -> int:
     It is smaller where that would take more than half of what there is.
     """
     least = profile.memory.min_window_bytes
-    streamed = streamable_bytes(profile) - available_bytes
-    wanted = overlapping_window(least, streamed, profile.disk.bytes_per_s.mean)
+    wanted = overlapping_window(least, profile.disk.bytes_per_s.mean)
     return min(available_bytes, max(least, min(wanted, available_bytes // 2)))
 
 
@@ -131,14 +130,14 @@ def _balanced_arms(profile: ModelProfile, available_bytes: int, windows: range) 
 
     With a share f of every byte pinned, f * total + w * (1 - f) * largest = available; solved for f * total.
     """
-    sizes = [layer.bytes for layer in profile.layers]
+    sizes, rate = [layer.bytes for layer in profile.layers], profile.disk.bytes_per_s.mean
     total = streamable_bytes(profile)
     narrowest = narrowest_window(profile, available_bytes)
     w_of = {narrowest: 1}
     for w in windows:
         window_full = w * max(sizes)
         pinned = (available_bytes - window_full) * total // (total - window_full)
-        w_of[max(narrowest, available_bytes - pinned)] = w
+        w_of[max(narrowest, in_huge_pages(available_bytes - pinned, rate))] = w
     return [filled(profile, Plan(0, w, Layout.BALANCED, 0, window), available_bytes) for window, w in w_of.items()]
 
 
@@ -147,9 +146,9 @@ def _whole_layer_arms(profile: ModelProfile, available_bytes: int, layout: Layou
 
     Where every layer fits, one more arm streams only the head, through the narrowest window.
     """
-    sizes = [layer.bytes for layer in profile.layers]
+    sizes, rate = [layer.bytes for layer in profile.layers], profile.disk.bytes_per_s.mean
     narrowest = narrowest_window(profile, available_bytes)
-    needs = [(w, max(w * max(sizes), narrowest)) for w in windows]
+    needs = [(w, max(in_huge_pages(w * max(sizes), rate), narrowest)) for w in windows]
     if sum(sizes) + narrowest <= available_bytes:
         needs.append((1, narrowest))
     return [filled(profile, Plan(0, w, layout, 0, window), available_bytes) for w, window in needs]

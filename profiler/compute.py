@@ -9,7 +9,7 @@ their own, half of a small model's token; so the times of decode passes are scal
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -73,8 +73,8 @@ def measure_compute(
     """Time decode passes, then prefill passes, `repeats` of each after one that warms up.
 
     room_bytes: what weights may take in memory; a token is timed with as many of them there.
-    Passes that others disturbed are made again: of up to twice as many the fastest count. progress is called after
-    each pass.
+    Passes that others disturbed are made again, up to twice as many: the fastest times of each layer count. progress
+    is called after each pass.
     """
     settings = engine.settings
     waker = Waker(settings.n_threads)
@@ -101,7 +101,7 @@ def measure_compute(
 def _passes(
     engine: Engine, trace: LayerTrace, n_tokens: int, repeats: int, progress: Callable[[], None]
 ) -> list[_Pass]:
-    """The passes that count, the fastest first."""
+    """The times that count, as so many passes, the fastest first."""
     engine.truncate(0)
     passes: list[_Pass] = []
     with engine.guests.joined_by(trace):
@@ -112,7 +112,14 @@ def _passes(
             passes.append(_Pass(trace.seconds[-1], max(0.0, rest_s - sum(trace.seconds[-1]))))
             passes.sort(key=lambda p: p.compute_s)
             progress()
-    return passes[:repeats]
+    return _fastest(passes, repeats)
+
+
+def _fastest(passes: Sequence[_Pass], repeats: int) -> list[_Pass]:
+    """Passes made of the fastest times of each layer: what disturbs a pass takes the time of some layers only."""
+    layers = [sorted(seconds)[:repeats] for seconds in zip(*(p.group_s for p in passes), strict=True)]
+    rests = sorted(p.rest_s for p in passes)[:repeats]
+    return [_Pass(list(group_s), rest_s) for *group_s, rest_s in zip(*layers, rests, strict=True)]
 
 
 def _disturbed(passes: list[_Pass], repeats: int) -> bool:

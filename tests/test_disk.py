@@ -250,6 +250,10 @@ def test_a_way_that_is_better_again_and_again_is_chosen(best):
     assert best({USUAL: [MANY] * 6, OTHER: [2 * MANY] * 6}, {USUAL: [MANY] * 5, OTHER: [2 * MANY] * 5}) == OTHER
 
 
+def test_a_gain_that_is_lost_in_the_pipeline_is_no_reason(best):
+    assert best({USUAL: [MANY] * 6, OTHER: [1.1 * MANY] * 6}, {USUAL: [MANY] * 5, OTHER: [1.1 * MANY] * 5}) == USUAL
+
+
 def test_a_lucky_sample_is_no_reason(best):
     usual, other = [MANY] * 6, [9 * MANY, MANY, MANY, 9 * MANY, MANY, MANY]
     assert best({USUAL: usual, OTHER: other}) == USUAL

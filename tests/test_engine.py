@@ -21,7 +21,7 @@ from runtime.llama.model_file import ModelFile
 from runtime.memory import Region
 from runtime.plans.ledger import budget_for, floor_for
 from runtime.plans.plan import Layout, Plan
-from runtime.plans.residency import smallest_window, streamable_bytes
+from runtime.plans.residency import overlapping_window, smallest_window, streamable_bytes
 from runtime.settings import MARGIN_BYTES, Settings
 from runtime.sizes import MB, PAGE
 from runtime.weights.head_start import head_start
@@ -301,7 +301,7 @@ def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
     largest = smallest_window(ModelFile.open(bundled_model))
     guess = Plan(0, 1, Layout.BALANCED, window_bytes=largest, budget_bytes=10**9)
     with engine(bundled_model, Plan(1, 1)) as opened:
-        for rate, pieces in [(0, 2), (900 * largest, 2), (1000 * largest, 4)]:
+        for rate, pieces in [(0, 2), (800 * largest, 2), (1000 * largest, 3)]:
             opened._store._readers.bytes_read, opened._store._readers.busy_s = 2 * rate, 2.0
             assert opened.layout.with_fitting_window(guess).window_bytes == pieces * largest
         wide = replace(guess, window_bytes=20 * largest)
@@ -309,4 +309,8 @@ def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
         opened._store._readers.bytes_read, opened._store._readers.busy_s = 0, 0.0
         assert opened.layout.with_fitting_window(guess).window_bytes == 2 * largest  # nothing has come yet
         opened._store._wanted = frozenset()
-        assert opened.layout.with_fitting_window(guess).window_bytes == 4 * largest  # nothing was asked for
+        fast = overlapping_window(largest, 2e9)
+        assert opened.layout.with_fitting_window(guess).window_bytes == fast > 4 * largest  # nothing was asked for
+        opened._store._wanted = frozenset({0})
+        opened._store._readers.bytes_read, opened._store._readers.busy_s = 10**9, 1.0
+        assert opened.layout.with_fitting_window(guess).window_bytes == fast  # into the small pages of homes

@@ -217,6 +217,13 @@ def test_disturbed_passes_are_made_again_and_left_out(opened, monkeypatch):
     assert list(factors) == [1]
 
 
+def test_a_disturbance_spoils_only_the_layers_that_it_met():
+    """Also where something else disturbed every pass."""
+    rows = ([1.0, 2.0, 30.0], [10.0, 2.1, 3.0], [1.1, 20.0, 3.1])
+    passes = compute._fastest([compute._Pass(row, rest) for row, rest in zip(rows, (0.3, 5.0, 0.2), strict=True)], 2)
+    assert [(p.group_s, p.rest_s) for p in passes] == [([1.0, 2.0, 3.0], 0.2), ([1.1, 2.1, 3.1], 0.3)]
+
+
 def test_release_times(opened):
     layer = opened("llama").layers[0]
     assert 0 < slot_release(layer, 3).mean < 0.1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from stores import bytes_in_memory
 from runtime.engine.pass_memory import PROMPT as PROMPT_USE
 from runtime.engine.pass_memory import Use, rows_for
 from runtime.llama import abi
+from runtime.memory import resident_bytes_outside
 from runtime.passes import Part
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import smallest_window, streamable_bytes
@@ -249,34 +248,24 @@ def test_logits_of_drafts_made_while_everything_fitted_are_gone_under_a_smaller_
         assert bytes_in_memory(output_pages(opened, rows)) < rows // 4
 
 
-MEASURE = """
-import gc, sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-from engines import engine
-import runtime.engine.engine as module
-from runtime.memory import file_bytes, resident_bytes_outside
+def test_what_was_freed_is_given_back_before_the_process_is_measured(bundled_model, monkeypatch):
+    """Blocks of the heap that were freed between others that are in use: their pages stay until the heap is trimmed."""
+    libc, block_bytes, counted = ctypes.CDLL(None), 64 * 2**10, []
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(block_bytes) for _ in range(512)]
+    for block in blocks:
+        ctypes.memset(block, 1, block_bytes)
+    every_second, others = blocks[::2], blocks[1::2]
 
-# Pages of files, which depend on what is in the page cache, are left out.
-module.resident_bytes_outside = lambda ranges: resident_bytes_outside(ranges) - file_bytes()
-sizes = []
-for n_ubatch in (512, 400, 300, 128):
-    with engine(Path({model!r}), n_ubatch=n_ubatch, n_logits=33) as opened:
-        sizes.append(opened.ledger.process_bytes)
-    gc.collect()
-print(*sizes)
-"""
+    def free_every_second(opened):
+        counted.append(resident_bytes_outside(opened._store.ranges))
+        while every_second:
+            libc.free(every_second.pop())
 
-
-def test_an_engine_leaves_no_holes_in_the_heap(bundled_model):
-    """Whatever was opened before it, an engine finds that the process takes the same memory.
-
-    Once of three times: beside other work llama.cpp's threads can take some 0.2 MB more.
-    """
-    text = MEASURE.format(path=sys.path, model=str(bundled_model))
-    spreads = []
-    while not spreads or (spreads[-1] >= MB * 2 // 5 and len(spreads) < 3):
-        done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, check=True)
-        sizes = [int(size) for size in done.stdout.split()]
-        spreads.append(max(sizes) - min(sizes))
-    assert spreads[-1] < MB * 2 // 5, spreads
+    monkeypatch.setattr("runtime.engine.engine.Engine._open_attention", free_every_second)
+    with engine(bundled_model) as opened:
+        (before,), after = counted, opened.layout.needs.process_bytes
+    for block in others:
+        libc.free(block)
+    assert before - after > len(others) * block_bytes * 3 // 4

@@ -19,9 +19,10 @@ from planner.source.profile import SourceProfile, import_source
 from profiler.model_profile import KvLayer, KvProfile
 from runtime.errors import BudgetError, ProfileError, UsageError
 from runtime.kv.options import KvFilter
+from runtime.memory import HUGE_PAGE
 from runtime.plans.ledger import POSITION_BYTES, budget_for
 from runtime.plans.plan import Layout, Plan
-from runtime.plans.residency import whole_layers
+from runtime.plans.residency import overlapping_window, whole_layers
 
 QWEN_1_5B, QWEN_0_5B = SOURCE_PROFILES["qwen2.5-1.5b-f16"], SOURCE_PROFILES["qwen2.5-0.5b-f16"]
 CTX = {"ctx_tokens": 100, "ubatch_tokens": 50}
@@ -126,8 +127,17 @@ def test_no_window_is_narrower_than_two_pieces_where_there_is_room():
     profile = make_profile([100] * 8, [1.0] * 8, head=200, min_window=90, disk=100)
     assert min(arm.window_bytes for arm in h2o_arms(profile, 500)) == 180
     fast = make_profile([100] * 8, [1.0] * 8, head=200, min_window=40, disk=40_000)
-    assert min(arm.window_bytes for arm in h2o_arms(fast, 500)) == 160  # four: a read takes a millisecond
+    assert min(arm.window_bytes for arm in h2o_arms(fast, 500)) == 120  # three: a read takes a millisecond
     assert {arm.window_bytes for arm in h2o_arms(profile, 100)} == {90, 100}
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_windows_lie_in_huge_pages_where_the_disk_is_fast(layout):
+    sizes = [2_240_000] * 30
+    profile = make_profile(sizes, [0.0003] * 30, disk=2.5e9, head=30_000_000, min_window=557_000)
+    windows = {arm.window_bytes for arm in h2o_arms(profile, 66_000_000, (layout,))}
+    assert len(windows) > 3
+    assert all(window % HUGE_PAGE == 0 for window in windows if window < 66_000_000)
 
 
 def test_only_the_head_is_streamed():
@@ -280,7 +290,7 @@ def test_a_compute_bound_choice_streams_the_fewest_bytes():
     profile = make_profile([10**8] * 10, [1.0] * 10, disk=1e9, fixed=10**8)
     choice = choose(profile, 6 * 10**8, **CTX)
     assert choice.predicted_ms_per_token == pytest.approx(10_000)
-    assert choice.plan.window_bytes == 2 * profile.memory.min_window_bytes
+    assert choice.plan.window_bytes == overlapping_window(profile.memory.min_window_bytes, 1e9)
     assert choice.what_helps == ("neither memory nor disk: computing takes 10000.0 ms of every token",)
 
 

@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.llama.model_file import Layer, ModelFile, Piece, TensorInfo
+from runtime.memory import HUGE_PAGE
 from runtime.plans.plan import Layout, Plan
 from runtime.plans.residency import (
     first_window,
+    in_huge_pages,
     k_layers_worth,
     layer_bytes,
     layers_in,
@@ -286,12 +288,25 @@ def test_a_whole_model_is_resident_only_when_all_of_it_fits():
         assert resident_pieces(model, Plan(0, 1, layout)) == frozenset()
 
 
+@pytest.mark.parametrize(("rate", "pieces"), [(0, 2), (400, 2), (800, 2), (900, 3), (1800, 4)])
+def test_a_window_that_overlaps(rate, pieces):
+    """Two pieces, and as many as the disk reads in a little more than a millisecond."""
+    assert overlapping_window(4096, rate * 4096) == pieces * 4096
+
+
 @pytest.mark.parametrize(
-    ("streamed", "rate", "pieces"),
-    [(100, 0, 2), (100, 900, 2), (100, 1000, 8), (47, 10_000, 4), (48, 10_000, 8), (10, 10**6, 4)],
+    ("window", "rate", "found"),
+    [
+        (2.6, 2.5e9, 4),  # a quarter in small pages would be read at half the speed
+        (2.6, 1e9, 2.6),  # 1.4 huge pages more: these bytes would cost more than a millisecond
+        (3.6, 1e9, 4),
+        (0.5, 90e6, 0.5),
+        (4, 1e9, 4),
+    ],
 )
-def test_a_window_that_overlaps(streamed, rate, pieces):
-    assert overlapping_window(4096, streamed * 4096, rate * 4096) == pieces * 4096
+def test_a_window_lies_in_huge_pages_where_that_costs_little(window, rate, found):
+    """window and found in huge pages of 2 MiB / 2."""
+    assert in_huge_pages(int(window * HUGE_PAGE / 2), rate) == int(found * HUGE_PAGE / 2)
 
 
 def test_a_first_window_is_two_pieces_or_a_quarter_of_the_budget():

@@ -17,6 +17,7 @@ from planner.simulator import (
     token_s,
 )
 from planner.source.profile import SourceProfile
+from runtime.memory import HUGE_PAGE
 from runtime.plans.plan import Layout, Plan
 
 # 10, 20 and 30 ms to load, 5, 15 and 25 to compute, 1, 2 and 3 to release.
@@ -153,7 +154,7 @@ def test_a_fast_disk_wants_a_wider_window_than_a_slow_one(monkeypatch):
         return best_arm(profile, h2o_arms(profile, 66_000_000)).arm.window_bytes
 
     assert window(400e6) == 2 * 557_000
-    assert window(2500e6) > 3 * 557_000
+    assert window(2500e6) == 2 * HUGE_PAGE
 
 
 def test_first_token():

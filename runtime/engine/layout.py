@@ -31,6 +31,7 @@ from runtime.sizes import page_down
 from runtime.weights.store import LayerStore
 
 _SSD_BYTES_PER_S = 2e9
+_SLOW_BYTES_PER_S = 0.8e9  # what reads faster into the small pages of resident weights may be an SSD
 
 
 class Layout:
@@ -64,11 +65,11 @@ class Layout:
     # --- plans --------------------------------------------------------------------------------------------------
 
     def with_fitting_window(self, plan: Plan) -> Plan:
-        """The plan with a window for the disk as fast as it was until now, or an SSD where it was asked for nothing."""
+        """The plan with a window for the disk as fast as it was until now; where that was fast, or nothing was asked of
+        it, for an SSD."""
         begun = self._store.wanted or self._store.busy_s
         rate = self._store.bytes_read / (self._store.busy_s or 1) if begun else _SSD_BYTES_PER_S
-        streamed = streamable_bytes(self._file) + self._ledgers[TOKEN].fixed_bytes - usable_bytes(plan.budget_bytes)
-        fitting = overlapping_window(self._least_window, streamed, rate)
+        fitting = overlapping_window(self._least_window, rate if rate < _SLOW_BYTES_PER_S else _SSD_BYTES_PER_S)
         return replace(plan, window_bytes=max(plan.window_bytes, min(fitting, plan.budget_bytes // 4)))
 
     def apply(self, plan: Plan, n_past: int) -> None:

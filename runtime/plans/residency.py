@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from runtime.llama.model_file import Layer, ModelFile, Piece
+from runtime.memory import HUGE_PAGE
 from runtime.plans.plan import Layout, Plan
 from runtime.sizes import PAGE
 
-_SHORT_READ_S = 0.0011
-_MUCH_STREAMED = 48  # pieces
+_AHEAD_S = 0.00115
 _MOST_EXCHANGES = 4  # the first ones gain most
 
 
@@ -143,16 +143,23 @@ def smallest_window(model: ModelFile, resident: frozenset[int] = frozenset()) ->
     return max((p.span_bytes for p in model.pieces if p.number not in resident), default=0)
 
 
-def overlapping_window(largest: int, streamed: int, disk_bytes_per_s: float) -> int:
+def overlapping_window(largest: int, disk_bytes_per_s: float) -> int:
     """Bytes of a window that lets the disk work on while pieces of up to `largest` bytes are computed.
 
-    Two such pieces, one read while the other is computed. A disk that reads one in about a millisecond or less rests
-    between two reads then: four, and eight where so much is streamed that they are a small part of it (docs/planner.md
-    has the measurements).
+    Two such pieces, one read while the other is computed, and as many as the disk reads until it is told of free room
+    (docs/planner.md has the measurements). A slot holds a whole piece, so parts of one would be of no use.
     """
-    if disk_bytes_per_s * _SHORT_READ_S < largest:
-        return 2 * largest
-    return largest * (8 if streamed >= _MUCH_STREAMED * largest else 4)
+    ahead = int(_AHEAD_S * disk_bytes_per_s / largest) if largest else 0
+    return in_huge_pages((2 + ahead) * largest, disk_bytes_per_s)
+
+
+def in_huge_pages(window_bytes: int, disk_bytes_per_s: float) -> int:
+    """Bytes of a window as large, or larger where that puts all of it into huge pages and costs less than _AHEAD_S.
+
+    A direct read into small pages can take twice as long, and twice the processor's time.
+    """
+    whole = -(-window_bytes // HUGE_PAGE) * HUGE_PAGE
+    return whole if whole - window_bytes <= _AHEAD_S * disk_bytes_per_s else window_bytes
 
 
 def first_window(model: ModelFile, budget_bytes: int) -> int:
