@@ -8,6 +8,9 @@ ranges) or in several (a ring of short ranges). A token takes the longer of two 
     one after the other  sum over devices  max(compute_i, rounds * max(0, streamed_i / rounds - window_i) / disk_i)
                          + what the hops to devices take + what the root takes for the head
 
+where compute_i is longer by what computing takes more with weights that are waited for, and by the threads that wake up
+at the beginning of every range.
+
 A device reads ahead while the others compute, but only as far as its window goes; what is more than that in one round
 has to be waited for. The formula was checked against 12 measured set-ups (tests/test_placement.py).
 """
@@ -27,13 +30,15 @@ _ROUNDS = (1, 2, 3, 4, 6, 8, 12, 16)  # more rounds are more hops, and two slots
 _WINDOW_PIECES = 2  # one is read while the other is computed with
 _LEAST_S_PER_BYTE = 1e-12  # of computing: faster than any processor
 _WORTH_JOINING = 0.01  # share of a token's time that one more device has to save
+_HOP_RISK = 0.1  # share of a hop's time that counts against it also where disks hide it: links take longer now and then
 
 
 @dataclass(frozen=True)
 class Device:
     """A machine: bytes for weights, bytes per second of its disk, seconds per byte of weights it computes with.
 
-    link_s, link_bytes_per_s: what a message to it takes, and how fast its bytes go.
+    link_s, link_bytes_per_s: what a message to it takes, and how fast its bytes go. streaming_s_per_byte: more seconds
+    for a byte that is waited for. wake_s: of its threads at the beginning of each range, as they rested meanwhile.
     """
 
     address: str
@@ -42,6 +47,8 @@ class Device:
     compute_s_per_byte: float = 0.0
     link_s: float = 0.0
     link_bytes_per_s: float = math.inf
+    streaming_s_per_byte: float = 0.0
+    wake_s: float = 0.0
 
     def hop_s(self, n_bytes: int) -> float:
         """Seconds for n_bytes from the device before it."""
@@ -91,7 +98,7 @@ class Share:
 class Placement:
     """Ranges in the order of the computation, and the seconds a token is predicted to take.
 
-    others_s: what it would take if no disk were busier than that.
+    others_s: what it would take if no disk were busier than that. hops_s: the part of it that hops take.
     """
 
     devices: tuple[Device, ...]
@@ -99,6 +106,7 @@ class Placement:
     shares: tuple[Share, ...]
     token_s: float
     others_s: float
+    hops_s: float
 
     @property
     def n_rounds(self) -> int:
@@ -107,8 +115,8 @@ class Placement:
 
     @property
     def n_hops(self) -> int:
-        """Hand-overs between devices for one token, the way back to the first one included."""
-        return len(self.ranges) if len(self.devices) > 1 else 0
+        """How often a token is handed to a device and comes back: once for each range."""
+        return len(self.ranges)
 
     @property
     def turns_s(self) -> tuple[float, ...]:
@@ -134,16 +142,18 @@ def predicted(
         n_groups[r.device] += r.end - r.begin
         n_bytes[r.device] += sum(model.group_bytes[r.begin : r.end])
     hops_s = sum(devices[r.device].hop_s(model.hidden_bytes) for r in ranges)  # none to this machine
+    rests = len(ranges) > 1 or hops_s > 0  # a machine that computes alone goes on and on
     shares, disk_s, others_s = [], 0.0, hops_s + model.root_s
     for i, device in enumerate(devices):
         window = windows[i] if windows else _window(n_bytes[i] - device.memory_bytes, rounds, model.piece_bytes)
         if n_bytes[i] > device.memory_bytes < window:
             return None
-        share = _share(device, n_groups[i], n_bytes[i], window)
+        woken_s = device.wake_s * sum(r.device == i for r in ranges) if rests else 0.0
+        share = _share(device, n_groups[i], n_bytes[i], window, woken_s)
         shares.append(share)
         disk_s = max(disk_s, _seconds(share.streamed_bytes, device))
         others_s += _turn_s(share, device, rounds)
-    return Placement(tuple(devices), tuple(ranges), tuple(shares), max(disk_s, others_s), others_s)
+    return Placement(tuple(devices), tuple(ranges), tuple(shares), max(disk_s, others_s), others_s, hops_s)
 
 
 def _rounds(ranges: Sequence[Range], n_devices: int) -> int:
@@ -153,7 +163,7 @@ def _rounds(ranges: Sequence[Range], n_devices: int) -> int:
 def _turn_s(share: Share, device: Device, rounds: int) -> float:
     """Seconds of a token in which the others wait for a device: it computes, or reads what was not in its window."""
     behind = rounds * max(0.0, share.streamed_bytes / rounds - share.window_bytes)
-    return max(share.compute_s, _seconds(behind, device))
+    return max(share.compute_s + behind * device.streaming_s_per_byte, _seconds(behind, device))
 
 
 def _window(missing_bytes: int, rounds: int, piece_bytes: int) -> int:
@@ -166,9 +176,9 @@ def _window(missing_bytes: int, rounds: int, piece_bytes: int) -> int:
     return least if rounds == 1 else max(least, -(-missing_bytes // (rounds - 1)))
 
 
-def _share(device: Device, n_groups: int, n_bytes: int, window: int) -> Share:
-    """A device's memory shared out between what stays and a window."""
-    compute_s = n_bytes * device.compute_s_per_byte
+def _share(device: Device, n_groups: int, n_bytes: int, window: int, woken_s: float) -> Share:
+    """A device's memory shared out between what stays and a window. woken_s: what its threads take to wake up."""
+    compute_s = n_bytes * device.compute_s_per_byte + woken_s
     if n_bytes <= device.memory_bytes:
         return Share(n_groups, n_bytes, 0, 0, compute_s)
     resident = device.memory_bytes - window
@@ -218,7 +228,8 @@ def placed(model: SplitModel, devices: Sequence[Device]) -> Placement | None:
 
 
 def _order(placement: Placement) -> tuple[float, int]:
-    return placement.token_s, placement.n_hops
+    """Less is better: the time, in which hops that disks hide count a little, too; among equals fewer hops."""
+    return placement.token_s + _HOP_RISK * placement.hops_s, placement.n_hops
 
 
 def _divisions(n: int, parts: int) -> Iterator[tuple[int, ...]]:

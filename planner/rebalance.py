@@ -57,8 +57,13 @@ def as_seen(devices: Sequence[Device], factors: Mapping[str, float]) -> list[Dev
 
     def slowed(device: Device) -> Device:
         factor = factors.get(device.address, 1.0)
-        rate, computing = device.disk_bytes_per_s / factor, device.compute_s_per_byte * factor
-        return replace(device, disk_bytes_per_s=rate, compute_s_per_byte=computing)
+        return replace(
+            device,
+            disk_bytes_per_s=device.disk_bytes_per_s / factor,
+            compute_s_per_byte=device.compute_s_per_byte * factor,
+            streaming_s_per_byte=device.streaming_s_per_byte * factor,
+            wake_s=device.wake_s * factor,
+        )
 
     return sorted(map(slowed, devices), key=lambda device: factors.get(device.address, 1.0) > 1)
 

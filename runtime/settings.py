@@ -31,6 +31,7 @@ class Settings:
     kv: which keys and values a decode pass attends to (None: all).
     n_sequences: texts in the cache at once; they share its n_ctx positions.
     swap_bytes: what keys and values outside the cache may take.
+    snapshot_bytes: what keys and values that come from workers take on their way.
     resident: numbers of the pieces that stay in memory whatever the plan says, as far as the budget holds them.
     overlap: read weights ahead while others are computed with; else each one only when the computation waits for it.
     """
@@ -51,6 +52,7 @@ class Settings:
     kv: KvFilter | None = None
     n_sequences: int = 1
     swap_bytes: int = 0
+    snapshot_bytes: int = 0
     resident: frozenset[int] | None = None
     overlap: bool = True
 

@@ -69,6 +69,7 @@ def test_the_answer_is_that_of_one_machine(bundled_model):
         shared = [*prompt, "--workers", addresses, "--split", "3,2,3", "-m", "100", "--json"]
         found = json.loads(run(*shared)[1])
         assert found["hidden"] == {"type": "f32", "exact": True}
+        assert found["ledger"]["snapshot_bytes"] == 2 * 3 * 2**18  # keys and values of two workers, on their way
         assert found["text"] + "\n" == text
         local, *others = found["devices"]
         assert (local["layers"], others[0]["layers"], others[1]["layers"]) == ([[3, 5]], [[0, 3]], [[5, 8]])

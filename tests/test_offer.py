@@ -19,7 +19,7 @@ from runtime.sizes import MB
 @pytest.fixture
 def file(tiny_model, monkeypatch, tmp_path):
     """With more memory more layers are measured, whose keys and values take more: but only where there is room."""
-    monkeypatch.setattr(offer, "_token_s", lambda _engine: 1.0)
+    monkeypatch.setattr(offer, "_seconds_of_tokens", lambda *_: [1.0])
     monkeypatch.setattr(offer, "_disk_rate", lambda _store, _pieces: 1.0)
     monkeypatch.setattr(smallest, "_path", lambda: tmp_path / "smallest.json")
     shape = "llama:layers=12,dim=512,ffn=512,heads=4,kv_heads=4,vocab=512,ctx=512"
@@ -45,23 +45,43 @@ def test_room_for_weights_is_that_of_a_token(file, monkeypatch):
     """The placement is made for tokens; in a prompt weights make room. A root's visit takes something, too."""
     seen = []
     monkeypatch.setattr(Layout, "spared_bytes", property(lambda _: 4 * MB * len(seen)))  # known behind a token
-    monkeypatch.setattr(offer, "_token_s", lambda engine: seen.append(engine.layout) or 1.0)
+    monkeypatch.setattr(offer, "_seconds_of_tokens", lambda engine, *_: seen or seen.append(engine.layout) or [1.0])
+    monkeypatch.setattr(offer, "_s_per_byte", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr(offer, "median", lambda _: 1.0)
+    monkeypatch.setattr(offer, "min", lambda *found: 1.0 if len(found) == 1 else min(found), raising=False)
     found = offer.measure(file, 1000 * MB, 1, of_worker)
     (layout,) = seen
     in_a_prompt = usable_bytes(1000 * MB) - layout.fixed_bytes
     assert found.weights_bytes - in_a_prompt == layout.prompt_bytes + 4 * MB - offer._VISIT_BYTES > MB
 
 
-@pytest.mark.parametrize(("part", "share"), [(2, 1.0), (0.5, 0.5), (-1, 0.0)])
-def test_a_token_is_timed_with_the_share_of_weights_that_there_is_room_for(file, monkeypatch, part, share):
-    """As a profile does it: streaming costs time of its own. The disk is measured with nothing in memory."""
+@pytest.mark.parametrize(("part", "share"), [(2, 1.0), (0.55, 0.47), (-1, 0.0)])
+def test_a_token_is_timed_with_weights_in_memory_as_far_as_there_is_room_and_without(file, monkeypatch, part, share):
+    """With all of them it is timed after rests, too, as threads of a worker rest. The disk is measured at the end."""
     total = sum(layer_bytes(layer) for layer in file.layers)
     seen, budget = [], 1000 * MB
     monkeypatch.setattr(Layout, "fixed_bytes", usable_bytes(budget) - int(part * total))
-    monkeypatch.setattr(offer, "_token_s", lambda engine: seen.append(engine) or seen.append(_in_memory(engine)) or 1.0)
-    monkeypatch.setattr(offer, "_disk_rate", lambda *_: seen.append(_in_memory(seen[0])) or 1.0)
-    offer._measure(file, range(file.n_layers), budget, Settings(n_ctx=512, n_ubatch=FULL_TILES, repack=False))
-    assert seen[1:] == [pytest.approx(share, abs=0.05), 0.0]
+
+    def timed(engine, rest_s=0.0):
+        """All in memory: 1 s; nothing: 3 s; a rest: 0.5 s."""
+        seen.append((_in_memory(engine), rest_s > 0))
+        return [3.0 - 2 * seen[-1][0] + 0.5 * (rest_s > 0)] * 3
+
+    monkeypatch.setattr(offer, "_seconds_of_tokens", timed)
+    settings = Settings(n_ctx=512, n_ubatch=FULL_TILES, repack=False)
+    found = offer._measure(file, range(file.n_layers), budget, settings)
+    held = pytest.approx(share, abs=0.08)
+    assert seen == [(held, False), (held, True), (0.0, False)]
+    each_s, more_s = (1.0, 2.0) if share else (3.0, 0.0)
+    assert found.compute_s_per_byte * total == pytest.approx(each_s, rel=0.1)
+    assert found.streaming_s_per_byte * total == pytest.approx(more_s, rel=0.1)
+    assert found.wake_s == pytest.approx(0.5)
+
+
+def test_streaming_that_takes_no_longer_than_memory_is_no_negative_time():
+    assert offer._s_per_byte(100, 100, 2.0, 1.0) == (0.01, 0.0)
+    assert offer._s_per_byte(100, 0, 2.0, 4.0) == (0.04, 0.0)
+    assert offer._s_per_byte(100, 50, 1.0, 9.0) == (0.0, 0.09)  # no less than nothing where it is in memory
 
 
 def _in_memory(engine):

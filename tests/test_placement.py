@@ -81,6 +81,35 @@ def test_slow_links_make_fewer_hops():
     assert near.token_s < far.token_s
 
 
+THREE = [Device(f"{i}:1", 221_000_000, 198 * MB, 2.6e-11, 0.0004, 2e8, 7e-11, 0.003) for i in range(3)]
+
+
+def test_hops_that_disks_hide_are_taken_only_where_they_save_more_than_a_tenth_of_their_time():
+    """0.5B in three times 221 MB of weights: three rounds read 2 % less than two, at links of 5 ms in the same time."""
+    model = SplitModel((29_847_552,) * 24, 896 * 4, 8_720_384, 0.007)
+    near, far = placed(model, THREE), placed(model, [replace(device, link_s=0.011) for device in THREE])
+    assert (near.n_rounds, near.n_hops, far.n_rounds, far.n_hops) == (3, 9, 2, 6)
+    more = predicted(model, far.devices, near.ranges)
+    assert more.token_s < far.token_s < more.token_s + 0.1 * (more.hops_s - far.hops_s)
+
+
+def test_computing_takes_longer_where_weights_are_waited_for_and_threads_sleep():
+    model, ranges, halves = SplitModel((10,) * 4, 1, 1), ranges_of((2, 2), 2), ranges_of((2, 2), 1)
+    held = [Device(name, 20, math.inf, 0.01) for name in ("a:1", "b:1")]
+    assert predicted(model, held, ranges).token_s == pytest.approx(0.4)
+    streams = [replace(device, memory_bytes=15, streaming_s_per_byte=0.02) for device in held]
+    assert predicted(model, streams, halves).token_s == pytest.approx(0.4 + 2 * 5 * 0.02)  # 5 missing, a window of 2
+    assert predicted(model, streams, ranges).token_s == pytest.approx(0.4)  # read ahead while the other computes
+    sleepy = [replace(device, wake_s=0.1) for device in held]
+    assert predicted(model, sleepy, ranges).token_s == pytest.approx(0.4 + 4 * 0.1)
+
+
+def test_threads_of_a_machine_that_computes_alone_do_not_sleep():
+    alone = replace(of_layers(24), compute_s_per_byte=1e-10, wake_s=0.1)
+    assert placed(QWEN, [alone]).token_s == pytest.approx(24 * LAYER * 1e-10)
+    assert placed(QWEN, [replace(alone, link_s=0.08)]).token_s == pytest.approx(24 * LAYER * 1e-10 + 0.18)
+
+
 def test_the_fewest_devices_whose_memory_suffices():
     devices = [of_layers(13, address=f"{i}:1") for i in range(3)]
     choice = choose_devices(QWEN, devices)
@@ -88,7 +117,7 @@ def test_the_fewest_devices_whose_memory_suffices():
     assert [left.device.address for left in choice.left_out] == ["2:1"]
     alone = choose_devices(QWEN, [of_layers(24), of_layers(24)])
     assert len(alone.placement.devices) == 1
-    assert alone.placement.n_hops == 0
+    assert alone.placement.n_hops == 1  # the way there and back is in its time
 
 
 def test_a_device_that_would_slow_the_others_stays_out():

@@ -178,7 +178,7 @@ def test_balanced_keeps_what_is_there_when_the_budget_grows(model, share, more):
     after = Plan(0, 1, Layout.BALANCED, pinned_bytes=before + int(more * total))
     pieces = chosen(model, after, keep=there)
     gone = there - {piece.number for piece in pieces}
-    assert len(gone) <= 4  # some may make room for larger ones
+    assert len(gone) <= 16  # some may make room for larger ones
     assert n_bytes(pieces) <= after.pinned_bytes
     assert_tiles_without_gaps(model, pieces)
 
@@ -190,6 +190,17 @@ def test_few_large_tensors_are_streamed_and_not_many_small_ones():
     streamed = [piece for piece in model.pieces if piece not in pieces]
     assert {piece.n_rows for piece in streamed} == {640}
     assert len({piece.layer for piece in streamed}) >= 6
+
+
+def test_a_few_small_tensors_make_room_for_a_large_one_where_little_is_streamed():
+    """As in a model of 0.5B parameters in f16: four of its large tensors were streamed where three and some small ones
+    are all that there is no room for."""
+    model = make_index([[1600, 1600, 8700, 8700, 8700]] * 8)
+    small, large = (model.layers[0].pieces[i].span_bytes for i in (0, 2))
+    for missing, streamed in ((3 * large, [3, 0]), (3 * large + 3 * small, [3, 3]), (4 * large, [4, 0])):
+        pieces = chosen(model, Plan(0, 1, Layout.BALANCED, pinned_bytes=streamable_bytes(model) - missing))
+        others = [piece.n_rows for piece in model.pieces if piece not in pieces]
+        assert [others.count(8700), others.count(1600)] == streamed
 
 
 def test_a_larger_tensor_takes_the_place_of_a_smaller_one_where_that_fills_the_target():

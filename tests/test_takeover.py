@@ -17,10 +17,12 @@ from engines import assert_same, greedy
 from runtime.distributed import wire
 from runtime.distributed.cluster import Cluster
 from runtime.distributed.journal import Snapshot
-from runtime.distributed.link import Link
-from runtime.distributed.messages import BLOCK
+from runtime.distributed.link import Link, close_all, greet
+from runtime.distributed.messages import BLOCK, PROTOCOL, Hello
+from runtime.distributed.worker import build, cpu_class
 from runtime.engine import code_pages
 from runtime.errors import Cancelled, WorkerError
+from runtime.llama.model_file import ModelFile
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +317,18 @@ def test_a_worker_that_hangs_is_noticed(paths, short_pings):
         with pytest.raises(WorkerError, match="does not answer any more"):
             opened.forward([1])
         assert time.monotonic() - start < 4
+
+
+def test_workers_that_hang_are_left_all_at_once(paths, monkeypatch):
+    monkeypatch.setattr(wire, "_LAST_S", 1.0)
+    with workers(3, [paths["llama"]]) as found:
+        mine = Hello(PROTOCOL, build(), ModelFile.open(paths["llama"]).hash, cpu_class())
+        links = greet([worker.address for worker in found], lambda _: None, mine)
+        for worker in found:
+            worker.process.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        close_all(links)
+        assert 0.9 < time.monotonic() - start < 2.5
 
 
 def test_another_worker_takes_over_from_one_that_hangs(paths, alone, short_pings):

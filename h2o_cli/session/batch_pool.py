@@ -15,9 +15,8 @@ from runtime.answer.admission import Admission
 from runtime.answer.batch import Batch
 from runtime.answer.pool import BLOCK_TOKENS, Pool
 from runtime.errors import UsageError
-from runtime.llama import abi
+from runtime.kv.cache_memory import cell_bytes
 from runtime.llama.model_file import ModelFile
-from runtime.settings import KV_TYPES
 from runtime.sizes import format_size, parse_size
 from runtime.weights.head_start import guessed_room
 
@@ -124,10 +123,7 @@ def open_batch(
 
 def position_bytes(file: ModelFile, kv_type: str) -> int:
     """Keys and values of a position."""
-    heads = max(1, file.hyper_parameter("attention.head_count"))
-    width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // heads
-    heads = file.hyper_parameter("attention.head_count_kv") or heads
-    return 2 * file.n_layers * int(abi.ggml_row_size(KV_TYPES[kv_type], heads * width))
+    return file.n_layers * cell_bytes(file, kv_type)
 
 
 def default_positions(file: ModelFile, options: SessionOptions) -> int:

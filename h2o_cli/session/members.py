@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from planner.placement import Device, SplitModel
 from planner.rebalance import LEAST_SEEN, corrected, moved, slowness, smoothed
 from runtime.distributed.cluster import Cluster, Stage
 from runtime.distributed.hidden import F32
-from runtime.distributed.link import Link, greet
+from runtime.distributed.link import Link, close_all, greet, saving_bytes
 from runtime.distributed.messages import PROTOCOL, Hello
 from runtime.distributed.wire import keys_for, parse_address
 from runtime.distributed.worker import build, cpu_class
 from runtime.engine.borders import Borders, check_cut
 from runtime.engine.engine import Engine
 from runtime.errors import UsageError
+from runtime.kv.cache_memory import cell_bytes
 from runtime.llama import abi
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
@@ -104,7 +105,7 @@ class Team:
                 model, measured = _measured(file, devices, by_address, budget_bytes, n_threads)
                 found = place(model, measured, devices.slower)
         except BaseException:
-            _close(links)
+            close_all(links)
             raise
         for address, with_s, without_s in found.left_out:
             note(f"{address} is left out: a token would take {_ms(with_s)} with it, {_ms(without_s)} without it")
@@ -112,7 +113,7 @@ class Team:
         used = {stage.link.address for stage in stages}
         if not stages:
             note("this machine is faster alone")
-            _close(links)
+            close_all(links)
             return None
         part = file.owned(found.layers_of(LOCAL), head=True, embedding=True)
         spares = [link for link in links if link.address not in used]
@@ -125,6 +126,11 @@ class Team:
     def check(self, hollow: HollowModel, settings: Settings) -> None:
         """Raise EngineError where the model cannot be cut like this."""
         check_cut(self.part, hollow, settings)
+
+    def counted(self, settings: Settings) -> Settings:
+        """The settings with what keys and values take that come from the workers."""
+        each = saving_bytes(cell_bytes(self.part, settings.kv_type))
+        return replace(settings, snapshot_bytes=len(self.cluster.links) * each)
 
     def set_up(self, engine: Engine, hollow: HollowModel, note: Callable[[str], None]) -> None:
         """Give the workers their layers, and the engine its way to them. Raises WorkerError, Cancelled."""
@@ -257,11 +263,6 @@ def _greet(file: ModelFile, devices: Devices, note: Callable[[str], None]) -> di
     return {link.address: link for link in links}
 
 
-def _close(links: Iterable[Link]) -> None:
-    for link in links:
-        link.close()
-
-
 def _measured(
     file: ModelFile, devices: Devices, links: Mapping[str, Link], budget_bytes: int, n_threads: int
 ) -> tuple[SplitModel, list[Device]]:
@@ -285,7 +286,7 @@ def survey(
     try:
         model, measured = _measured(file, devices, links, budget_bytes, n_threads)
     finally:
-        _close(links.values())
+        close_all(links.values())
     found = place(model, measured)
     left_out = {address: {"with_ms": _finite(a), "without_ms": _finite(b)} for address, a, b in found.left_out}
     n_bytes = sum(layer_bytes(layer) for layer in file.layers)
@@ -302,6 +303,8 @@ def survey(
                 "weights_bytes": device.memory_bytes,
                 "disk_bytes_per_s": device.disk_bytes_per_s,
                 "compute_ms": 1000 * device.compute_s_per_byte * n_bytes,
+                "streaming_ms": 1000 * device.streaming_s_per_byte * n_bytes,
+                "wake_ms": 1000 * device.wake_s,
                 "link_ms": None if device.address == LOCAL else 1000 * device.link_s,
                 "link_bytes_per_s": None if device.address == LOCAL else device.link_bytes_per_s,
                 "layers": [(first, last) for first, last, owner in found.stages if owner == device.address],

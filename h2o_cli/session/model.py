@@ -57,6 +57,7 @@ class OpenModel:
             path, is_named = options.plan_file or default_plan_path(), options.plan_file is not None
             self.first_plan = FirstPlan.find(self.file, path, options.budget, note, is_named=is_named)
             settings = settings_for(self.file, options, options.ctx or CONTEXT_GUESS, UBATCH, self.profile)
+            settings = self.team.counted(settings) if self.team else settings
             rate = self.profile.machine.disk_bytes_per_s if self.profile else 0.0
             self.copy = best_copy(self.file, options.draft, self.first_plan.budget_bytes, settings.n_logits - 1, rate)
             settings = replace(settings, draft_bytes=expected_draft_bytes(self.file, options.draft, self.copy))

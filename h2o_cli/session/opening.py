@@ -84,6 +84,7 @@ def open_session(model: OpenModel, options: SessionOptions, n_ctx: int, n_prompt
         note("speculation is off: a filter of keys and values works on one token per pass")
     with ExitStack() as opened, model.caller.held():
         if model.team:
+            settings = model.team.counted(settings)
             model.team.check(model.hollow, settings)
         draft = None
         if model.draft_file:

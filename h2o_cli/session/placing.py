@@ -74,7 +74,16 @@ def device_of(link: Link, n_bytes: int, *, refresh: bool = False) -> Device:
 
     key = f"link {link.address} {n_bytes}"
     short_s, rate = kept(key, lambda: _link(link, n_bytes), refresh=refresh, holds=is_near)
-    return Device(link.address, hello.weights_bytes, hello.disk_bytes_per_s, hello.compute_s_per_byte, short_s, rate)
+    return Device(
+        link.address,
+        hello.weights_bytes,
+        hello.disk_bytes_per_s,
+        hello.compute_s_per_byte,
+        short_s,
+        rate,
+        hello.streaming_s_per_byte,
+        hello.wake_s,
+    )
 
 
 def _link(link: Link, n_bytes: int) -> tuple[float, float]:
@@ -89,10 +98,13 @@ def here(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = 
 
     def numbers() -> tuple[float, ...]:
         offer = measure(file, budget_bytes, n_threads, of_worker)
-        return offer.weights_bytes, offer.disk_bytes_per_s, offer.compute_s_per_byte
+        computing = offer.compute_s_per_byte, offer.streaming_s_per_byte, offer.wake_s
+        return offer.weights_bytes, offer.disk_bytes_per_s, *computing
 
-    weights_bytes, rate, s_per_byte = kept(_key("here", file, budget_bytes, n_threads), numbers, refresh=refresh)
-    return Device(LOCAL, max(0, int(weights_bytes) - layer_bytes(file.head)), rate, s_per_byte)
+    found = kept(_key("this machine", file, budget_bytes, n_threads), numbers, refresh=refresh)
+    weights_bytes, rate, each, more, wake_s = found
+    room = max(0, int(weights_bytes) - layer_bytes(file.head))
+    return Device(LOCAL, room, rate, each, streaming_s_per_byte=more, wake_s=wake_s)
 
 
 def head_s(file: ModelFile, budget_bytes: int, n_threads: int, *, refresh: bool = False) -> float:

@@ -82,6 +82,7 @@ def _key(model_hash: int, settings: Settings, kind: str) -> str:
     facts += [f"{settings.n_threads} threads"]  # each has tiles of its own
     facts += [settings.n_sequences] if settings.n_sequences > 1 else []
     facts += [f"{settings.swap_bytes} swapped"] if settings.swap_bytes else []
+    facts += [f"{settings.snapshot_bytes} on their way"] if settings.snapshot_bytes else []
     return " ".join(map(str, [_code(), PINNED_VERSION, sys.hexversion, model_hash, kind, *facts]))
 
 

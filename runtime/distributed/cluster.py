@@ -17,7 +17,7 @@ from threading import Thread
 
 from runtime.distributed.hidden import F32, NUMBER_BYTES, converted, refuse_too_large
 from runtime.distributed.journal import Entry, Journal
-from runtime.distributed.link import AGAIN, LATENCIES, Link
+from runtime.distributed.link import AGAIN, LATENCIES, Link, close_all
 from runtime.distributed.messages import BLOCK, Saved, Setup, Step
 from runtime.errors import H2OError, WorkerError
 from runtime.passes import Pass
@@ -194,8 +194,7 @@ class Cluster:
                 raise error
             self._spares = [link for link in self._spares if not link.is_lost]
             fresh = [self._successor(link, error) for link in lost]
-            for link in lost:
-                link.close()
+            close_all(lost)
             fresh = list(dict.fromkeys(fresh))
             try:
                 for link in fresh:
@@ -288,6 +287,5 @@ class Cluster:
     def close(self) -> None:
         """Leave all workers."""
         self._is_closed = True
-        for link in (*self.links, *self._spares):
-            link.close()
+        close_all((*self.links, *self._spares))
         self._journal.close()

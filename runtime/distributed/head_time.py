@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from contextlib import ExitStack
+from statistics import median
 
 from runtime.llama import abi
 from runtime.llama.model_file import ModelFile
@@ -15,12 +16,13 @@ from runtime.sizes import MB
 
 _MOST_BYTES = 64 * MB  # of weights to measure with: more than a processor keeps near itself
 _SHARE = 4  # of the budget, at most
-_TIMES = 3  # and once before, which wakes the threads
+_TIMES = 7  # and once before, which wakes the threads
+_REST_S = 0.01  # as long as threads rest while workers compute
 _TYPES = 64  # more than ggml has
 
 
 def measure_head(file: ModelFile, budget_bytes: int, n_threads: int) -> float:
-    """Seconds of the head's product for one token.
+    """Seconds of the head's product for one token, after a rest.
 
     Nothing is read: a product takes as long whatever the numbers are, so these are zeros. Where the head is larger than
     what is measured with, its time grows with its bytes.
@@ -44,10 +46,12 @@ def measure_head(file: ModelFile, budget_bytes: int, n_threads: int) -> float:
         graph = OwnGraph(n_threads, [outputs])
         opened.callback(graph.close)
         seconds = min([_seconds(graph) for _ in range(1 + _TIMES)][1:])
-    return seconds * layer_bytes(file.head) / n_bytes
+        wake_s = max(0.0, median(_seconds(graph, _REST_S) for _ in range(_TIMES)) - seconds)
+    return seconds * layer_bytes(file.head) / n_bytes + wake_s
 
 
-def _seconds(graph: OwnGraph) -> float:
+def _seconds(graph: OwnGraph, rest_s: float = 0.0) -> float:
+    time.sleep(rest_s)
     start_s = time.perf_counter()
     graph.compute("the head", "report this")
     return time.perf_counter() - start_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from runtime.distributed.keys import Keys
 from runtime.distributed.messages import (
@@ -33,6 +33,7 @@ SILENCE_S = 12.0  # without any message of a worker that computes: it says every
 LATENCIES = 256
 AGAIN = "start it, and run again"
 _SAVE_BYTES = 2**18  # of keys and values in one message, if that is a layer or more
+_SAVE_COPIES = 3  # of it at once: as gRPC has it, as the message it gives, and decoded
 
 
 class Link:
@@ -204,11 +205,25 @@ class Link:
             raise WorkerError(f"the worker {self.address} has left", AGAIN)
         return event
 
-    def close(self) -> None:
-        """Say goodbye."""
+    def say_goodbye(self) -> None:
+        """Nothing more comes."""
         if self._side.state != CLOSED:
             self._wire.send(self._side.bye())
+        self._wire.end()
+
+    def close(self) -> None:
+        """Say goodbye, and wait a moment until the worker has heard it."""
+        self.say_goodbye()
         self._wire.close()
+
+
+def close_all(links: Iterable[Link]) -> None:
+    """Close conversations; those whose workers do not answer are waited for together."""
+    links = list(links)
+    for link in links:
+        link.say_goodbye()
+    for link in links:
+        link.close()
 
 
 def _groups(cell_bytes: Sequence[int]) -> list[tuple[int, int]]:
@@ -223,6 +238,11 @@ def _groups(cell_bytes: Sequence[int]) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in found if end > begin]
 
 
+def saving_bytes(cell_bytes: int) -> int:
+    """The most that keys and values take on their way from a worker. cell_bytes: of a position in the largest layer."""
+    return _SAVE_COPIES * max(_SAVE_BYTES, BLOCK * cell_bytes)
+
+
 def greet(addresses: Sequence[str], keys: Callable[[str], Keys | None], mine: Hello) -> list[Link]:
     """Conversations with the workers at these addresses. Raises WorkerError, and leaves none open then."""
     links: list[Link] = []
@@ -230,7 +250,6 @@ def greet(addresses: Sequence[str], keys: Callable[[str], Keys | None], mine: He
         for address in addresses:
             links.append(Link(address, keys(address), mine))
     except BaseException:
-        for link in links:
-            link.close()
+        close_all(links)
         raise
     return links

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL = 4
+PROTOCOL = 5
 MOST_LAYERS = 4096
 MOST_TOKENS = 65536  # of one step
 MOST_CONTEXT = 2**24
@@ -59,6 +59,8 @@ class Hello(Message, frozen=True):
     weights_bytes: Count = 0
     disk_bytes_per_s: Rate = 0.0
     compute_s_per_byte: Rate = 0.0
+    streaming_s_per_byte: Rate = 0.0
+    wake_s: Rate = 0.0
 
 
 class Probe(Message, frozen=True):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
-from statistics import linear_regression
+from statistics import linear_regression, median
 from typing import Protocol
 
 from runtime.engine.borders import Borders
@@ -31,19 +30,26 @@ _VISIT_BYTES = 3 * MB  # what gRPC and a conversation take as soon as a root is 
 _RAMP_S, _MEASURED_S = 0.3, 0.7  # of reading: not looked at, looked at
 _LEAST_POINTS = 3
 _LEAST_PASSES, _PASSES_S = 10, 0.3  # of computing: with the disk behind it, most take far more than the fewest
+_REST_S = 0.01  # before a pass, as long as threads rest while others compute
 _MOST_S = 3.0  # for each of the two, where a disk is slow
 _TYPICAL_CONTEXT = 512
 
 
 @dataclass(frozen=True)
 class Offer:
-    """budget_bytes: of the process, of which weights_bytes are for layers. Seconds per byte of weights of a token."""
+    """budget_bytes: of the process, of which weights_bytes are for layers. Seconds per byte of weights of a token.
+
+    compute_s_per_byte: of weights in memory; streaming_s_per_byte: how much more it is of those that are read. wake_s:
+    what a token takes more after a rest.
+    """
 
     budget_bytes: int
     n_threads: int
     weights_bytes: int = 0
     disk_bytes_per_s: float = 0.0
     compute_s_per_byte: float = 0.0
+    streaming_s_per_byte: float = 0.0
+    wake_s: float = 0.0
 
 
 class _Nowhere:
@@ -105,7 +111,7 @@ def _opened(part: ModelFile) -> Iterator[HollowModel]:
 
 
 def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, settings: Settings) -> Offer:
-    """With these layers, of which as large a share stays in memory as there is room for of all layers."""
+    """With these layers: in memory, as far as there is room for them, and then with none of them there."""
     part = file.owned(layers, head=False, embedding=True)
     n_bytes, window = sum(layer_bytes(layer) for layer in part.layers), 2 * smallest_window(part)
     plan = Plan(0, 1, Layout.BALANCED, window_bytes=window, budget_bytes=budget_bytes)
@@ -114,27 +120,44 @@ def _measure(file: ModelFile, layers: Sequence[int], budget_bytes: int, settings
         with closing(Engine(part, hollow, plan, settings, weights)) as engine:
             layout, streams = engine.layout, Plan(0, 1, Layout.BALANCED, window_bytes=window)
             room = usable_bytes(budget_bytes) - layout.fixed_bytes
-            share = min(1.0, max(room, 0) / sum(layer_bytes(layer) for layer in file.layers))
-            engine.apply(replace(streams, pinned_bytes=int(share * n_bytes)))
+            held = n_bytes if n_bytes <= room else max(0, room - window)
+            engine.apply(replace(streams, pinned_bytes=held))
             engine.guests.add(Borders(part, hollow.weights, engine.guests, _Nowhere()))
-            token_s = _token_s(engine)
+            held_s = min(_seconds_of_tokens(engine))
+            wake_s = max(0.0, median(_seconds_of_tokens(engine, _REST_S)) - held_s)
             room += layout.prompt_bytes + layout.spared_bytes  # weights take their place while tokens are computed
             engine.apply(streams)
+            streamed_s = min(_seconds_of_tokens(engine))
             rate = _disk_rate(weights.store, tuple(part.pieces))
     room = max(room - _VISIT_BYTES, min(room, window), 0)
-    return Offer(budget_bytes, settings.n_threads, room, rate, token_s / n_bytes)
+    each, more = _s_per_byte(n_bytes, held, held_s, streamed_s)
+    return Offer(budget_bytes, settings.n_threads, room, rate, each, more, wake_s)
 
 
-def _token_s(engine: Engine) -> float:
-    """The fewest seconds of a token without its waits."""
-    seconds, start_s = math.inf, time.perf_counter()
+def _s_per_byte(n_bytes: int, held: int, held_s: float, streamed_s: float) -> tuple[float, float]:
+    """Seconds for a byte that is in memory, and how many more for one that is read.
+
+    held_s: of a token with so many of the n_bytes held; streamed_s: with none.
+    """
+    streamed = streamed_s / n_bytes
+    if held_s >= streamed_s or not held:
+        return streamed, 0.0
+    more = min((streamed_s - held_s) / held, streamed)
+    return streamed - more, more
+
+
+def _seconds_of_tokens(engine: Engine, rest_s: float = 0.0) -> list[float]:
+    """Seconds of tokens without their waits. rest_s: before each."""
+    seconds: list[float] = []
+    start_s = time.perf_counter()
     while True:
+        time.sleep(rest_s)
         before_s, waited_s = time.perf_counter(), engine.waited_s
         engine.truncate(0)
         engine.forward([0])
         now_s = time.perf_counter()
-        seconds = min(seconds, now_s - before_s - (engine.waited_s - waited_s))
-        enough = engine.counters.passes >= _LEAST_PASSES and now_s - start_s > _PASSES_S
+        seconds.append(now_s - before_s - (engine.waited_s - waited_s))
+        enough = len(seconds) >= _LEAST_PASSES and now_s - start_s > _PASSES_S
         if enough or now_s - start_s > _MOST_S:
             return seconds
 

@@ -10,6 +10,7 @@ import ipaddress
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -223,6 +224,7 @@ class Wire:
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[bytes | str] = queue.SimpleQueue()
         self._has_answered = False
+        self._until_s: float | None = None  # the other side may say something
         converse = self._channel.stream_stream(_PATH, None, self._take)
         self._call = converse(iter(self._out.get, None))
         self._reader = threading.Thread(target=self._read, name=f"from {address}", daemon=True)
@@ -267,10 +269,16 @@ class Wire:
             self._in.put(message)
             raise WorkerError(f"the worker {self.address} is gone: {message}", "start it, and run again")
 
+    def end(self) -> None:
+        """Say that nothing more comes: messages under way still arrive if they can, and the other side ends, too."""
+        if self._until_s is None:
+            self._until_s = time.monotonic() + _LAST_S
+            self._out.put(None)
+
     def close(self) -> None:
-        """End the stream; messages under way still arrive if they can, and the other side ends it, too."""
-        self._out.put(None)
-        self._reader.join(_LAST_S)
+        """End the stream, and wait a moment, from end() on, until the other side has ended it."""
+        self.end()
+        self._reader.join(max(0.0, (self._until_s or 0.0) - time.monotonic()))
         self._call.cancel()
         self._channel.close()
 

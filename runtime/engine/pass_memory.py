@@ -116,6 +116,7 @@ class Needs(NamedTuple):
             filter_bytes=self.kv.memory_bytes if self.kv else 0,
             attention_bytes=self.attention.memory_bytes if self.attention else 0,
             swap_bytes=settings.swap_bytes,
+            snapshot_bytes=settings.snapshot_bytes,
             cache_bytes=self.cached_bytes,
             margin_bytes=settings.margin_bytes + more_margin(settings.n_ctx, settings.n_threads),
         )

@@ -16,6 +16,7 @@ from runtime.llama.hollow import ContextBuffers
 from runtime.llama.model_file import ModelFile
 from runtime.memory import drop_pages, make_pages
 from runtime.plans.ledger import touched_bytes
+from runtime.settings import KV_TYPES
 
 STEP = 32  # positions that room is made for at once
 _AHEAD = 8 * STEP  # whose pages are made at once where there is room for all
@@ -75,6 +76,14 @@ class CacheMemory:
         for rows in self._rows:
             end = rows.address + rows.row_bytes * rows.n_cells
             drop_pages(min(rows.address + rows.row_bytes * n_positions, end), end)
+
+
+def cell_bytes(file: ModelFile, kv_type: str) -> int:
+    """Keys and values of a position in one layer, as the model's header says it, where its layers are alike."""
+    heads = max(1, file.hyper_parameter("attention.head_count"))
+    width = file.hyper_parameter("attention.key_length") or file.hyper_parameter("embedding_length") // heads
+    heads = file.hyper_parameter("attention.head_count_kv") or heads
+    return 2 * int(abi.ggml_row_size(KV_TYPES[kv_type], heads * width))
 
 
 def of_layers(caches: Iterable[Mapping[str, int]], layers: Collection[int]) -> tuple[list[dict[str, int]], int]:

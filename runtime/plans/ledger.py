@@ -24,8 +24,9 @@ class Ledger:
 
     process: measured after everything but weights was loaded, vocabulary included. draft: a draft model's weights, keys
     and values, and buffers. filter, attention: what filtering keys and values, and the attention of several sequences,
-    take beside the cache. swap: keys and values that were swapped out to memory, and a block on its way. cache: file
-    pages of reads under way, where the file system has no direct ones.
+    take beside the cache. swap: keys and values that were swapped out to memory, and a block on its way. snapshot: keys
+    and values that come from workers, on their way to a file. cache: file pages of reads under way, where the file
+    system has no direct ones.
     """
 
     process_bytes: int
@@ -37,6 +38,7 @@ class Ledger:
     filter_bytes: int = 0
     attention_bytes: int = 0
     swap_bytes: int = 0
+    snapshot_bytes: int = 0
     cache_bytes: int = 0
     window_bytes: int = 0
     resident_bytes: int = 0
@@ -55,6 +57,7 @@ class Ledger:
             + self.filter_bytes
             + self.attention_bytes
             + self.swap_bytes
+            + self.snapshot_bytes
             + self.cache_bytes
             + self.margin_bytes
         )
@@ -71,6 +74,7 @@ class Ledger:
             "filter_bytes": self.filter_bytes,
             "attention_bytes": self.attention_bytes,
             "swap_bytes": self.swap_bytes,
+            "snapshot_bytes": self.snapshot_bytes,
             "cache_bytes": self.cache_bytes,
         }
         return {

@@ -11,6 +11,8 @@ from runtime.sizes import PAGE
 
 _AHEAD_S = 0.00115
 _MOST_EXCHANGES = 4  # the first ones gain most
+_MOST_OUT = 4  # tensors for one that is larger
+_WORTH_A_READ = 20  # of all bytes that are read, one more read has to save this part
 
 
 def layer_bytes(layer: Layer) -> int:
@@ -121,19 +123,27 @@ def _balanced(model: ModelFile, target: int, keep: frozenset[int], allowed: froz
 
 
 def _exchange(allowed: frozenset[Piece], target: int, chosen: frozenset[Piece]) -> frozenset[Piece]:
-    """chosen, with some tensors exchanged for larger ones, each time the one that leaves least of the target unused."""
+    """chosen, with some tensors exchanged for larger ones, each time such that least of the target stays unused.
+
+    A few small ones make room for a large one where that saves a good part of what is read: each is a read more.
+    """
     taken = set(chosen)
+    worth = (sum(piece.span_bytes for piece in allowed) - sum(piece.span_bytes for piece in taken)) // _WORTH_A_READ
     room = target - sum(piece.span_bytes for piece in taken)
     whole = sorted((p for p in allowed if p.n_rows == p.tensor.n_rows), key=lambda p: p.number)
     for _ in range(_MOST_EXCHANGES):
-        inside = {piece.span_bytes: piece for piece in whole if piece in taken}
+        inside: dict[int, list[Piece]] = {}
+        for piece in whole:
+            if piece in taken:
+                inside.setdefault(piece.span_bytes, []).append(piece)
         outside = {piece.span_bytes: piece for piece in whole if piece not in taken}
-        gain, out, into = max(
-            ((b - a, a, b) for a in inside for b in outside if PAGE <= b - a <= room), default=(0, 0, 0)
-        )
+        few = [(n, a) for a, found in inside.items() for n in range(1, min(len(found), _MOST_OUT) + 1)]
+        least = {n: max(PAGE, (n - 1) * worth) for n in range(1, _MOST_OUT + 1)}
+        gains = ((b - n * a, -n, a, b) for n, a in few for b in outside if least[n] <= b - n * a <= room)
+        gain, n, out, into = max(gains, default=(0, 0, 0, 0))
         if not gain:
             break
-        taken = taken - {inside[out]} | {outside[into]}
+        taken = taken - set(inside[out][n:]) | {outside[into]}
         room -= gain
     return frozenset(taken)
 
