@@ -66,7 +66,7 @@ def test_architectures(tiny_model, arch, file_type):
         check(path, plan, 70, 6, reference=reference)
 
 
-@pytest.mark.parametrize("file_type", ["q4_0", "q4_K", "q6_K"])
+@pytest.mark.parametrize("file_type", ["q4_0", "q4_1", "q4_K", "q6_K"])
 def test_quantisations(tiny_model, file_type):
     path = tiny_model("llama", file_type)
     check(path, Plan(0, 1), 70)
@@ -181,7 +181,7 @@ def test_logits_of_several_positions(tiny_model):
                 opened.forward([token])
 
 
-@pytest.mark.parametrize("file_type", ["f16", "q8_0", "q4_0", "q4_k_m"])
+@pytest.mark.parametrize("file_type", ["f16", "q8_0", "q4_0", "q4_1", "q4_k_m"])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "phi3"])
 def test_matrices_of_a_layer_in_tiles(tiny_model, monkeypatch, arch, file_type):
     """Streamed, partly resident, resident; a prompt longer than a pass, and single tokens after it."""

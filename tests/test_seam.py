@@ -34,7 +34,7 @@ TOKENS = [7 + i * 37 % 200 for i in range(70)]
 
 
 def test_numbers_of_types():
-    wanted = {0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 26: "i32", 27: "i64", 30: "bf16"}
+    wanted = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 26: "i32", 27: "i64", 30: "bf16"}
     assert {number: abi.ggml_type_name(number).decode() for number in wanted} == wanted
     assert all(wanted[number] == name for name, number in KV_TYPES.items())
     kinds = gguf.GGUFValueType

@@ -18,7 +18,7 @@ from runtime.engine.pass_memory import Needs, PassMemory
 from runtime.engine.weights_guest import WeightsGuest
 from runtime.errors import Cancelled, EngineError, PromptError
 from runtime.kv.cache_memory import CacheMemory
-from runtime.llama import abi
+from runtime.llama import abi, q4_1
 from runtime.llama.context import Context
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
@@ -114,6 +114,7 @@ class Engine:
     def _open_context(self, plan: Plan) -> Needs:
         """A context for passes as long as the prompt needs them and the budget allows; what it needs."""
         n_tokens = min(self.settings.n_ubatch, self.settings.n_ctx)
+        has_products = q4_1.TYPE_NAME in {tensor.type_name for tensor in self.file.tensors} and q4_1.is_right()
         while True:
             trim_heap()
             with ExitStack() as opened:
@@ -138,6 +139,8 @@ class Engine:
                     for guest in (self.weights, self.attention):
                         if guest:
                             guest.compute_on(self._context.backend)
+                    if has_products:
+                        self.guests.filter.turn(q4_1.Products(self._context.backend))
                     return needs
             n_tokens = max(FULL_TILES, n_tokens // 2)
 

@@ -113,6 +113,7 @@ class Guests:
         complete = complete and self._stop is None
         for node in list(self._skipped):
             self._unskip(node)  # llama.cpp may use its graph again
+        self.filter.put_back()
         for guest in reversed(self._begun):
             try:
                 guest.end(complete=complete)

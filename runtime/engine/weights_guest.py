@@ -55,7 +55,7 @@ class WeightsGuest:
         self._aliases: list[int] = []
         self._asked_bytes = self._boundary_bytes = 0
         self._repack = False
-        self._product = TiledProduct(n_threads)
+        self._product = TiledProduct(n_threads, self._filter)
         self.compute_on = self._product.compute_on
         self._repacker = Repacker()
 

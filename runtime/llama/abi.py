@@ -315,9 +315,14 @@ gguf_get_arr_n = bind(ggml_base, "gguf_get_arr_n", ctypes.c_size_t, POINTER, cty
 gguf_get_arr_data = bind(ggml_base, "gguf_get_arr_data", POINTER, POINTER, ctypes.c_int64)
 
 
+def cpu_traits(type_id: int) -> TypeTraitsCpu:
+    """What the CPU code can do with a type."""
+    return TypeTraitsCpu.from_address(_type_traits_cpu(type_id))
+
+
 def has_dot_product(type_id: int) -> bool:
     """Whether weights of this type can be multiplied on the CPU."""
-    return TypeTraitsCpu.from_address(_type_traits_cpu(type_id)).vec_dot is not None
+    return cpu_traits(type_id).vec_dot is not None
 
 
 def cpu_backend(address: int) -> CpuBackend:
@@ -377,6 +382,7 @@ OP_SET_ROWS = op_code(b"SET_ROWS")
 OP_FLASH_ATTN_EXT = op_code(b"FLASH_ATTN_EXT")
 OP_PERMUTE = op_code(b"PERMUTE")
 OP_SOFT_MAX = op_code(b"SOFT_MAX")
+OP_CUSTOM = op_code(b"CUSTOM")
 VIEW_OPS = frozenset(op_code(name) for name in (b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE"))
 _self_check()
 

@@ -18,6 +18,8 @@ struct h2o_filter {
     size_t op_offset;      /* bytes from the beginning of a node to its operation */
     int32_t n_ops;
     int32_t ops[4];        /* Python hears of nodes of these operations */
+    void (*turn)(void *node, void *data); /* called behind Python with every node that is asked for, or none (q4_1.c) */
+    void *turn_data;
 };
 
 bool h2o_node_filter(void *node, bool ask, void *data) {
@@ -31,5 +33,9 @@ bool h2o_node_filter(void *node, bool ask, void *data) {
     for (size_t i = 0; !wanted && i < filter->n_sources; i++) {
         wanted = sources[i] && filter->marks[((uintptr_t)sources[i] >> 4) & (filter->n_marks - 1)];
     }
-    return wanted && filter->python(node, ask, data);
+    const bool answer = wanted && filter->python(node, ask, data);
+    if (ask && filter->turn) {
+        filter->turn(node, filter->turn_data);
+    }
+    return answer;
 }

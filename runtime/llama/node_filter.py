@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from runtime.llama import abi
 from runtime.llama.compiled import LIBRARY
+from runtime.llama.q4_1 import Products
 
 _N_MARKS = 2**16
 _GRAIN = 16  # bytes: structs are aligned to it
@@ -30,6 +31,8 @@ class _Filter(ctypes.Structure):
         ("op_offset", ctypes.c_size_t),
         ("n_ops", ctypes.c_int32),
         ("ops", ctypes.c_int32 * 4),
+        ("turn", abi.POINTER),
+        ("turn_data", abi.POINTER),
     ]
 
 
@@ -57,6 +60,22 @@ class NodeFilter:
         if LIBRARY:
             self.callback = ctypes.cast(LIBRARY.h2o_node_filter, abi.EvalCallback)
         self.data = ctypes.addressof(self._struct)
+        self._products: Products | None = None
+
+    def turn(self, products: Products) -> None:
+        """Have these products computed by a function in C, in passes from the next one on."""
+        self._products = products
+        self._struct.turn, self._struct.turn_data = products.function, products.data
+
+    def turn_now(self, node: abi.Tensor) -> None:
+        """The same with a node of a graph of ours, which is computed next; put_back() follows."""
+        if self._products:
+            self._products.turn(node)
+
+    def put_back(self) -> None:
+        """What was asked for is computed: nodes that were turned are what they were."""
+        if self._products:
+            self._products.put_back()
 
     def pass_on_everything(self, wanted: bool) -> None:
         """Whether nodes are passed on whatever their sources are. Any thread may say it: nodes read it one by one."""

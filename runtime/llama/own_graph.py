@@ -20,8 +20,9 @@ class OwnGraph:
 
     def __init__(self, n_threads: int, outputs: Sequence[abi.Tensor]) -> None:
         self._outputs = tuple(outputs)  # the graph has their addresses
-        self._backend = self._own_backend = abi.ggml_backend_cpu_init()
-        abi.ggml_backend_cpu_set_n_threads(self._backend, n_threads)
+        self._own_backend: int = abi.ggml_backend_cpu_init()
+        self.backend: int = self._own_backend
+        abi.ggml_backend_cpu_set_n_threads(self.backend, n_threads)
         self._context = abi.ggml_init(abi.GgmlInitParams(_GRAPH_MEMORY, None, True))
         self._graph = abi.ggml_new_graph(self._context)
         for output in self._outputs:
@@ -30,14 +31,14 @@ class OwnGraph:
     def compute_on(self, backend: int) -> None:
         """Compute on the backend of a context from now on, in its scratch: no node needs it between two nodes."""
         self._free_backend()
-        self._backend = backend
+        self.backend = backend
 
     def compute(self, what: str, next_step: str) -> None:
         """Compute everything. Raises EngineError with what could not be computed, and what to do then.
 
         Between two nodes of llama.cpp, whose threads wait for the callback.
         """
-        status = abi.ggml_backend_graph_compute(self._backend, self._graph)
+        status = abi.ggml_backend_graph_compute(self.backend, self._graph)
         if status != 0:
             raise EngineError(f"llama.cpp could not compute {what} (status {status})", next_step)
 

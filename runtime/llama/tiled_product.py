@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 
 from runtime.llama import abi
+from runtime.llama.node_filter import NodeFilter
 from runtime.llama.own_graph import OwnGraph, cut_off, operate
 
 _FLOATS = (0, 1, 30)  # f32, f16, bf16
@@ -19,7 +20,9 @@ _FLOAT_ROWS = 4  # ggml has a kernel for products of these with several tokens, 
 class TiledProduct:
     """Computes row ranges of MUL_MAT nodes, on a CPU backend of its own until it gets another one."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, nodes: NodeFilter | None = None) -> None:
+        """nodes: may have the product computed by a function of ours."""
+        self._nodes = nodes
         self._weights, self._input, self._output = abi.Tensor(), abi.Tensor(), abi.Tensor()
         operate(self._output, abi.OP_MUL_MAT, self._weights, self._input)
         self._graph = OwnGraph(n_threads, [self._output])
@@ -51,7 +54,11 @@ class TiledProduct:
         self._weights.nb[2] = self._weights.nb[3] = self._weights.nb[1] * n_rows
         self._output.data = self._result + first_row * 4
         self._output.ne[0] = n_rows
+        if self._nodes and self._output.ne[1] > 1:
+            self._nodes.turn_now(self._output)
         self._graph.compute("a tile", "raise -m")
+        if self._nodes:
+            self._nodes.put_back()
 
     def close(self) -> None:
         """Free the graph."""
