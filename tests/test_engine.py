@@ -312,5 +312,5 @@ def test_a_guessed_window_grows_to_what_the_disk_needs(bundled_model):
         fast = overlapping_window(largest, 2e9)
         assert opened.layout.with_fitting_window(guess).window_bytes == fast > 4 * largest  # nothing was asked for
         opened._store._wanted = frozenset({0})
-        opened._store._readers.bytes_read, opened._store._readers.busy_s = 10**9, 1.0
+        opened._store._readers.bytes_read, opened._store._readers.busy_s = 6 * 10**8, 1.0
         assert opened.layout.with_fitting_window(guess).window_bytes == fast  # into the small pages of homes

@@ -31,7 +31,7 @@ from runtime.sizes import page_down
 from runtime.weights.store import LayerStore
 
 _SSD_BYTES_PER_S = 2e9
-_SLOW_BYTES_PER_S = 0.8e9  # what reads faster into the small pages of resident weights may be an SSD
+_SLOW_BYTES_PER_S = 0.5e9  # an SSD reads 0.5 to 1.1 GB/s into the small pages of resident weights while llama.cpp loads
 
 
 class Layout:
