@@ -38,7 +38,7 @@ class Swapping:
         """Save all positions of a sequence in blocks of the slow tier, and forget them. Raises DiskError."""
         start = time.perf_counter()
         attention, positions = self._engine.attention, []
-        cells = attention.cells.get(sequence, []) if attention else range(n_positions)
+        cells: Sequence[int] = attention.cells_of(sequence) if attention else range(n_positions)
         for block, first in zip(blocks, range(0, n_positions, BLOCK_TOKENS), strict=False):
             end = min(first + BLOCK_TOKENS, n_positions)
             self._memory.copy(sequence, self._spare, first, end)
@@ -69,7 +69,7 @@ class Swapping:
             self._memory.remove(self._spare)
             if attention:
                 attention.put_back(sequence, positions, cells)
-        if attention and tuple(map(attention.check_of, attention.cells.get(sequence, []))) != saved.checks:
+        if attention and tuple(map(attention.check_of, attention.cells_of(sequence))) != saved.checks:
             raise EngineError("keys and values came back other than they were", "use --admission simulate")
         self.times.in_s += time.perf_counter() - start
 

@@ -165,7 +165,8 @@ class Engine:
             return None
         from runtime.kv.apart import Calls, open_attention
 
-        calls, caches = Calls(self.guests.skip, self.guests.filter.watch_ops), self._context.buffers.caches
+        calls = Calls(self.guests.skip, self.guests.filter.watch_ops, self.guests.filter.attend)
+        caches = self._context.buffers.caches
         return open_attention(self.settings, self.file, caches, self._model.pointer, calls)
 
     # --- plans --------------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 llama.cpp attends over all cells under a mask, in their order, and rounds sums to 16 bits. Where a sequence's positions
 lie in other cells than alone, or where a pass has tokens of others, its sums are made in another order or by another
-kernel. So the attention of every part of a pass is computed here: its keys and values are copied together in the order
-of their positions, and ggml's own kernel is given that part alone.
+kernel. So every part of a pass has an attention of its own. Where all of them are short, as the tokens of answers, a
+function in C sums the positions in their order (see CellAttention). Else keys and values of each part are copied
+together in that order, and ggml's own kernel is given that part alone.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from typing import NamedTuple
 
 from runtime.errors import EngineError, ModelError
 from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
-from runtime.kv.in_graph import InGraph
-from runtime.kv.single_tokens import NO_LOGIT, PADDED, SEEN, SingleTokens, rows_to_copy
-from runtime.llama import abi
+from runtime.llama import abi, cell_attention
+from runtime.llama.cell_attention import MOST_TOKENS, NO_LOGIT, PADDED, SEEN, CellAttention
 from runtime.llama.model_file import ModelFile
 from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
 from runtime.memory import Region, view
@@ -29,17 +29,18 @@ from runtime.settings import Settings
 _ELEMENT_BYTES = 4  # rows are copied as 32-bit numbers, whatever they are
 _HALF_BYTES = 2
 _HALF_TYPE, _I32 = 1, 26
-_LONG = 64  # tokens from which on the other kernel computes
+_LONG = MOST_TOKENS + 1  # tokens from which on the other kernel computes
 _GRAPH_BYTES = 2**20
 _WHAT, _NEXT = "the attention of a batch", "answer the prompts one by one with `h2o run`"
 
 
 class Calls(NamedTuple):
     """What the guest says to those who call it. skip: switch a node off until it was reported. watch: the operations
-    whose nodes it is asked about from now on."""
+    whose nodes it is asked about from now on. attend: who turns nodes before anybody is asked about them."""
 
     skip: Callable[[int], object]
     watch: Callable[[Sequence[int]], object]
+    attend: Callable[[CellAttention], object]
 
 
 def open_attention(
@@ -71,7 +72,7 @@ class SequenceAttention:
 
     def __init__(self, settings: Settings, cache: Cache, query_bytes: int, calls: Calls) -> None:
         """query_bytes: of a token, in all heads."""
-        self.cells: dict[int, list[int]] = {}
+        self.cells: dict[int, array.array[int]] = {}
         self._n_cells = 0  # that are taken; below 0: to be counted
         self._head = 0  # where llama.cpp looks for the next empty cell
         self._calls = calls
@@ -105,19 +106,26 @@ class SequenceAttention:
                 operate(copied, abi.OP_GET_ROWS, source, self._which)
             for part in self._parts:
                 operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
-            self._active: list[_Part] = []  # in the pass at hand
-            self._joined, self._singles = _Part(), SingleTokens(settings.n_sequences)
-            joined = self._joined
-            operate(joined.out, abi.OP_FLASH_ATTN_EXT, joined.query, *joined.rows, joined.mask)
-            self._in_graph = InGraph(cache, self._copied, joined.query, joined.out)
-            nodes = [*self._copied, joined.out, *(part.out for part in self._parts)]
-            self._graph = OwnGraph(settings.n_threads, nodes)
+            self._active: list[_Part] = []  # in the pass at hand; none: no node needed them yet
+            self._graph = OwnGraph(settings.n_threads, [*self._copied, *(part.out for part in self._parts)])
             opened.callback(self._graph.close)
             self._long = _Part()
             operate(self._long.out, abi.OP_FLASH_ATTN_EXT, self._long.query, *self._long.rows, self._long.mask)
             self._long_graph = OwnGraph(settings.n_threads, [self._long.out])
             opened.callback(self._long_graph.close)
             self._opened = opened.pop_all()
+        self._short = self._attention_of_short_parts(settings)
+
+    def _attention_of_short_parts(self, settings: Settings) -> CellAttention | None:
+        """The function in C, where there is one for these keys and values."""
+        layers = [layer.parts for layer in self._cache.layers.values()]
+        types = {tuple(abi.Tensor.from_address(part.root).type for part in parts) for parts in layers}
+        keys, values = next(iter(types))
+        if len(types) > 1 or not cell_attention.is_right((keys, values)):
+            return None
+        short = CellAttention([parts[K].root for parts in layers], (keys, values), settings.n_ubatch)
+        self._calls.attend(short)
+        return short
 
     @property
     def n_cells(self) -> int:
@@ -139,14 +147,16 @@ class SequenceAttention:
     def share(self, source: int, target: int, n: int) -> None:
         """Another sequence, which has no positions, begins with the first n of one."""
         self.cells[target] = self.cells[source][:n]
-        self._singles.forget()
 
     def truncate(self, n_past: int, sequence: int) -> None:
         """A sequence's positions from n_past on are forgotten."""
-        cells = self.cells.get(sequence, [])
+        cells = self.cells_of(sequence)
         self._head, self._n_cells = min([self._head, *cells[n_past:]]), -1
         del cells[n_past:]
-        self._singles.forget()
+
+    def cells_of(self, sequence: int) -> array.array[int]:
+        """The cell of every position of a sequence."""
+        return self.cells.setdefault(sequence, array.array("i"))
 
     def next_cells(self, n: int) -> list[int]:
         """The cells that llama.cpp will give to the next n positions."""
@@ -158,9 +168,8 @@ class SequenceAttention:
     def put_back(self, sequence: int, positions: Sequence[int], cells: Sequence[int]) -> None:
         """llama.cpp has put positions of a sequence, those behind its others, into these cells, in this order."""
         cell_of = dict(zip(positions, cells, strict=True))
-        self.cells.setdefault(sequence, []).extend(cell_of[position] for position in sorted(positions))
+        self.cells_of(sequence).extend(cell_of[position] for position in sorted(positions))
         self._head, self._n_cells = cells[-1] + 1, -1
-        self._singles.forget()
 
     def check_of(self, cell: int) -> int:
         """A checksum of the keys of one layer in a cell."""
@@ -175,7 +184,7 @@ class SequenceAttention:
 
     def begin(self, pass_: Pass) -> None:
         """A pass comes."""
-        self._pass, self._placed, self._shape = pass_, False, ()
+        self._pass, self._placed, self._shape, self._active = pass_, False, (), []
         self._asked.clear()
         self._calls.watch(self.ops)
 
@@ -186,13 +195,11 @@ class SequenceAttention:
             node = abi.Tensor.from_address(address)
             if node.view_src == self._first:
                 self._place(abi.Tensor.from_address(node.src[1]).data)
-        if op != abi.OP_FLASH_ATTN_EXT or not self._placed or self._in_graph.is_aimed:
+        if op != abi.OP_FLASH_ATTN_EXT or not self._placed:
             return False
         alibi = ctypes.c_float.from_address(address + abi.Tensor.op_params.offset + _ELEMENT_BYTES).value
         if alibi:
             return False
-        if self._active == [self._joined]:
-            self._in_graph.learn(address, self._layer_of(abi.Tensor.from_address(address)))
         self._calls.skip(address)
         self._asked.add(address)
         return True
@@ -205,34 +212,27 @@ class SequenceAttention:
 
     def end(self, *, complete: bool) -> None:
         """The pass is over; the engine takes one back that failed."""
-        self._in_graph.end(complete=complete)
+        if self._short:
+            self._short.forget()
 
     # --- one pass -----------------------------------------------------------------------------------------------
 
     def _place(self, numbers: int) -> None:
-        """Note the cells that llama.cpp has found for the pass, and what attends to which rows."""
-        n, n_taken = 0, self.n_cells
+        """Note the cells that llama.cpp has found for the pass, and which of them the tokens of short parts see."""
+        n, n_taken, lines = 0, self.n_cells, []
         found = (ctypes.c_int64 * self._pass.n_tokens).from_address(numbers)
         for part in self._pass.parts:
-            cells = self.cells.setdefault(part.sequence, [])
+            cells, n_tokens = self.cells_of(part.sequence), len(part.tokens)
             if len(cells) != part.first:
                 raise EngineError(f"sequence {part.sequence} has {len(cells)} positions, not {part.first}", _NEXT)
-            cells += found[n : n + len(part.tokens)]
-            n += len(part.tokens)
+            cells.extend(found[n : n + n_tokens])
+            n += n_tokens
         self._head, self._n_cells = found[n - 1] + 1, n_taken + n
         self._placed = True
-        joined = self._join_single_tokens()
-        if not joined:
-            self._place_parts()
-        if joined and self._in_graph.is_known(n):
-            self._aim_graph(self._copies[0])
-            self._calls.watch(())
-            return
-        if joined:
-            self._joined.join(self._copies[0], self._singles.masks.buffer_info()[0])
-        for own in (*self._parts, self._joined):
-            own.out.op = abi.OP_NONE
-        self._copy_next(self._copies[0])
+        if self._short and all([len(part.tokens) < _LONG and not part.long for part in self._pass.parts]):
+            for part in self._pass.parts:
+                lines += self._short.lines(self.cells[part.sequence], part.first, len(part.tokens))
+            self._short.see(lines)
         self._calls.watch((abi.OP_FLASH_ATTN_EXT,))  # each of the other layers has two more nodes that store rows
 
     def _place_parts(self) -> None:
@@ -249,53 +249,22 @@ class SequenceAttention:
             copied.cells.extend(cells)
             n += len(part.tokens)
         self._active = self._parts[: len(self._pass.parts)]
-
-    def _join_single_tokens(self) -> bool:
-        """Where every part is one token that the same kernel computes, all of them are one node: a part is a sequence
-        of that, with as many rows as the longest. Whether it is so."""
-        parts = self._pass.parts
-        n, n_seen = len(parts), max([part.end for part in parts])
-        if n == 1 or self._pass.n_tokens > n or n_seen > PADDED:
-            return False
-        n_rows = rows_to_copy(n_seen, n, self._most_rows)
-        if not n_rows:
-            return False
-        self._singles.place(parts, self.cells)
-        self._active, self._copies = [self._joined], [_Copied([self._joined], self._singles.cells, n, n_rows)]
-        return True
-
-    def _aim_graph(self, copied: _Copied) -> None:
-        """Aim llama.cpp's own nodes at the rows of single tokens; mostly as in the pass before."""
-        shape = copied.n_texts, copied.n_rows
-        self._copy_rows(copied)
-        if not self._in_graph.is_made_for(shape):
-            self._joined.join(copied, self._singles.masks.buffer_info()[0])
-            self._aim(self._in_graph.first.layer, self._in_graph.first.node)
-            self._in_graph.make(shape)
-        self._in_graph.aim()
+        self._copy_next(self._copies[0])
 
     def _copy_next(self, copied: _Copied) -> None:
         """Have the graph copy these rows, and compute the parts that attend to them."""
-        self._copy_rows(copied)
-        if len(self._copies) > 1:
-            for own in self._parts:
-                own.out.op = abi.OP_NONE
+        for own in self._parts:
+            own.out.op = abi.OP_NONE
         for own in copied.parts:
             own.out.op = abi.OP_NONE if own.is_padded else abi.OP_FLASH_ATTN_EXT
-
-    def _copy_rows(self, copied: _Copied) -> None:
-        """These rows are copied from now on."""
-        n_rows, n_texts = copied.n_rows or len(copied.cells), copied.n_texts
-        describe(self._which, copied.cells.buffer_info()[0], (n_rows, n_texts), _I32)
-        if n_texts > 1:
-            self._which.nb[1] = PADDED * copied.cells.itemsize
+        describe(self._which, copied.cells.buffer_info()[0], (len(copied.cells),), _I32)
         for tensor in self._copied:
-            describe(tensor, tensor.data, (tensor.ne[0], n_rows, n_texts))
-        for tensor in self._from:
-            tensor.ne[2], tensor.nb[2] = n_texts, 0
+            describe(tensor, tensor.data, (tensor.ne[0], len(copied.cells)))
 
     def _attend(self, node: abi.Tensor) -> None:
         """Compute a layer's attention, part by part."""
+        if not self._active:
+            self._place_parts()
         query, keys, values = (abi.Tensor.from_address(node.src[i]) for i in range(3))
         self._aim(self._layer_of(node), node)
         for copied in self._copies:
@@ -348,24 +317,18 @@ class SequenceAttention:
     def _point_at_rows(self, layer: CacheLayer) -> None:
         """Have the rows of layers like this one copied, and every part find its own."""
         for i, part in enumerate(layer.parts):
-            width, address, n_texts = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address, self._which.ne[1]
-            describe(self._from[i], part.data, (width, part.n_cells, n_texts))
-            self._from[i].nb[2] = 0  # of the same rows for every text
-            describe(self._copied[i], address, (width, self._which.ne[0], n_texts))
+            width, address = part.row_bytes // _ELEMENT_BYTES, self._rows[i].address
+            describe(self._from[i], part.data, (width, part.n_cells))
+            describe(self._copied[i], address, (width, self._which.ne[0]))
             for own in self._active:
                 own.rows[i].data = address + own.row * part.row_bytes
 
 
 class _Copied(NamedTuple):
-    """Rows that are copied at once, by their cells, and the parts that attend to them.
-
-    n_texts above 1: n_rows of each text, whose cells are a line of a table (see SingleTokens).
-    """
+    """Rows that are copied at once, by their cells, and the parts that attend to them."""
 
     parts: list[_Part]
     cells: array.array[int]
-    n_texts: int = 1
-    n_rows: int = 0
 
 
 class _Part:
@@ -377,7 +340,7 @@ class _Part:
     def __init__(self) -> None:
         self.query, self.mask, self.out = abi.Tensor(), abi.Tensor(), abi.Tensor()
         self.rows = _tensors(2)
-        self.n = self.row = self.n_tokens = self._n_rows = self._n_joined = self._row_step = 0
+        self.n = self.row = self.n_tokens = self._n_rows = 0
         self.is_padded = False
 
     def place(self, part: Part, n: int, row: int, zeros_end: int) -> None:
@@ -391,13 +354,6 @@ class _Part:
         """Be another part, with as many tokens as the kernel for many needs."""
         self.n, self.row, self.n_tokens, self._n_rows = other.n, other.row, _LONG, other._n_rows
         self._see(other.mask.data)
-
-    def join(self, copied: _Copied, masks: int) -> None:
-        """Be single tokens of many texts, each with its rows and its line of masks."""
-        self.n, self.row, self.n_tokens, self._n_rows, self._n_joined = 0, 0, 1, PADDED, copied.n_texts
-        self._row_step = copied.n_rows
-        self._see(masks)
-        self.mask.ne[3], self.mask.nb[3] = copied.n_texts, PADDED * _HALF_BYTES
 
     def _see(self, mask: int) -> None:
         """A line of the mask is the one before it, begun one zero earlier: so all of them are one array."""
@@ -415,12 +371,6 @@ class _Part:
         self.query.ne[1] = self.out.ne[2] = self.n_tokens
         for tensor in self.rows:
             tensor.ne[1] = self._n_rows
-        if self._n_joined:
-            self.query.nb[3], self.out.nb[3] = self.query.nb[1], self.out.nb[2]
-            for tensor in self.rows:
-                tensor.nb[3] = self._row_step * tensor.nb[1]
-            for tensor in (self.query, self.out, *self.rows):
-                tensor.ne[3] = self._n_joined
         operate(self.out, abi.OP_NONE if self.is_padded else abi.OP_FLASH_ATTN_EXT, self.query, *self.rows, self.mask)
         self.out.flags = flags
 

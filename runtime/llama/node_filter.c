@@ -20,10 +20,15 @@ struct h2o_filter {
     int32_t ops[4];        /* Python hears of nodes of these operations */
     void (*turn)(void *node, void *data); /* called behind Python with every node that is asked for, or none (q4_1.c) */
     void *turn_data;
+    void (*attend)(void *node, void *data); /* the same in front of Python (cell_attention.c) */
+    void *attend_data;
 };
 
 bool h2o_node_filter(void *node, bool ask, void *data) {
     const struct h2o_filter *filter = data;
+    if (ask && filter->attend) {
+        filter->attend(node, filter->attend_data); /* what it takes has another operation from then on */
+    }
     bool wanted = !ask || filter->everything;
     const int32_t op = *(const int32_t *)((const char *)node + filter->op_offset);
     for (int32_t i = 0; !wanted && i < filter->n_ops; i++) {

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 
 from runtime.llama import abi
+from runtime.llama.cell_attention import CellAttention
 from runtime.llama.compiled import LIBRARY
 from runtime.llama.q4_1 import Products
 
@@ -33,6 +34,8 @@ class _Filter(ctypes.Structure):
         ("ops", ctypes.c_int32 * 4),
         ("turn", abi.POINTER),
         ("turn_data", abi.POINTER),
+        ("attend", abi.POINTER),
+        ("attend_data", abi.POINTER),
     ]
 
 
@@ -61,6 +64,12 @@ class NodeFilter:
             self.callback = ctypes.cast(LIBRARY.h2o_node_filter, abi.EvalCallback)
         self.data = ctypes.addressof(self._struct)
         self._products: Products | None = None
+        self._attention: CellAttention | None = None
+
+    def attend(self, attention: CellAttention) -> None:
+        """Have the nodes that this attention takes turned, in passes from the next one on: nobody hears of them."""
+        self._attention = attention
+        self._struct.attend, self._struct.attend_data = attention.function, attention.data
 
     def turn(self, products: Products) -> None:
         """Have these products computed by a function in C, in passes from the next one on."""
