@@ -4,6 +4,8 @@ import time
 import pytest
 import reference
 from engines import engine
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runtime.answer import meter as meters
 from runtime.answer.follower import PlanFollower, check_budget
@@ -17,7 +19,7 @@ from runtime.answer.generate import (
 )
 from runtime.answer.meter import Meter
 from runtime.answer.sampler import Sampler, Sampling
-from runtime.answer.stop import StopFilter
+from runtime.answer.stop import LateText, StopFilter
 from runtime.engine.engine import Counters
 from runtime.engine.sequence import TokenSequence
 from runtime.errors import EngineError, PromptError
@@ -173,6 +175,24 @@ def test_an_answer_ends_before_the_first_stop_text_whatever_their_order(stop):
     assert stops.feed("abcde") == "a"
     assert stops.stopped
     assert stops.finish() == ""
+
+
+class Bytes(Tokenizer):
+    """A tokenizer whose token is a byte."""
+
+    def __init__(self):
+        pass
+
+    def piece(self, token, *, special=False):
+        return bytes([token])
+
+
+@given(st.one_of(st.binary(), st.text().map(str.encode)))
+def test_a_text_that_is_looked_at_late_is_the_same(text):
+    early, late = StopFilter(Bytes()), LateText(Bytes())
+    said = [early.feed(byte) for byte in text] + [early.finish()]
+    assert [late.feed(byte) for byte in text] == [""] * len(text)
+    assert late.finish() == "".join(said)
 
 
 # --- sequences ------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class Batch:
         return may_join(jobs, Job(len(request.prompt), n, request.n_predict, n), limits)
 
     def _join(self, wanted: Wanted) -> Running:
-        answer = Answer(self._tokenizer, wanted.request, self.engine.settings.n_ctx)
+        answer = Answer(self._tokenizer, wanted.request, self.engine.settings.n_ctx, at_once=False)
         sampler = Sampler(wanted.sampling, self.engine.n_vocab, self._tokenizer.suppressed)
         sampler.accept(wanted.request.prompt[-PENALTY_TOKENS:])
         running = Running(self.n_joined, self._free.pop(), wanted, answer, sampler)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from runtime.answer.sampler import PENALTY_TOKENS, Sampler
 from runtime.answer.speculate import Speculation
-from runtime.answer.stop import StopFilter
+from runtime.answer.stop import LateText, StopFilter
 from runtime.engine.sequence import TokenSequence
 from runtime.errors import Cancelled, EngineError, PromptError
 from runtime.llama.tokenizer import Tokenizer
@@ -91,10 +91,12 @@ def generate(
 class Answer:
     """The tokens and the text of an answer, as they are chosen; `tokens` begins with the prompt."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, n_ctx: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request, n_ctx: int, *, at_once: bool = True) -> None:
+        """at_once: text is given with the tokens that it belongs to, else at the end, where there are no stop texts."""
         self.tokens = list(request.prompt)
         self.n_left = request.n_predict if request.n_predict >= 0 else n_ctx
-        self.text = StopFilter(tokenizer, request.stop)
+        late = not at_once and not any(request.stop)
+        self.text = LateText(tokenizer) if late else StopFilter(tokenizer, request.stop)
         self._tokenizer, self._n_ctx = tokenizer, n_ctx
 
     def take(self, token: int) -> Step:

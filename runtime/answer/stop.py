@@ -7,6 +7,25 @@ from collections.abc import Sequence
 from runtime.llama.tokenizer import Tokenizer
 
 
+class LateText:
+    """Text of an answer that nobody looks at before its end: the same as of a StopFilter without stop texts."""
+
+    stopped = False
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+
+    def feed(self, token: int) -> str:
+        """Nothing yet."""
+        self._tokens.append(token)
+        return ""
+
+    def finish(self) -> str:
+        """All of it."""
+        return self._tokenizer.decode(self._tokens)
+
+
 class StopFilter:
     """Text of an answer up to the first stop text; a possible beginning of one is held back."""
 

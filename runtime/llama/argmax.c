@@ -2,6 +2,7 @@
  *
  * That sampler copies the row into a list of 12 bytes for each token first, which takes longer than all the rest.
  */
+#include <math.h>
 #include <stdint.h>
 
 enum { LANES = 16, BLOCK = 1024 };
@@ -38,4 +39,12 @@ int32_t h2o_argmax(const float *logits, int32_t n) {
         }
     }
     return 0; /* the first one is no number */
+}
+
+/* The same of n_rows rows, one behind the other; -1 where that logit is no number. */
+void h2o_argmax_of_rows(const float *logits, int32_t n, int32_t n_rows, int32_t *tokens) {
+    for (int32_t i = 0; i < n_rows; i++, logits += n) {
+        tokens[i] = h2o_argmax(logits, n);
+        tokens[i] = isnan(logits[tokens[i]]) ? -1 : tokens[i];
+    }
 }

@@ -25,6 +25,42 @@ if TYPE_CHECKING:
 _NO_CALLBACK = abi.EvalCallback()
 
 
+class _Batch:
+    """llama.cpp's batch of at most n tokens, each of one sequence, in memory of ours. It copies what it needs."""
+
+    def __init__(self, n: int) -> None:
+        self._tokens, self._positions, self._texts = ((ctypes.c_int32 * n)() for _ in range(3))
+        self._ones, self._wanted = (ctypes.c_int32 * n)(*[1] * n), (ctypes.c_int8 * n)()
+        step, first = ctypes.sizeof(ctypes.c_int32), ctypes.addressof(self._texts)
+        self._lists = (ctypes.c_void_p * n)(*range(first, first + n * step, step))
+        self._batch = abi.llama.llama_batch()
+        arrays: dict[str, ctypes.Array[Any]] = {
+            "token": self._tokens,
+            "pos": self._positions,
+            "n_seq_id": self._ones,
+            "seq_id": self._lists,
+            "logits": self._wanted,
+        }
+        for name, array in arrays.items():
+            setattr(self._batch, name, ctypes.cast(array, type(getattr(self._batch, name))))
+
+    def of(self, pass_: Pass) -> Any:
+        """The batch of a pass, until another one is asked for."""
+        tokens: list[Any] = []
+        positions: list[Any] = []
+        texts: list[Any] = []
+        wanted: list[Any] = []
+        for part in pass_.parts:
+            n, n_outputs = len(part.tokens), part.n_outputs
+            tokens += part.tokens
+            positions += range(part.first, part.first + n)
+            texts += [part.sequence] * n
+            wanted += [0] * (n - n_outputs) + [1] * n_outputs
+        n = self._batch.n_tokens = len(tokens)
+        self._tokens[:n], self._positions[:n], self._texts[:n], self._wanted[:n] = tokens, positions, texts, wanted
+        return self._batch
+
+
 class Context:
     """A context for passes of at most n_tokens, in buffers of ours. `nodes` is called for every node of a pass."""
 
@@ -60,6 +96,7 @@ class Context:
         self._scheduler = abi.llama_context_get_sched(self.pointer)
         self.n_vocab = int(abi.llama.llama_vocab_n_tokens(abi.llama.llama_model_get_vocab(model.pointer)))
         self._n_outputs = self._most_outputs = 1
+        self._batch = _Batch(n_tokens)
         self._odds: Any = None
 
     def call_back(self, *, wanted: bool) -> None:
@@ -70,22 +107,8 @@ class Context:
 
     def decode(self, pass_: Pass) -> int:
         """Compute a pass. Returns llama.cpp's status."""
-        n, n_outputs = pass_.n_tokens, pass_.n_outputs
-        batch = abi.llama.llama_batch_init(n, 0, 1)
-        try:
-            batch.n_tokens, i = n, 0
-            tokens, positions, texts = batch.token, batch.pos, batch.seq_id  # looked up once: each time takes a while
-            n_texts, wanted = batch.n_seq_id, batch.logits
-            for part in pass_.parts:
-                silent_end = part.first + len(part.tokens) - part.n_outputs
-                for position, token in enumerate(part.tokens, part.first):
-                    tokens[i], positions[i] = token, position
-                    n_texts[i], texts[i][0] = 1, part.sequence
-                    wanted[i] = position >= silent_end
-                    i += 1
-            status = int(abi.llama.llama_decode(self.pointer, batch))
-        finally:
-            abi.llama.llama_batch_free(batch)  # it has copied what it needs
+        n_outputs = pass_.n_outputs
+        status = int(abi.llama.llama_decode(self.pointer, self._batch.of(pass_)))
         self._n_outputs = n_outputs
         if status == 0:
             self._most_outputs = max(n_outputs, self._most_outputs)
@@ -134,13 +157,10 @@ class Context:
         """The same of each output of the last pass, in their order; -1 where that logit is no number."""
         if LIBRARY is None or not self._n_outputs:
             return None
-        n, argmax, tokens = self.n_vocab, LIBRARY.h2o_argmax, []
         rows = abi.llama.llama_get_logits_ith(self.pointer, -self._n_outputs)  # they lie one behind the other
-        first = ctypes.cast(rows, ctypes.c_void_p).value or 0
-        for begin in range(0, n * self._n_outputs, n):
-            token = argmax(ctypes.c_void_p(first + begin * ctypes.sizeof(ctypes.c_float)), n)
-            tokens.append(-1 if math.isnan(rows[begin + token]) else token)
-        return tokens
+        tokens = (ctypes.c_int32 * self._n_outputs)()
+        LIBRARY.h2o_argmax_of_rows(rows, self.n_vocab, self._n_outputs, tokens)
+        return tokens[:]
 
     def odds(self, token: int, i: int) -> float:
         """The probability (at temperature 1) of one token in the last pass's i-th output (negative: from the end)."""
