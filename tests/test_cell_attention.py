@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from runtime.errors import Cancelled
 from runtime.kv import apart
 from runtime.llama import abi, cell_attention
+from runtime.llama import turned as turned_module
 from runtime.llama.cell_attention import F16, CellAttention, Trial
 from runtime.passes import Part, Pass
 from runtime.plans.plan import Plan
@@ -33,40 +34,42 @@ def text(seed, n):
 def turned(monkeypatch):
     """How many nodes were turned in each pass; each is an attention of llama.cpp's again afterwards."""
     for kind in (F16, Q8_0, Q4_0):
-        cell_attention.is_right((kind, kind))  # tried once in a process
-    counts, forget = [], CellAttention.forget
+        cell_attention.is_right(kind)  # tried once in a process
+    counts, put_back = [], CellAttention.put_back
 
     def counting(self):
-        nodes = [abi.Tensor.from_address(one.pointers[1]) for one in self._turned[: self._struct.n_turned]]
+        nodes = self.turned
         assert all(node.op == abi.OP_CUSTOM for node in nodes)
-        wanted = [tuple(one.parameters) for one in self._turned[: len(nodes)]]
-        forget(self)
+        wanted = [tuple(one.parameters) for one in self._nodes[: len(nodes)]]
+        put_back(self)
         assert all(node.op == abi.OP_FLASH_ATTN_EXT for node in nodes)
         assert [tuple(np.array(node.op_params[:6], np.int32).view(np.uint64)) for node in nodes] == wanted
         counts.append(len(nodes))
 
-    monkeypatch.setattr(CellAttention, "forget", counting)
+    monkeypatch.setattr(CellAttention, "put_back", counting)
     return counts
 
 
 def without_it(monkeypatch):
-    monkeypatch.setattr(apart.cell_attention, "is_right", lambda _types: False)
+    monkeypatch.setattr(apart.cell_attention, "is_right", lambda _kind: False)
 
 
 @needs_function
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=100)
 @given(
     st.sampled_from([(F16, 8), (Q8_0, 32), (Q4_0, 32)]),
-    st.integers(1, 20),
+    st.tuples(st.integers(1, 20), st.integers(0, 20)),
     st.integers(1, 63),
-    st.integers(1, 4),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.integers(0, 900),
     st.integers(1, 3),
 )
-def test_bits_are_those_of_llama_cpp(kind, n_blocks, n_tokens, n_heads, n_more, n_threads):
+def test_bits_are_those_of_llama_cpp(kind, widths, n_tokens, heads, n_more, n_threads):
     """Of one token, with many positions, too: llama.cpp cuts them over its threads."""
     (type_id, block), n_tokens = kind, 1 if n_more > 250 else n_tokens
-    trial = Trial(type_id, (block * min(n_blocks, 512 // block), n_tokens, n_heads), n_tokens + n_more, n_threads)
+    width, value_width = (min(n * block, 512) for n in widths)
+    shape, values = (width, n_tokens, heads[0] * heads[1]), (value_width, heads[1])
+    trial = Trial(type_id, shape, n_tokens + n_more, n_threads, values)
     wanted = trial.compute(turned=False)
     for _ in range(2):
         assert trial.compute(turned=True) == wanted
@@ -149,11 +152,15 @@ def test_what_lies_where_a_node_was_is_left_alone():
     trial = Trial(F16, (64, 2, 1), 20)
     trial.compute(turned=False)
     own, node, cells = trial.own, trial.node, array.array("i", range(20))
-    trial.see(cells).turn(node)
-    parameters = bytes(node.op_params)
-    node.op = abi.OP_MUL_MAT_ID
-    own.forget()
-    assert node.op == abi.OP_MUL_MAT_ID and bytes(node.op_params) == parameters
+    for change in ({"op": abi.OP_MUL_MAT_ID}, {"op_params": (ctypes.c_int32 * 16)(*range(16))}):
+        before = bytes(node)
+        trial.see(cells).turn(node)
+        for name, value in change.items():
+            setattr(node, name, value)
+        other = bytes(node)
+        own.put_back()
+        assert bytes(node) == other
+        ctypes.memmove(ctypes.byref(node), before, len(before))
     trial.close()
 
 
@@ -170,7 +177,7 @@ def test_an_attention_that_it_cannot_compute_stays_llama_cpps():
         own.see(lines)
         own.turn(node)
         found = node.op == abi.OP_CUSTOM
-        own.forget()
+        own.put_back()
         assert node.op == abi.OP_FLASH_ATTN_EXT
         return found
 
@@ -203,6 +210,9 @@ def test_an_attention_that_it_cannot_compute_stays_llama_cpps():
     keys.data += 64  # not from its first cell on
     assert not is_turned()
     keys.data -= 64
+    most, own._turning.most_turned = own._turning.most_turned, 0
+    assert not is_turned()
+    own._turning.most_turned = most
     assert is_turned()
     own.turn(node)
     assert node.op == abi.OP_FLASH_ATTN_EXT  # no pass
@@ -215,17 +225,15 @@ def test_other_bits_than_llama_cpps_are_noticed(monkeypatch):
         return [cells.buffer_info()[0], len(cells), 0] * n_tokens
 
     try_ = cell_attention.is_right.__wrapped__
-    assert try_((F16, F16)) and try_((Q8_0, Q8_0)) and try_((Q4_0, Q4_0))
-    assert not try_((F16, Q8_0))
+    assert try_(F16) and try_(Q8_0) and try_(Q4_0)
     traits = abi.cpu_traits
     monkeypatch.setattr(abi, "cpu_traits", lambda kind: traits(Q8_0 if kind == Q4_0 else kind))
-    assert not try_((Q4_0, Q4_0))
+    assert not try_(Q4_0)
     monkeypatch.setattr(abi, "cpu_traits", traits)
     monkeypatch.setattr(CellAttention, "lines", all_cells)
-    assert not try_((F16, F16))  # a token sees one cell too many
+    assert not try_(F16)  # a token sees one cell too many
 
 
-@pytest.mark.parametrize("library", [None, ctypes.CDLL(None)], ids=["not compiled", "compiled before"])
-def test_it_is_not_used_where_it_is_not_there(monkeypatch, library):
-    monkeypatch.setattr(cell_attention, "LIBRARY", library)
-    assert not cell_attention.is_right.__wrapped__((F16, F16))
+def test_it_is_not_used_where_it_is_not_there(monkeypatch):
+    monkeypatch.setattr(turned_module, "LIBRARY", None)
+    assert not cell_attention.is_right.__wrapped__(F16)

@@ -7,12 +7,21 @@ import pytest
 from engines import engine
 
 from runtime.llama import abi
+from runtime.llama import cell_attention
 from runtime.llama.cell_attention import F16, is_right
 from runtime.passes import Part, Pass
 from runtime.plans.plan import Plan
 from runtime.sizes import MB
 
 PLAN = Plan(0, 1, budget_bytes=1000 * MB)
+by_both = pytest.mark.parametrize("short_parts", ["in C", "copied"], indirect=True)
+
+
+@pytest.fixture
+def short_parts(request, monkeypatch):
+    """Which attention computes short parts: the function in C, where it is there, or llama.cpp's, of copied rows."""
+    if request.param == "copied":
+        monkeypatch.setattr(cell_attention, "is_right", lambda _kind: False)
 
 
 def tokens(seed, n):
@@ -47,6 +56,8 @@ def assert_equal(found, wanted):
         assert np.array_equal(own, other), f"step {step}: {np.abs(own - other).max()}"
 
 
+@by_both
+@pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 def test_cells_that_others_left_are_as_good_as_any(bundled_model, kv_type):
     a, b = tokens(1, 40), tokens(2, 60)
@@ -72,6 +83,8 @@ def test_long_and_short_blocks_and_answers_in_one_pass(bundled_model):
     assert_equal([steps[0][2], steps[1][2]], logits_alone(bundled_model, answer, 20)[1:])
 
 
+@by_both
+@pytest.mark.usefixtures("short_parts")
 def test_many_positions_are_cut_over_threads_as_alone(bundled_model):
     long = tokens(6, 273)
     with shared(bundled_model, 2, n_threads=2) as opened:
@@ -94,6 +107,8 @@ def test_a_pass_that_failed_leaves_its_cells(bundled_model):
     assert_equal(found, logits_alone(bundled_model, a, 10))
 
 
+@by_both
+@pytest.mark.usefixtures("short_parts")
 def test_a_shared_beginning_is_as_good_as_ones_own(bundled_model):
     begin, ends = tokens(9, 100), [tokens(10, 30), tokens(11, 3), tokens(12, 70)]
     with shared(bundled_model, 4) as opened:
@@ -137,7 +152,7 @@ def test_a_model_with_windows_keeps_llama_cpps_attention(tiny_model):
 def test_one_node_of_a_pass_of_short_parts_is_looked_at(bundled_model):
     seen = []
     with shared(bundled_model, 2) as opened:
-        if not is_right((F16, F16)):
+        if not is_right(F16):
             pytest.skip("attention to cells is not computed in C here")
         before = opened.attention.before
         opened.attention.before = lambda node: seen.append(abi.Tensor.from_address(node).op) or before(node)
@@ -156,6 +171,8 @@ def test_one_node_of_a_pass_of_short_parts_is_looked_at(bundled_model):
     assert ops[0][1] == 0
 
 
+@by_both
+@pytest.mark.usefixtures("short_parts")
 def test_passes_of_other_texts_and_in_another_order(bundled_model):
     texts = [tokens(20 + i, 40) for i in range(3)]
     found = [[], [], []]
@@ -175,7 +192,9 @@ def test_passes_of_other_texts_and_in_another_order(bundled_model):
         assert_equal(own, logits_alone(bundled_model, text[: len(own)], 1, n_threads=2))
 
 
-def test_texts_outgrow_the_cells_that_one_node_attends_to(bundled_model):
+@by_both
+@pytest.mark.usefixtures("short_parts")
+def test_texts_outgrow_the_cells_that_are_not_cut(bundled_model):
     a, b, found = tokens(30, 262), tokens(31, 262), [[], []]
     with shared(bundled_model, 2, n_threads=2) as opened:
         compute(opened, (0, 0, a[:250]), (1, 0, b[:250]))
@@ -186,6 +205,8 @@ def test_texts_outgrow_the_cells_that_one_node_attends_to(bundled_model):
         assert_equal(own, logits_alone(bundled_model, text, 250, n_threads=2)[1:])
 
 
+@by_both
+@pytest.mark.usefixtures("short_parts")
 def test_texts_that_take_the_place_of_others_of_their_length(bundled_model):
     a, b, c = tokens(20, 9), tokens(21, 9), tokens(22, 9)
     with shared(bundled_model, 3) as opened:

@@ -176,7 +176,8 @@ class Batch:
         if token < 0:
             raise no_numbers()
         step = running.answer.take(token)
-        running.parts.append(step.text)
+        if step.text:
+            running.parts.append(step.text)
         running.n_chosen += step.token is not None
         self.n_tokens += step.token is not None
         return step.finish

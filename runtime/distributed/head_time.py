@@ -39,8 +39,6 @@ def measure_head(file: ModelFile, budget_bytes: int, n_threads: int) -> float:
         opened.callback(region.free)
         ctypes.memset(region.address, 0, region.n_bytes)  # pages that nobody has written are all the same one
         describe(weights, region.address, (n_in, n_rows), _type_number(matrix.type_name))
-        weights.nb[0] = matrix.row_bytes * abi.ggml_blck_size(weights.type) // n_in
-        weights.nb[1], weights.nb[2], weights.nb[3] = matrix.row_bytes, n_bytes, n_bytes
         describe(outputs, region.address + n_bytes, (n_rows, 1))
         describe(inputs, region.address + n_bytes + 4 * n_rows, (n_in, 1))
         graph = OwnGraph(n_threads, [outputs])

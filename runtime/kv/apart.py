@@ -19,7 +19,7 @@ from typing import NamedTuple
 from runtime.errors import EngineError, ModelError
 from runtime.kv.cache import Cache, CacheLayer, K, V, find_cache
 from runtime.llama import abi, cell_attention
-from runtime.llama.cell_attention import MOST_TOKENS, NO_LOGIT, PADDED, SEEN, CellAttention
+from runtime.llama.cell_attention import F16, MOST_TOKENS, NO_LOGIT, PADDED, SEEN, CellAttention
 from runtime.llama.model_file import ModelFile
 from runtime.llama.own_graph import OwnGraph, cut_off, describe, operate
 from runtime.memory import Region, view
@@ -28,7 +28,7 @@ from runtime.settings import Settings
 
 _ELEMENT_BYTES = 4  # rows are copied as 32-bit numbers, whatever they are
 _HALF_BYTES = 2
-_HALF_TYPE, _I32 = 1, 26
+_I32 = 26
 _LONG = MOST_TOKENS + 1  # tokens from which on the other kernel computes
 _GRAPH_BYTES = 2**20
 _WHAT, _NEXT = "the attention of a batch", "answer the prompts one by one with `h2o run`"
@@ -118,12 +118,11 @@ class SequenceAttention:
 
     def _attention_of_short_parts(self, settings: Settings) -> CellAttention | None:
         """The function in C, where there is one for these keys and values."""
-        layers = [layer.parts for layer in self._cache.layers.values()]
-        types = {tuple(abi.Tensor.from_address(part.root).type for part in parts) for parts in layers}
-        keys, values = next(iter(types))
-        if len(types) > 1 or not cell_attention.is_right((keys, values)):
+        roots = [layer.parts[K].root for layer in self._cache.layers.values()]
+        kind = abi.Tensor.from_address(roots[0]).type  # of values, too (Context)
+        if not cell_attention.is_right(kind):
             return None
-        short = CellAttention([parts[K].root for parts in layers], (keys, values), settings.n_ubatch)
+        short = CellAttention(roots, kind, settings.n_ubatch)
         self._calls.attend(short)
         return short
 
@@ -213,7 +212,7 @@ class SequenceAttention:
     def end(self, *, complete: bool) -> None:
         """The pass is over; the engine takes one back that failed."""
         if self._short:
-            self._short.forget()
+            self._short.put_back()
 
     # --- one pass -----------------------------------------------------------------------------------------------
 
@@ -357,9 +356,8 @@ class _Part:
 
     def _see(self, mask: int) -> None:
         """A line of the mask is the one before it, begun one zero earlier: so all of them are one array."""
-        describe(self.mask, mask, (self._n_rows, self.n_tokens))
-        self.mask.type = _HALF_TYPE
-        self.mask.nb[0], self.mask.nb[1] = _HALF_BYTES, -_HALF_BYTES  # a step back: it wraps around as in C
+        describe(self.mask, mask, (self._n_rows, self.n_tokens), F16)
+        self.mask.nb[1] = -_HALF_BYTES  # a step back: it wraps around as in C
         self.mask.nb[2] = self.mask.nb[3] = 0
 
     def copy(self, node: abi.Tensor, query: abi.Tensor, rows: Sequence[abi.Tensor]) -> None:

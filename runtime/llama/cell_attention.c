@@ -5,14 +5,13 @@
  * They are made as by llama.cpp's kernel for up to 63 tokens (ggml-cpu/ops.cpp, flash_attn_ext_f16_one_chunk), and for
  * one token with many positions in parts, one for each thread, which are put together as there.
  *
- * A node of the graph is turned into one that calls a function (GGML_OP_CUSTOM) before it is computed, and is put back
- * when the pass is over. This file knows no struct of llama.cpp: where things are in a node is handed in.
+ * A node of the graph is turned into one that calls a function before it is computed, and is put back when the pass is
+ * over. This file knows no struct of llama.cpp: where things are in a node is handed in.
  */
 #include <math.h>
 #include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "turned.h"
 
 /* What a token sees. n_padded: cells that are cut into parts, those behind n_cells being masked; 0: it is not cut. */
 struct h2o_line {
@@ -20,39 +19,19 @@ struct h2o_line {
     int64_t n_cells, n_padded;
 };
 
-/* Parameters of a node that calls a function. */
-struct call {
-    void (*function)(void *node, int thread, int n_threads, void *data);
-    int32_t n_tasks; /* -1: all threads */
-    void *data;
-};
-
-/* A node that was turned, with its own parameters, and how many of its tasks are taken. */
-struct h2o_turned {
-    struct h2o_attention *attention;
-    void *node;
-    struct call parameters;
-    int32_t next;
-};
-
 struct h2o_attention {
-    size_t ne, nb, op, parameters, sources, view_source, data; /* bytes from the beginning of a node; its type is at 0 */
-    int32_t attend, custom;                                    /* operations */
-    int32_t keys, values;                                      /* types */
+    struct turning turning;
+    size_t ne, nb, sources, view_source, data;                 /* bytes from the beginning of a node; its type is at 0 */
+    int32_t attend, type;                                      /* an operation; the type of keys and values */
     void (*convert)(const float *values, void *to, int64_t n); /* a query to what keys are multiplied by */
     void (*dot)(int n, float *out, size_t, const void *key, size_t, const void *query, size_t, int);
     void (*to_float)(const void *values, float *to, int64_t n); /* none: they are f16 */
-    void *const *roots; /* tensors of keys, of which those of nodes are views */
-    int32_t n_roots;
-    int32_t n_tokens;   /* of the pass, each with a line; 0: no node is turned */
-    const struct h2o_line *lines;
-    struct h2o_turned *turned;
-    int32_t n_turned, most_turned;
+    void *const *roots;           /* tensors of keys, of which those of nodes are views */
+    const struct h2o_line *lines; /* of the pass's tokens */
+    int32_t n_roots, n_tokens;    /* no tokens: no node is turned */
 };
 
-enum { MOST = 512, LANES = 8, TASKS = 4, STRIP = 64, HALF_BYTES = 2 };
-
-#define AT(type, node, offset) ((type *)((char *)(node) + (offset)))
+enum { MOST = 512, LANES = 8, STRIP = 64, HALF_BYTES = 2 };
 
 static void compute(void *node, int thread, int n_threads, void *data);
 
@@ -69,45 +48,29 @@ static bool is_of_cache(const struct h2o_attention *a, const void *keys) {
 /* Turn a node that is going to be computed, if it is such an attention: one that adds nothing to products, and has no
  * sinks. */
 void h2o_attention_turn(void *node, struct h2o_attention *a) {
-    if (*AT(int32_t, node, a->op) != a->attend || !a->n_tokens || a->n_turned == a->most_turned) {
+    struct turning *t = &a->turning;
+    if (*AT(int32_t, node, t->op) != a->attend || !a->n_tokens || t->n_turned == t->most_turned) {
         return;
     }
     void *const *sources = AT(void *, node, a->sources);
     const int64_t *query = AT(int64_t, sources[0], a->ne), *keys = AT(int64_t, sources[1], a->ne);
     const int64_t *values = AT(int64_t, sources[2], a->ne);
-    const float *parameters = AT(float, node, a->parameters); /* scale, bias, the limit of products */
+    const float *parameters = AT(float, node, t->parameters); /* scale, bias, the limit of products */
     if (query[1] != a->n_tokens || query[3] != 1 || keys[3] != 1 || keys[0] > MOST || values[0] > MOST ||
-        values[0] % LANES || *AT(int32_t, sources[1], 0) != a->keys || *AT(int32_t, sources[2], 0) != a->values ||
+        values[0] % LANES || *AT(int32_t, sources[1], 0) != a->type || *AT(int32_t, sources[2], 0) != a->type ||
         parameters[1] != 0 || parameters[2] != 0 || sources[4] || !is_of_cache(a, sources[1])) {
         return;
     }
-    struct h2o_turned *turned = &a->turned[a->n_turned++];
-    const struct call call = {.function = compute, .n_tasks = -1, .data = turned};
-    *turned = (struct h2o_turned){.attention = a, .node = node};
-    memcpy(&turned->parameters, parameters, sizeof call);
-    memcpy(AT(char, node, a->parameters), &call, sizeof call);
-    *AT(int32_t, node, a->op) = a->custom;
+    turn(t, node, compute, a);
 }
 
-/* Make the nodes what they were. Where another graph lies there by now, what is no node of ours is left alone. */
-void h2o_attention_put_back(struct h2o_attention *a) {
-    while (a->n_turned) {
-        struct h2o_turned *turned = &a->turned[--a->n_turned];
-        struct call call;
-        memcpy(&call, AT(char, turned->node, a->parameters), sizeof call); /* they lie at no multiple of 8 */
-        if (*AT(int32_t, turned->node, a->op) == a->custom && call.function == compute) {
-            *AT(int32_t, turned->node, a->op) = a->attend;
-            memcpy(AT(char, turned->node, a->parameters), &turned->parameters, sizeof call);
-        }
-    }
-}
+void h2o_attention_put_back(struct h2o_attention *a) { put_back(&a->turning); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-bool h2o_attention_is_there(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+/* What has AVX2 has F16C, a name that some compilers do not know. */
+bool h2o_attention_is_there(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define UNROLL _Pragma("GCC unroll 8")
@@ -138,8 +101,8 @@ struct weights {
     float powers[STRIP], less[STRIP];
 };
 
-TARGET static void weigh(const struct h2o_attention *a, const struct head *h, const int32_t *cells, int64_t n, struct sums *s,
-                         struct weights *w) {
+TARGET static void weigh(const struct h2o_attention *a, const struct head *h, const int32_t *cells, int64_t n,
+                         struct sums *s, struct weights *w) {
     for (int64_t i = 0; i < n; i++) {
         float product;
         a->dot((int)h->key_width, &product, 0, h->keys + cells[i] * h->key_stride, 0, h->query, 0, 1);
@@ -182,11 +145,13 @@ SUM(4)
 SUM(2)
 SUM(1)
 
-TARGET static void sum_halves(const struct head *h, const int32_t *cells, int64_t n, const struct weights *w, float *sums) {
+TARGET static void sum_halves(const struct head *h, const int32_t *cells, int64_t n, const struct weights *w,
+                              float *sums) {
     for (int64_t d = 0, c; d < h->value_width; d += LANES * c) {
         const int64_t left = (h->value_width - d) / LANES;
         c = left >= 8 ? 8 : left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        (c == 8 ? sum_8 : c == 6 ? sum_6 : c == 4 ? sum_4 : c == 2 ? sum_2 : sum_1)(h->values + d * HALF_BYTES, h->value_stride, cells, n, w, sums + d);
+        (c == 8 ? sum_8 : c == 6 ? sum_6 : c == 4 ? sum_4 : c == 2 ? sum_2 : sum_1)(
+            h->values + d * HALF_BYTES, h->value_stride, cells, n, w, sums + d);
     }
 }
 
@@ -244,8 +209,8 @@ TARGET static void attend_in_parts(const struct h2o_attention *a, const struct h
 }
 
 /* Token t's head n. */
-TARGET static void compute_one(const struct h2o_turned *turned, int64_t t, int64_t n, int n_threads) {
-    const struct h2o_attention *a = turned->attention;
+TARGET static void compute_one(const struct turned *turned, int64_t t, int64_t n, int n_threads) {
+    const struct h2o_attention *a = turned->owner;
     const struct h2o_line *line = &a->lines[t];
     void *const *sources = AT(void *, turned->node, a->sources), *keys = sources[1], *values = sources[2];
     const int64_t n_heads = AT(int64_t, sources[0], a->ne)[2];
@@ -267,7 +232,8 @@ TARGET static void compute_one(const struct h2o_turned *turned, int64_t t, int64
         .scale = scale,
     };
     struct sums s;
-    a->convert((const float *)(*AT(char *, sources[0], a->data) + t * query_nb[1] + n * query_nb[2]), query, h.key_width);
+    const char *values_of_query = *AT(char *, sources[0], a->data) + t * query_nb[1] + n * query_nb[2];
+    a->convert((const float *)values_of_query, query, h.key_width);
     if (line->n_padded) {
         attend_in_parts(a, &h, line, n_threads, &s);
     } else {
@@ -280,20 +246,23 @@ TARGET static void compute_one(const struct h2o_turned *turned, int64_t t, int64
     }
 }
 
-/* All threads of the backend call it. */
+/* All threads of the backend call it. A task: the queries of a token that go to the same keys. */
 static void compute(void *node, int thread, int n_threads, void *data) {
-    struct h2o_turned *turned = data;
-    const struct h2o_attention *a = turned->attention;
+    struct turned *turned = data;
+    const struct h2o_attention *a = turned->owner;
+    void *const *sources = AT(void *, node, a->sources);
+    const int64_t n_heads = AT(int64_t, sources[0], a->ne)[2], n_groups = AT(int64_t, sources[1], a->ne)[2];
+    const int64_t n = n_heads / n_groups;
     (void)thread;
-    const int64_t n_heads = AT(int64_t, *AT(void *, node, a->sources), a->ne)[2], n = n_heads * a->n_tokens;
-    const int64_t n_task = (n + n_threads * TASKS - 1) / (n_threads * TASKS);
-    for (int64_t i; (i = __atomic_fetch_add(&turned->next, 1, __ATOMIC_RELAXED) * n_task) < n;) {
-        for (int64_t end = i + n_task < n ? i + n_task : n; i < end; i++) {
-            compute_one(turned, i / n_heads, i % n_heads, n_threads);
+    for (int64_t i; (i = __atomic_fetch_add(&turned->next, 1, __ATOMIC_RELAXED)) < n_groups * a->n_tokens;) {
+        for (int64_t head = i % n_groups * n, end = head + n; head < end; head++) {
+            compute_one(turned, i / n_groups, head, n_threads);
         }
     }
 }
 #else
 bool h2o_attention_is_there(void) { return false; }
-static void compute(void *node, int thread, int n_threads, void *data) { (void)node, (void)thread, (void)n_threads, (void)data; }
+static void compute(void *node, int thread, int n_threads, void *data) {
+    (void)node, (void)thread, (void)n_threads, (void)data;
+}
 #endif

@@ -6,6 +6,8 @@ import ctypes
 import importlib.machinery
 from pathlib import Path
 
+_VERSION = 1  # of the functions and structs, as node_filter.c says it
+
 
 def _library() -> ctypes.CDLL | None:
     here = Path(__file__).parent
@@ -13,9 +15,10 @@ def _library() -> ctypes.CDLL | None:
         path = here / f"_compiled{suffix}"
         if path.exists():
             try:
-                return ctypes.CDLL(str(path))
+                library = ctypes.CDLL(str(path))
             except OSError:  # built for another system
                 return None
+            return library if hasattr(library, "h2o_version") and library.h2o_version() == _VERSION else None
     return None
 
 

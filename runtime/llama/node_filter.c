@@ -8,6 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Counted up when a function of this library, or a struct that it shares with Python, changes (compiled.py). */
+int h2o_version(void) { return 1; }
+
 struct h2o_filter {
     bool (*python)(void *node, bool ask, void *data);
     const uint16_t *marks; /* per slot: how many marked addresses have it */
@@ -24,7 +27,7 @@ struct h2o_filter {
     void *attend_data;
 };
 
-bool h2o_node_filter(void *node, bool ask, void *data) {
+bool h2o_filter_nodes(void *node, bool ask, void *data) {
     const struct h2o_filter *filter = data;
     if (ask && filter->attend) {
         filter->attend(node, filter->attend_data); /* what it takes has another operation from then on */

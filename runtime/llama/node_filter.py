@@ -61,7 +61,7 @@ class NodeFilter:
         )
         self.callback = self._struct.python
         if LIBRARY:
-            self.callback = ctypes.cast(LIBRARY.h2o_node_filter, abi.EvalCallback)
+            self.callback = ctypes.cast(LIBRARY.h2o_filter_nodes, abi.EvalCallback)
         self.data = ctypes.addressof(self._struct)
         self._products: Products | None = None
         self._attention: CellAttention | None = None

@@ -9,7 +9,7 @@ from runtime.errors import EngineError
 from runtime.llama import abi
 
 _GRAPH_MEMORY = 2**20
-_F32, _FLOAT_BYTES = 0, 4
+_F32, _I32, _FLOAT_BYTES = 0, 26, 4
 
 
 class OwnGraph:
@@ -66,8 +66,13 @@ def cut_off(tensor: abi.Tensor) -> None:
 
 
 def describe(tensor: abi.Tensor, data: int, ne: Sequence[int], kind: int = _F32) -> None:
-    """Make a contiguous tensor [ne0, ne1, ...] of 4-byte elements of a struct."""
+    """Make a contiguous tensor [ne0, ne1, ...] of a struct; ne0: a whole number of the type's blocks."""
     tensor.type, tensor.data = kind, data
-    for i in range(4):
-        tensor.ne[i] = ne[i] if i < len(ne) else 1
-        tensor.nb[i] = _FLOAT_BYTES if i == 0 else tensor.nb[i - 1] * tensor.ne[i - 1]
+    if kind in (_F32, _I32):  # most are, and asking takes a while
+        tensor.nb[0], n_bytes = _FLOAT_BYTES, _FLOAT_BYTES * ne[0]
+    else:
+        tensor.nb[0], n_bytes = abi.ggml_row_size(kind, abi.ggml_blck_size(kind)), abi.ggml_row_size(kind, ne[0])
+    tensor.ne[0] = ne[0]
+    for i in (1, 2, 3):
+        tensor.ne[i], tensor.nb[i] = ne[i] if i < len(ne) else 1, n_bytes
+        n_bytes *= tensor.ne[i]

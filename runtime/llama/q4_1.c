@@ -4,72 +4,48 @@
  * a row is unpacked once for eight columns (or four). Every element is summed in the order of that kernel, and its
  * products of integers are exact: so the bits are the same (q4_1.py compares them before any of this is used).
  *
- * A node of the graph is turned into one that calls a function (GGML_OP_CUSTOM) before it is computed, and is put back
- * when the pass is over. This file knows no struct of llama.cpp: where things are in a node is handed in.
+ * A node of the graph is turned into one that calls a function before it is computed, and is put back when the pass is
+ * over. This file knows no struct of llama.cpp: where things are in a node is handed in.
  */
 #include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "turned.h"
 
 struct h2o_product {
-    size_t ne, nb, op, parameters, sources, data; /* bytes from the beginning of a node; its type is at 0 */
-    int32_t product, custom;                      /* operations */
-    int32_t weights, inputs;                      /* types: Q4_1, f32 */
+    struct turning turning;
+    size_t ne, nb, sources, data; /* bytes from the beginning of a node; its type is at 0 */
+    int32_t product;              /* an operation */
+    int32_t weights, inputs;      /* types: Q4_1, f32 */
     void (*quantise)(const float *values, void *blocks, int64_t n);
     void (*dot)(int n, float *out, size_t, const void *row, size_t, const void *column, size_t, int);
-    char *const *scratch;        /* the backend's: columns are quantised into it, as llama.cpp does */
+    char *const *scratch; /* the backend's: columns are quantised into it, as llama.cpp does */
     const size_t *scratch_bytes;
-    void **turned;               /* nodes */
-    int32_t n_turned, most_turned;
     int32_t arrived, next, left; /* threads and rows of the node that is computed; 0 between two nodes */
 };
 
 enum { FEWEST = 4, BLOCK = 32, WEIGHTS_BYTES = 20, INPUTS_BYTES = 36, ROWS = 16 };
 
-/* Parameters of a node that calls a function. */
-struct call {
-    void (*function)(void *node, int thread, int n_threads, void *data);
-    int32_t n_tasks; /* -1: all threads */
-    void *data;
-};
-
 static void compute(void *node, int thread, int n_threads, void *data);
-
-#define AT(type, node, offset) ((type *)((char *)(node) + (offset)))
 
 /* Turn a node that is going to be computed, if it is such a product. */
 void h2o_product_turn(void *node, struct h2o_product *p) {
+    struct turning *t = &p->turning;
     void **sources = AT(void *, node, p->sources);
-    if (*AT(int32_t, node, p->op) != p->product || *AT(int32_t, sources[0], 0) != p->weights ||
-        *AT(int32_t, sources[1], 0) != p->inputs || p->n_turned == p->most_turned) {
+    if (*AT(int32_t, node, t->op) != p->product || *AT(int32_t, sources[0], 0) != p->weights ||
+        *AT(int32_t, sources[1], 0) != p->inputs || t->n_turned == t->most_turned) {
         return;
     }
     const int64_t *out = AT(int64_t, node, p->ne), n = *AT(int64_t, sources[0], p->ne);
     static const struct call nothing;
-    struct call call = {.function = compute, .n_tasks = -1, .data = p};
     const size_t needed = (size_t)(out[1] * (n / BLOCK) * INPUTS_BYTES);
     if (out[1] < FEWEST || out[2] != 1 || out[3] != 1 || *AT(size_t, sources[1], p->nb) != sizeof(float) ||
-        !*p->scratch || needed > *p->scratch_bytes || memcmp(AT(char, node, p->parameters), &nothing, sizeof nothing)) {
+        !*p->scratch || needed > *p->scratch_bytes || memcmp(AT(char, node, t->parameters), &nothing, sizeof nothing)) {
         return;
     }
-    memcpy(AT(char, node, p->parameters), &call, sizeof call);
-    *AT(int32_t, node, p->op) = p->custom;
-    p->turned[p->n_turned++] = node;
+    turn(t, node, compute, p);
 }
 
-/* Make the nodes what they were. Where another graph lies there by now, what is no node of ours is left alone. */
-void h2o_product_put_back(struct h2o_product *p) {
-    while (p->n_turned) {
-        void *node = p->turned[--p->n_turned];
-        struct call call;
-        memcpy(&call, AT(char, node, p->parameters), sizeof call); /* they lie at no multiple of 8 */
-        if (*AT(int32_t, node, p->op) == p->custom && call.function == compute) {
-            *AT(int32_t, node, p->op) = p->product;
-            memset(AT(char, node, p->parameters), 0, sizeof call);
-        }
-    }
-}
+void h2o_product_put_back(struct h2o_product *p) { put_back(&p->turning); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -189,7 +165,7 @@ static void compute_rows(const struct h2o_product *p, void *node, int64_t first,
 
 /* All threads of the backend call it. */
 static void compute(void *node, int thread, int n_threads, void *data) {
-    struct h2o_product *p = data;
+    struct h2o_product *p = ((struct turned *)data)->owner;
     const int64_t *out = AT(int64_t, node, p->ne);
     quantise(p, AT(void *, node, p->sources), out[1], thread, n_threads);
     __atomic_add_fetch(&p->arrived, 1, __ATOMIC_ACQ_REL);
@@ -209,5 +185,7 @@ static void compute(void *node, int thread, int n_threads, void *data) {
 }
 #else
 bool h2o_product_is_there(void) { return false; }
-static void compute(void *node, int thread, int n_threads, void *data) { (void)node, (void)thread, (void)n_threads, (void)data; }
+static void compute(void *node, int thread, int n_threads, void *data) {
+    (void)node, (void)thread, (void)n_threads, (void)data;
+}
 #endif

@@ -11,64 +11,47 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-from runtime.llama import abi
-from runtime.llama.compiled import LIBRARY
+from runtime.llama import abi, turned
 from runtime.llama.own_graph import OwnGraph, describe, operate
+from runtime.llama.turned import NEAR_ONE, SMALL_HALF, Turner, Turning
 
-TYPE_NAME = "q4_1"
+TYPE_NAME, _NAME = "q4_1", "h2o_product"
 _F32, _Q4_1 = 0, 3
 _BLOCK, _BLOCK_BYTES = 32, 20
-_MOST_NODES = 1024  # of a pass, that are turned
-_SMALL_HALF = bytes(upper & 0xBF for upper in range(256))  # the upper byte of a half: it is a number below 2 then
-_NEAR_ONE = bytes(upper & 0x80 | 0x3F for upper in range(256))  # that of a float: from 0.5 to 2, of either sign
 
 
 class _Product(ctypes.Structure):
     """struct h2o_product of q4_1.c."""
 
     _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("ne", "nb", "op", "parameters", "sources", "data")),
-        *((name, ctypes.c_int32) for name in ("product", "custom", "weights", "inputs")),
-        *((name, abi.POINTER) for name in ("quantise", "dot", "scratch", "scratch_bytes", "turned")),
-        *((name, ctypes.c_int32) for name in ("n_turned", "most_turned", "arrived", "next", "left")),
+        ("turning", Turning),
+        *((name, ctypes.c_size_t) for name in ("ne", "nb", "sources", "data")),
+        *((name, ctypes.c_int32) for name in ("product", "weights", "inputs")),
+        *((name, abi.POINTER) for name in ("quantise", "dot", "scratch", "scratch_bytes")),
+        *((name, ctypes.c_int32) for name in ("arrived", "next", "left")),
     ]
 
 
 def is_there() -> bool:
     """Whether the function was compiled, and the processor has what it takes."""
-    return LIBRARY is not None and hasattr(LIBRARY, "h2o_product_is_there") and bool(LIBRARY.h2o_product_is_there())
+    return turned.is_there(_NAME)
 
 
-class Products:
+class Products(Turner):
     """Turns nodes of the passes that one backend computes. Only where is_right()."""
 
     def __init__(self, backend: int) -> None:
         """backend: a CPU backend, which outlives this."""
-        assert LIBRARY
-        dot = abi.cpu_traits(_Q4_1)
+        dot, tensor = abi.cpu_traits(_Q4_1), abi.Tensor
         cpu = abi.Backend.from_address(backend).context
-        tensor, self._nodes = abi.Tensor, (abi.POINTER * _MOST_NODES)()
-        self._struct = _Product(
-            *(getattr(tensor, name).offset for name in ("ne", "nb", "op", "op_params", "src", "data")),
-            *(abi.OP_MUL_MAT, abi.OP_CUSTOM, _Q4_1, _F32),
+        struct = _Product(
+            Turning(),
+            *(getattr(tensor, name).offset for name in ("ne", "nb", "src", "data")),
+            *(abi.OP_MUL_MAT, _Q4_1, _F32),
             *(abi.cpu_traits(dot.vec_dot_type).from_float, dot.vec_dot),
             *(cpu + abi.CpuBackend.work_data.offset, cpu + abi.CpuBackend.work_size.offset),
-            ctypes.addressof(self._nodes),
-            *(0, _MOST_NODES),
         )
-        self.function = ctypes.cast(LIBRARY.h2o_product_turn, abi.POINTER).value
-        self.data = ctypes.addressof(self._struct)
-
-    def turn(self, node: abi.Tensor) -> None:
-        """Turn a node that is computed next, if it is such a product."""
-        assert LIBRARY
-        LIBRARY.h2o_product_turn(ctypes.byref(node), ctypes.byref(self._struct))
-
-    def put_back(self) -> None:
-        """Make the nodes what they were."""
-        if self._struct.n_turned:
-            assert LIBRARY
-            LIBRARY.h2o_product_put_back(ctypes.byref(self._struct))
+        super().__init__(_NAME, struct)
 
 
 class Trial:
@@ -86,8 +69,8 @@ class Trial:
         row_bytes = n_in // _BLOCK * _BLOCK_BYTES
         weights, inputs = (bytearray(random(n)) for n in (n_rows * row_bytes, 4 * n_in * n_columns))
         for upper in (1, 3):  # bytes of each block's scale, and of its smallest weight
-            weights[upper::_BLOCK_BYTES] = weights[upper::_BLOCK_BYTES].translate(_SMALL_HALF)
-        inputs[3::4] = inputs[3::4].translate(_NEAR_ONE)
+            weights[upper::_BLOCK_BYTES] = weights[upper::_BLOCK_BYTES].translate(SMALL_HALF)
+        inputs[3::4] = inputs[3::4].translate(NEAR_ONE)
         self._weights_data = (ctypes.c_char * len(weights)).from_buffer(weights)
         self._inputs_data = (ctypes.c_char * len(inputs)).from_buffer(inputs)
         self._result = (ctypes.c_float * (n_rows * n_columns))()
@@ -95,9 +78,6 @@ class Trial:
         describe(self.inputs, ctypes.addressof(self._inputs_data), (n_in, n_columns))
         describe(self.node, ctypes.addressof(self._result), (n_rows, n_columns))
         describe(self.weights, ctypes.addressof(self._weights_data), (n_in, n_rows), _Q4_1)
-        self.weights.nb[0] = _BLOCK_BYTES
-        for i in (1, 2, 3):
-            self.weights.nb[i] = row_bytes * (n_rows if i > 1 else 1)
         operate(self.node, abi.OP_MUL_MAT, self.weights, self.inputs)
         self._graph = OwnGraph(n_threads, [self.node])
         self._products: Products | None = None
