@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from h2o_cli.output import versions
 from h2o_cli.session.opening import Session
 from runtime.answer.meter import Statistics
 from runtime.answer.speculate import DRAFT, OFF
+from runtime.errors import BudgetError, Cancelled
 from runtime.memory import peak_bytes
 from runtime.plans.plan import Layout
 from runtime.sizes import MB, format_size
@@ -16,17 +18,18 @@ from runtime.sizes import MB, format_size
 WIDTH, LINES = 80, 2
 DRAFT_LOSS = 0.02  # of an answer's time that a draft model may cost before that is said
 _INDENT = "  "
+_PREDICTION_BYTES = 16 * MB  # what predicting takes, or more
 
 
 def figures(session: Session, statistics: Statistics, meter_start_s: float) -> dict[str, Any]:
-    """The figures of `h2o run --json`. meter_start_s: the age of the process when the answer began."""
+    """The figures of `h2o run --json`, at its end. meter_start_s: the age of the process when the answer began."""
     plan, team = session.engine.plan, session.model.team
-    return {
+    found = {
         "ttft_s": statistics.ttft_s,
         "ttft_process_s": None if statistics.ttft_s is None else meter_start_s + statistics.ttft_s,
         "prefill_tokens_per_s": statistics.prefill_tokens_per_s,
         "decode_ms_per_token": statistics.decode_ms_per_token,
-        "predicted_ms_per_token": predicted_ms(session, statistics),
+        "predicted_ms_per_token": None,
         "tokens_per_s": statistics.tokens_per_s,
         "bytes_read_per_token": statistics.bytes_read_per_token,
         "bytes_asked_per_token": statistics.bytes_asked_per_token,
@@ -54,6 +57,7 @@ def figures(session: Session, statistics: Statistics, meter_start_s: float) -> d
         "kv": session.engine.kv.figures() if session.engine.kv else None,
         **({"devices": team.figures(statistics.bytes_read_per_token), "hidden": team.hidden} if team else {}),
     }
+    return found | {"predicted_ms_per_token": predicted_ms(session, statistics, last=True)}
 
 
 def speculation(session: Session, statistics: Statistics) -> str:
@@ -68,8 +72,11 @@ def draft_saved_s(session: Session) -> float | None:
     return used.saved_s if used and used.drafter.name == DRAFT else None
 
 
-def predicted_ms(session: Session, statistics: Statistics) -> float | None:
-    """What the profile says of a token in memory as it was shared out during this answer; None without a profile."""
+def predicted_ms(session: Session, statistics: Statistics, *, last: bool = False) -> float | None:
+    """What the profile says of a token in memory as it was shared out during this answer; None without a profile.
+
+    last: nothing else is computed, so where there is no memory to work that out, weights make room.
+    """
     profile, engine = session.model.profile, session.engine
     if session.model.team:
         return 1000 * session.model.team.place.token_s or None
@@ -78,14 +85,22 @@ def predicted_ms(session: Session, statistics: Statistics) -> float | None:
     streamed = statistics.streamed_bytes_per_pass
     more = 0 if streamed is None else engine.streamed_bytes - int(streamed)  # than there are at the end of the answer
     ledger = replace(engine.ledger, resident_bytes=engine.ledger.resident_bytes + more)
+    plan = engine.plan
     try:
-        return profile.token_ms(engine.plan, ledger)
+        found = profile.token_ms(plan, ledger)
+        if found is None and last:
+            with suppress(BudgetError, Cancelled):
+                engine.layout.make_room(_PREDICTION_BYTES)
+                found = profile.token_ms(plan, ledger)
+        return found
     finally:
         profile.rest()
 
 
-def closing_line(session: Session, statistics: Statistics, *, cut: bool = False) -> str:
-    """The figures of an answer, for people: at most two lines of 80 columns. cut: -n ended the answer."""
+def closing_line(session: Session, statistics: Statistics, *, cut: bool = False, last: bool = False) -> str:
+    """The figures of an answer, for people: at most two lines of 80 columns. cut: -n ended the answer. last: it is the
+    only one, or the last one."""
+    kept = _kept(session)  # by now: predicting may change it
     parts = [] if session.model.is_named else [(0, f"model {session.model.file.path.name}")]
     parts.append((0, f"{statistics.n_tokens} token{'' if statistics.n_tokens == 1 else 's'}"))
     if cut:
@@ -93,19 +108,19 @@ def closing_line(session: Session, statistics: Statistics, *, cut: bool = False)
     if statistics.ttft_s is not None:
         parts.append((0, f"first {_digits(statistics.ttft_s, 2)} s"))
     if statistics.decode_ms_per_token and statistics.tokens_per_s:
-        parts += _speed(session, statistics, statistics.decode_ms_per_token)
+        parts += _speed(session, statistics, statistics.decode_ms_per_token, last=last)
     if session.engine.kv:
         parts.append((3, session.engine.kv.summary))
         if session.engine.kv.guesses:
             parts.append((0, "filter layers guessed"))
     parts.append((0, f"peak {_whole(peak_bytes())} of {_whole(session.budget_bytes)} MB"))
-    parts.append((2, _kept(session)))
+    parts.append((2, kept))
     return f"h2o: {fit(parts, WIDTH - len('h2o: '))}"
 
 
-def _speed(session: Session, statistics: Statistics, measured_ms: float) -> list[tuple[int, str]]:
+def _speed(session: Session, statistics: Statistics, measured_ms: float, *, last: bool) -> list[tuple[int, str]]:
     """How fast the tokens came, beside what could be expected."""
-    predicted = None if statistics.accepted else predicted_ms(session, statistics)
+    predicted = None if statistics.accepted else predicted_ms(session, statistics, last=last)
     beside = f" (predicted {_digits(predicted)})" if predicted else ""
     parts = [
         (0, f"then {_digits(measured_ms)} ms each{beside}"),

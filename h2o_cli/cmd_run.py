@@ -323,7 +323,7 @@ def _answer(session: Session, options: RunOptions, request: Request) -> int:
     else:
         emit("\n")
         cut = finish == LENGTH and 0 < request.n_predict <= len(tokens)
-        tell(styled(closing_line(session, statistics, cut=cut), "dim"))
+        tell(styled(closing_line(session, statistics, cut=cut, last=True), "dim"))
     signal_number = interrupts.take()
     return 128 + signal_number if signal_number else 0
 

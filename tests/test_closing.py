@@ -9,7 +9,9 @@ import pytest
 
 from h2o_cli import closing, console, output
 from h2o_cli import main as cli
+from h2o_cli.session.profiled import Profiled
 from runtime.answer.meter import Statistics
+from runtime.engine.layout import Layout as Layout_
 from runtime.plans.plan import Layout, Plan
 
 
@@ -37,7 +39,7 @@ SLOW = Statistics(
 
 
 def test_two_lines_of_eighty_columns_whatever_there_is_to_say(monkeypatch):
-    monkeypatch.setattr(closing, "predicted_ms", lambda *_: 12300.0)
+    monkeypatch.setattr(closing, "predicted_ms", lambda *_, **__: 12300.0)
     kv = Some(summary="1234 of 12345 prompt positions attended in 22 of 24 layers", guesses=True)
     lines = closing.closing_line(session(layout=Layout.PREFIX, kv=kv), SLOW).split("\n")
     assert len(lines) == 2
@@ -48,7 +50,7 @@ def test_two_lines_of_eighty_columns_whatever_there_is_to_say(monkeypatch):
 
 def test_predicted_stands_beside_measured_where_there_is_a_profile(monkeypatch):
     assert "predicted" not in closing.closing_line(session(), SLOW)
-    monkeypatch.setattr(closing, "predicted_ms", lambda *_: 11.25)
+    monkeypatch.setattr(closing, "predicted_ms", lambda *_, **__: 11.25)
     assert "then 12346 ms each (predicted 11.2)" in closing.closing_line(session(), SLOW)
 
 
@@ -78,6 +80,25 @@ def test_a_run_after_a_profile_predicts(tiny_model, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert cli.run_command(flags) == 0
     assert json.loads(capsys.readouterr().out)["predicted_ms_per_token"] > 0
+
+
+def test_weights_make_room_for_a_prediction_at_the_end(tiny_model, tmp_path, monkeypatch, capsys):
+    """Where memory is full to the last byte, the process that predicts would be ended."""
+    monkeypatch.setenv("H2O_PROFILES", str(tmp_path))
+    model = str(tiny_model("qwen2"))
+    assert cli.run_command(["profile", model, "--repeats", "1"]) == 0
+    rooms, token_ms, make_room = [], Profiled.token_ms, Layout_.make_room
+    monkeypatch.setattr(Layout_, "make_room", lambda self, n: (rooms.append(n), make_room(self, n)))
+    monkeypatch.setattr(Profiled, "token_ms", lambda *about: token_ms(*about) if rooms else None)
+    flags = ["run", model, "-m", "200", "-p", "a", "-n", "4"]
+    capsys.readouterr()
+    assert cli.run_command(flags) == 0
+    assert "(predicted " in capsys.readouterr().err
+    rooms.clear()
+    assert cli.run_command([*flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["predicted_ms_per_token"] > 0 and len(rooms) == 1
+    assert found["ledger"].get("draft_bytes", 0) == 0  # it is the answer's
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

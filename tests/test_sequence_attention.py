@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from engines import engine
 
-from runtime.llama import abi
-from runtime.llama import cell_attention
+from runtime.llama import abi, cell_attention
 from runtime.llama.cell_attention import F16, is_right
 from runtime.passes import Part, Pass
 from runtime.plans.plan import Plan
