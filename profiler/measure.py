@@ -217,8 +217,8 @@ class Measurement:
         self._engine = engine
         try:
             self._check()
-            left = min(available_bytes(), self._budget_bytes) - engine.layout.fixed_bytes - window_bytes
-            room_bytes = left if self._budget_bytes else available_bytes() // 2
+            left = self._left_bytes(engine, window_bytes)
+            room_bytes = left if self._budget_bytes else min(left, available_bytes() // 2)
             times = measure_compute(engine, hollow, self.repeats, self._passed, room_bytes=room_bytes)
         finally:
             self._engine = None
@@ -234,20 +234,26 @@ class Measurement:
         if not can_take_back(hollow):
             return ()
         settings = replace(self.settings, request_bytes=found.request_bytes, depth=max(1, found.depth))
-        batches, room_bytes = [], 0 if self._budget_bytes else available_bytes() // 2
+        batches: list[BatchProfile] = []
         for n_texts in N_TEXTS:
             engine = Engine(file, hollow, Plan(0, 1, window_bytes=window_bytes), settings_of(settings, n_texts))
             self._engine = engine
             try:
                 self._check()
-                spare = (self._budget_bytes or available_bytes()) - engine.layout.fixed_bytes - window_bytes
+                spare = self._left_bytes(engine, window_bytes)
+                room = 0 if self._budget_bytes else min(spare, available_bytes() // 2)
                 if spare >= 0:
-                    memory = {"room_bytes": room_bytes, "spare_bytes": spare}
+                    memory = {"room_bytes": room, "spare_bytes": spare}
                     batches.append(measure_batch(engine, self.repeats, self._passed, **memory))
             finally:
                 self._engine = None
                 engine.close()
         return tuple(batches)
+
+    def _left_bytes(self, engine: Engine, window_bytes: int) -> int:
+        """Memory that an engine, which streams everything, leaves."""
+        most = available_bytes()
+        return min(most, self._budget_bytes or most) - engine.layout.fixed_bytes - window_bytes
 
     def _unused_bytes(self, file: ModelFile, hollow: HollowModel) -> int:
         """Bytes of a run's process that are pages of files and that tokens do not use."""

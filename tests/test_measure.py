@@ -148,6 +148,24 @@ def test_a_token_is_timed_with_the_weights_that_there_is_room_for(bundled_model,
     assert rooms[0] == pytest.approx(49 * MB, abs=8 * MB)
 
 
+def test_without_a_budget_weights_get_what_is_there_beside_the_engine(bundled_model, monkeypatch):
+    """Half of what the system would give was more than that: Gemma 3 270M was killed in a group of 150 MB."""
+    rooms, copies = [], []
+    monkeypatch.setattr(measure, "measure_compute", lambda *_, room_bytes: rooms.append(room_bytes) or TIMES)
+    monkeypatch.setattr(measure, "measure_batch", lambda _engine, *_, room_bytes, **__: copies.append(room_bytes))
+    with engine(bundled_model, n_threads=1) as opened:
+        measurement, file = Measurement(bundled_model, 1), opened.file
+        measurement.settings = opened.settings
+        for left in (20 * MB, 400 * MB):
+            monkeypatch.setattr(measure, "available_bytes", lambda n=left: opened.layout.fixed_bytes + n)
+            measurement._compute(file, opened._model, DISK, MB)
+            measurement._batches(file, opened._model, DISK, MB)
+        most = (opened.layout.fixed_bytes + 400 * MB) // 2
+    assert rooms == [pytest.approx(19 * MB, abs=8 * MB), most]
+    assert len(copies) < 4  # 16 texts have no memory
+    assert all(room < 19 * MB for room in copies[:-2]) and copies[-2:] == [most, most]
+
+
 def test_copies_of_texts_may_take_what_the_budget_leaves(bundled_model, monkeypatch):
     spares = []
     monkeypatch.setattr(measure, "measure_batch", lambda _engine, *_, spare_bytes, **__: spares.append(spare_bytes))
