@@ -21,6 +21,7 @@ from runtime.errors import EngineError
 from runtime.memory import address_space_bytes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ENDED_BY: dict[int, str] = {signal.SIGKILL: "MemoryError", signal.SIGXCPU: "TimeoutError"}
 _OK, _FAILED = b"+", b"-"
 _LENGTH_BYTES = 8
 
@@ -104,7 +105,7 @@ class Child:
             if not part:
                 child, self._child = self._child, 0
                 status = os.waitpid(child, 0)[1]
-                raise Failed("MemoryError" if os.waitstatus_to_exitcode(status) == -signal.SIGKILL else "")
+                raise Failed(_ENDED_BY.get(-os.waitstatus_to_exitcode(status), ""))
             found += part
         return found
 
