@@ -57,12 +57,34 @@ def warn(message: str, next_step: str) -> None:
 
 
 def tell(text: str, end: str = "\n") -> None:
-    """Text on standard error as it is. The work goes on where nobody can read it."""
+    """Text on standard error as it is, in no line of the answer. The work goes on where nobody can read it."""
     try:
-        sys.stderr.write(text + end)
+        sys.stderr.write(_end_of_line() + text + end)
         sys.stderr.flush()
     except OSError:
         _silence(sys.stderr)
+
+
+class _Answer:
+    """What was written to standard output last: whether its line goes on."""
+
+    is_inside_a_line = False
+
+
+def _end_of_line() -> str:
+    """What ends the answer's line, where it goes on and standard error is the same terminal."""
+    if not _Answer.is_inside_a_line or not _is_one_terminal():
+        return ""
+    _Answer.is_inside_a_line = False
+    return "\n"
+
+
+def _is_one_terminal() -> bool:
+    """Whether standard output and standard error are the same terminal."""
+    try:
+        return is_terminal(sys.stdout) and os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
 
 
 def _one_line(text: str) -> str:
@@ -83,6 +105,8 @@ def emit(text: str) -> None:
     except OSError as error:
         silence_stdout()
         raise H2OError(f"cannot write the answer: {error.strerror}", "send standard output elsewhere") from None
+    if text:
+        _Answer.is_inside_a_line = not text.endswith("\n")
 
 
 def silence_stdout() -> None:

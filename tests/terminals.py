@@ -27,14 +27,24 @@ class Terminal:
         """Read until a text appears behind the one waited for before."""
         end = time.monotonic() + seconds
         while text not in self.seen[self._after :]:
-            assert time.monotonic() < end, f"{text!r} did not come: {self.seen[-500:]!r}"
-            if not select.select([self._fd], [], [], 0.5)[0]:
-                continue
-            try:
-                self.seen += os.read(self._fd, 65536).decode(errors="replace")
-            except OSError:
-                raise AssertionError(f"{text!r} did not come before the end: {self.seen[-500:]!r}") from None
+            self._read(text, end)
         self._after = self.seen.index(text, self._after) + len(text)
+
+    def wait_for_more(self, seconds=60):
+        """Read until anything appears behind the text waited for before."""
+        end = time.monotonic() + seconds
+        while len(self.seen) == self._after:
+            self._read("more", end)
+        self._after = len(self.seen)
+
+    def _read(self, wanted, end):
+        assert time.monotonic() < end, f"{wanted!r} did not come: {self.seen[-500:]!r}"
+        if not select.select([self._fd], [], [], 0.5)[0]:
+            return
+        try:
+            self.seen += os.read(self._fd, 65536).decode(errors="replace")
+        except OSError:
+            raise AssertionError(f"{wanted!r} did not come before the end: {self.seen[-500:]!r}") from None
 
     def send(self, text):
         os.write(self._fd, text.encode())

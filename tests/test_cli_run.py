@@ -9,7 +9,7 @@ import time
 import msgspec
 import pytest
 import reference
-from terminals import H2O, ROOT
+from terminals import H2O, ROOT, Terminal
 from test_model_profile import make_profile
 
 from h2o_cli import main as cli
@@ -296,6 +296,27 @@ def test_plan_file_that_is_not_there_yet(tiny_model, run_json, tmp_path):
     found, err = run_json(tiny_model("qwen2"), "-p", PROMPT, "-n", 2, "-s", tmp_path / "later.bin")
     assert found["plan_origin"] == "default"
     assert "there is no plan file" in err
+
+
+def test_what_is_said_of_plans_in_an_answer_has_lines_of_its_own(tiny_model, tmp_path):
+    """On a terminal that shows both."""
+    path = tmp_path / "plan.bin"
+    terminal = Terminal(endless(tiny_model("gemma2"), "-s", str(path)))
+    for said in ("will be followed\r\n", "was made for\r\n"):
+        terminal.wait_for(said)
+    terminal.wait_for_more()  # of the answer
+    for plan, said in (
+        (Plan(1, 1, model_hash=12345), "is for another model"),
+        (Plan(9, 9), "is no plan for"),
+        (Plan(0, 1, budget_bytes=10**7), "is too small"),
+    ):
+        write_plan(path, plan)
+        terminal.wait_for(said)
+    os.kill(terminal.pid, signal.SIGINT)
+    assert terminal.exit_code() == 130
+    lines = [line for line in terminal.seen.split("\n") if "h2o: " in line]
+    assert len(lines) >= 5
+    assert [line for line in lines if not line.startswith("h2o: ")] == []
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
