@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from runtime.engine.engine import Engine
+from runtime.errors import Cancelled
 from runtime.llama.hollow import HollowModel
 from runtime.llama.model_file import ModelFile
 from runtime.plans.plan import Plan
@@ -48,3 +49,17 @@ def assert_same(mine, reference):
     assert mine[1] == list(reference[1])
     for step, (own, other) in enumerate(zip(mine[0], reference[0], strict=True)):
         assert np.array_equal(own, other), f"step {step}: max difference {np.abs(own - other).max()}"
+
+
+def cancel_at_piece(monkeypatch, opened, number):
+    """The pass in which the number-th piece from now on is needed is cancelled there; the list of pieces needed."""
+    need, needed = opened._store.need, []
+
+    def cancelling(piece):
+        needed.append(piece)
+        if len(needed) == number:
+            opened.guests.stop = Cancelled(2)
+        return need(piece)
+
+    monkeypatch.setattr(opened._store, "need", cancelling)
+    return needed

@@ -7,7 +7,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from engines import engine
+from engines import cancel_at_piece, engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,15 +131,7 @@ def test_a_pass_that_ends_leaves_no_node_turned(bundled_model, monkeypatch, turn
     wanted, n_layers = logits_of(bundled_model, Plan(0, 1))
     turned.clear()
     with engine(bundled_model, Plan(0, 1), n_ctx=2048, n_ubatch=512, n_threads=2, n_sequences=5, n_logits=5) as opened:
-        need, calls = opened._store.need, []
-
-        def cancel_in_the_middle(piece):
-            calls.append(piece)
-            if len(calls) == 20:
-                opened.guests.stop = Cancelled(2)
-            return need(piece)
-
-        monkeypatch.setattr(opened._store, "need", cancel_in_the_middle)
+        cancel_at_piece(monkeypatch, opened, 20)
         with pytest.raises(Cancelled):
             passes(opened, 5)
         assert 0 < turned[0] <= n_layers

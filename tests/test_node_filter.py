@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import pytest
-from engines import assert_same, engine, greedy
+from engines import assert_same, cancel_at_piece, engine, greedy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,17 +129,8 @@ def test_a_stop_in_the_middle_of_a_pass_ends_it_at_the_next_node(bundled_model, 
     with engine(bundled_model, Plan(1, 1, Layout.PREFIX), n_threads=2) as opened:
         greedy(opened, PROMPT, 2)
         asked = questions(monkeypatch)
-        need = opened._store.need
-        calls = []
-
-        def cancel_at_the_second(piece):
-            calls.append(piece)
-            if len(calls) == 2:
-                opened.guests.stop = Cancelled(2)
-            return need(piece)
-
-        monkeypatch.setattr(opened._store, "need", cancel_at_the_second)
+        needed = cancel_at_piece(monkeypatch, opened, 2)
         with pytest.raises(Cancelled):
             opened.forward([5])
-        assert len(calls) == 2
+        assert len(needed) == 2
         assert len(asked) <= 4

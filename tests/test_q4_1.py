@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from engines import engine
+from engines import cancel_at_piece, engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,15 +108,7 @@ def test_tiles_of_a_matrix_are_computed_by_it(path, monkeypatch, turned):
 @needs_function
 def test_a_pass_that_ends_leaves_no_node_turned(path, monkeypatch, turned):
     with engine(path, Plan(0, 1), n_threads=2) as opened:
-        need, calls = opened._store.need, []
-
-        def cancel_in_the_middle(piece):
-            calls.append(piece)
-            if len(calls) == 20:
-                opened.guests.stop = Cancelled(2)
-            return need(piece)
-
-        monkeypatch.setattr(opened._store, "need", cancel_in_the_middle)
+        cancel_at_piece(monkeypatch, opened, 20)
         with pytest.raises(Cancelled):
             opened.forward(list(range(3, 20)))
         assert 0 < turned[-1] <= 20
