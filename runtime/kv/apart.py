@@ -104,10 +104,12 @@ class SequenceAttention:
             self._parts = [_Part() for _ in range(settings.n_sequences)]
             for source, copied in zip(self._from, self._copied, strict=True):
                 operate(copied, abi.OP_GET_ROWS, source, self._which)
-            for part in self._parts:
-                operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
             self._active: list[_Part] = []  # in the pass at hand; none: no node needed them yet
-            self._graph = OwnGraph(settings.n_threads, [*self._copied, *(part.out for part in self._parts)])
+            self._joined, self._masks = _Part(), array.array("H", [NO_LOGIT]) * (PADDED * settings.n_sequences)
+            self._all_parts = (*self._parts, self._joined)
+            for part in self._all_parts:
+                operate(part.out, abi.OP_FLASH_ATTN_EXT, part.query, *part.rows, part.mask)
+            self._graph = OwnGraph(settings.n_threads, [*self._copied, *(part.out for part in self._all_parts)])
             opened.callback(self._graph.close)
             self._long = _Part()
             operate(self._long.out, abi.OP_FLASH_ATTN_EXT, self._long.query, *self._long.rows, self._long.mask)
@@ -236,6 +238,8 @@ class SequenceAttention:
 
     def _place_parts(self) -> None:
         """Every part attends to rows of its own."""
+        if self._join_single_tokens():
+            return
         n, copied = 0, _Copied([], array.array("i"))
         self._copies = [copied]
         for part, own in zip(self._pass.parts, self._parts, strict=False):
@@ -250,9 +254,28 @@ class SequenceAttention:
         self._active = self._parts[: len(self._pass.parts)]
         self._copy_next(self._copies[0])
 
+    def _join_single_tokens(self) -> bool:
+        """Where every part is one token that the same kernel computes, one node computes all of them, in less time: a
+        part is a sequence of that, with as many rows as the longest. Whether it is so."""
+        parts = self._pass.parts
+        n_texts, n_rows = len(parts), max(part.end for part in parts)
+        is_possible = n_rows <= PADDED and n_texts * n_rows <= self._most_rows
+        if n_texts == 1 or self._pass.n_tokens > n_texts or not is_possible:
+            return False
+        copied = _Copied([self._joined], array.array("i"))
+        for i, part in enumerate(parts):
+            cells, more = self.cells[part.sequence], n_rows - part.end
+            copied.cells.extend(cells + cells[:1] * more)
+            line = [SEEN] * part.end + [NO_LOGIT] * (PADDED - part.end)
+            self._masks[PADDED * i : PADDED * (i + 1)] = array.array("H", line)
+        self._joined.join(n_texts, n_rows, self._masks.buffer_info()[0])
+        self._active, self._copies = [self._joined], [copied]
+        self._copy_next(copied)
+        return True
+
     def _copy_next(self, copied: _Copied) -> None:
         """Have the graph copy these rows, and compute the parts that attend to them."""
-        for own in self._parts:
+        for own in self._all_parts:
             own.out.op = abi.OP_NONE
         for own in copied.parts:
             own.out.op = abi.OP_NONE if own.is_padded else abi.OP_FLASH_ATTN_EXT
@@ -339,7 +362,7 @@ class _Part:
     def __init__(self) -> None:
         self.query, self.mask, self.out = abi.Tensor(), abi.Tensor(), abi.Tensor()
         self.rows = _tensors(2)
-        self.n = self.row = self.n_tokens = self._n_rows = 0
+        self.n = self.row = self.n_tokens = self._n_rows = self._n_joined = self._row_step = 0
         self.is_padded = False
 
     def place(self, part: Part, n: int, row: int, zeros_end: int) -> None:
@@ -353,6 +376,12 @@ class _Part:
         """Be another part, with as many tokens as the kernel for many needs."""
         self.n, self.row, self.n_tokens, self._n_rows = other.n, other.row, _LONG, other._n_rows
         self._see(other.mask.data)
+
+    def join(self, n_texts: int, n_rows: int, masks: int) -> None:
+        """Be single tokens of so many texts, each with n_rows rows, one behind the other, and a line of masks."""
+        self.n_tokens, self._n_rows, self._n_joined, self._row_step = 1, PADDED, n_texts, n_rows
+        self._see(masks)
+        self.mask.ne[3], self.mask.nb[3] = n_texts, PADDED * _HALF_BYTES
 
     def _see(self, mask: int) -> None:
         """A line of the mask is the one before it, begun one zero earlier: so all of them are one array."""
@@ -369,6 +398,12 @@ class _Part:
         self.query.ne[1] = self.out.ne[2] = self.n_tokens
         for tensor in self.rows:
             tensor.ne[1] = self._n_rows
+        if self._n_joined:
+            self.query.nb[3], self.out.nb[3] = self.query.nb[1], self.out.nb[2]
+            for tensor in self.rows:
+                tensor.nb[3] = self._row_step * tensor.nb[1]
+            for tensor in (self.query, self.out, *self.rows):
+                tensor.ne[3] = self._n_joined
         operate(self.out, abi.OP_NONE if self.is_padded else abi.OP_FLASH_ATTN_EXT, self.query, *self.rows, self.mask)
         self.out.flags = flags
 
