@@ -90,7 +90,7 @@ def test_weights_make_room_for_a_prediction_at_the_end(tiny_model, tmp_path, mon
     rooms, token_ms, make_room = [], Profiled.token_ms, Layout_.make_room
     monkeypatch.setattr(Layout_, "make_room", lambda self, n: (rooms.append(n), make_room(self, n)))
     monkeypatch.setattr(Profiled, "token_ms", lambda *about: token_ms(*about) if rooms else None)
-    flags = ["run", model, "-m", "200", "-p", "a", "-n", "4"]
+    flags = ["run", model, "-m", "2000", "-p", "a", "-n", "4"]
     capsys.readouterr()
     assert cli.run_command(flags) == 0
     assert "(predicted " in capsys.readouterr().err

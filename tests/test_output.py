@@ -36,9 +36,11 @@ class Terminal:
 
     def text(self):
         self.stream.close()
-        with contextlib.suppress(OSError):  # the end of a terminal
-            return os.read(self.master, 65536).decode()
-        return ""
+        found = b""
+        with contextlib.suppress(OSError):  # the end of a terminal, whose text comes in pieces
+            while more := os.read(self.master, 65536):
+                found += more
+        return found.decode()
 
 
 @pytest.mark.parametrize("columns", [20, 40, 200])
