@@ -27,6 +27,7 @@ MEASURED_POSITIONS = 64  # of each text, while batches were measured
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 F16 = KvUse()
 POSITIONS_EACH = 256  # where nothing is said
+_FEW = 4  # texts
 LEAST_EACH = 64  # positions: with fewer of them not much of an answer fits
 WORTH = 1.02  # a larger batch has to be so much faster than a smaller one
 
@@ -119,19 +120,23 @@ def compute_s(profile: ModelProfile, n_texts: int, streamed_share: float) -> flo
     """Computing time of a pass over one token of n_texts, and of the choice of the next ones.
 
     Between the numbers of texts that were measured, one of which is 1, and behind them it is a straight line. Where
-    none were, a token more costs what it costs in a prompt. streamed_share: of all weights. Putting a streamed weight
-    under its node takes the same time for any number of texts: what is streamed less than everything is spared it.
+    none were, or few alone, a token more costs what it costs in a prompt: kernels for few tokens are slower.
+    streamed_share: of all weights. Putting a streamed weight under its node takes the same time for any number of
+    texts: what is streamed less than everything is spared it.
     """
     one = sum(layer.decode_compute_s.mean for layer in profile.layers) + profile.head.decode_compute_s.mean
     one += profile.overhead_s.mean
+    more_s = sum(layer.prefill_compute_s.mean for layer in profile.layers) / max(1, profile.prefill_tokens)
     if not profile.batches:
-        prompt = sum(layer.prefill_compute_s.mean for layer in profile.layers)
-        return one + (n_texts - 1) * prompt / max(1, profile.prefill_tokens)
+        return one + (n_texts - 1) * more_s
     few = profile.batches[0]
     handover_s = max(0.0, few.streamed_s.mean - few.resident_s.mean) if few.resident_s else 0.0
     streams = streamed_share > 0
     points = [(1, one + handover_s * streams)]
     points += [(batch.n_texts, _pass_s(batch, streams=streams)) for batch in profile.batches]
+    most, most_s = points[-1]
+    if most < _FEW:
+        points.append((most + 1, most_s + more_s))
     return max(one, _between(points, n_texts) - handover_s * (1 - streamed_share) * streams)
 
 

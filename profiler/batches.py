@@ -38,13 +38,20 @@ def settings_of(settings: Settings, n_texts: int) -> Settings:
     return replace(settings, n_sequences=n_texts, n_logits=n_texts, n_ctx=n_texts * POSITIONS_EACH)
 
 
+def untouched_bytes(engine: Engine, repeats: int) -> int:
+    """What measuring does not touch of keys and values where texts share what they have read."""
+    needs, settings = engine.layout.needs, engine.settings
+    touched = MORE_POSITIONS + settings.n_sequences * (_WARM + 2 * repeats)
+    return max(0, needs.kv_bytes(settings.n_ctx) - needs.kv_bytes(touched))
+
+
 def measure_batch(
     engine: Engine, repeats: int, passed: Callable[[], None], *, room_bytes: int, spare_bytes: int
 ) -> BatchProfile:
     """Measure passes of as many texts as the engine has sequences. It streams everything.
 
-    room_bytes: what weights may take in memory; spare_bytes: what measuring may take besides the engine. passed is
-    called after each pass.
+    room_bytes: what weights may take in memory; spare_bytes: what measuring may take besides the engine with all its
+    positions (below 0: not all of them fit). passed is called after each pass.
     """
     file, n_texts, needs = engine.file, engine.settings.n_sequences, engine.layout.needs
     short, long = (needs.ledger(Use(long=long, rows=n_texts)) for long in (False, True))

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from profiler import disk
-from profiler.batches import N_TEXTS, measure_batch, settings_of
+from profiler.batches import N_TEXTS, measure_batch, settings_of, untouched_bytes
 from profiler.compute import ComputeTimes, measure_compute
 from profiler.device import device_info, usable_cores
 from profiler.model_profile import (
@@ -230,7 +230,8 @@ class Measurement:
     def _batches(
         self, file: ModelFile, hollow: HollowModel, found: DiskProfile, window_bytes: int
     ) -> tuple[BatchProfile, ...]:
-        """Passes of several texts, as far as the budget has room for them."""
+        """Passes of several texts, as far as the budget has room for them; where it has none for all positions, texts
+        share them."""
         if not can_take_back(hollow):
             return ()
         settings = replace(self.settings, request_bytes=found.request_bytes, depth=max(1, found.depth))
@@ -242,7 +243,7 @@ class Measurement:
                 self._check()
                 spare = self._left_bytes(engine, window_bytes)
                 room = 0 if self._budget_bytes else min(spare, available_bytes() // 2)
-                if spare >= 0:
+                if spare + untouched_bytes(engine, self.repeats) >= 0:
                     memory = {"room_bytes": room, "spare_bytes": spare}
                     batches.append(measure_batch(engine, self.repeats, self._passed, **memory))
             finally:

@@ -8,7 +8,7 @@ from engines import engine
 from h2o_cli.run_memory import measure_run_memory
 from profiler import compute, disk, measure
 from profiler.awake import Waker
-from profiler.batches import MORE_POSITIONS, POSITIONS_EACH, measure_batch
+from profiler.batches import MORE_POSITIONS, POSITIONS_EACH, measure_batch, untouched_bytes
 from profiler.compute import ComputeTimes, layer_trace, measure_compute
 from profiler.device import device_info
 from profiler.measure import Measurement, default_settings, measure_memory
@@ -162,8 +162,33 @@ def test_without_a_budget_weights_get_what_is_there_beside_the_engine(bundled_mo
             measurement._batches(file, opened._model, DISK, MB)
         most = (opened.layout.fixed_bytes + 400 * MB) // 2
     assert rooms == [pytest.approx(19 * MB, abs=8 * MB), most]
-    assert len(copies) < 4  # 16 texts have no memory
     assert all(room < 19 * MB for room in copies[:-2]) and copies[-2:] == [most, most]
+
+
+def test_texts_whose_positions_do_not_fit_share_them(bundled_model, monkeypatch):
+    """Without passes of 16 texts a batch of one was chosen where 16 gave five times the tokens."""
+    spares = []
+    measure_batch_ = measure.measure_batch
+
+    def noting(engine, *arguments, spare_bytes, **memory):
+        spares.append(spare_bytes)
+        return measure_batch_(engine, *arguments, spare_bytes=spare_bytes, **memory)
+
+    monkeypatch.setattr(measure, "measure_batch", noting)
+    several = {"n_sequences": 16, "n_logits": 16, "n_ctx": 16 * POSITIONS_EACH}
+    with engine(bundled_model, n_threads=1, **several) as opened:
+        needed = opened.layout.fixed_bytes + MB
+        least = needed - untouched_bytes(opened, 1)
+        assert needed - least > 10 * MB
+        for budget in (least - 8 * MB, (needed + least) // 2):
+            measurement = Measurement(bundled_model, 1, budget_bytes=budget)
+            measurement.settings = opened.settings
+            measurement._expect(opened.file, 1e9)
+            monkeypatch.setattr(measure, "N_TEXTS", (16,))
+            batches = measurement._batches(opened.file, opened._model, DISK, MB)
+            assert len(batches) == (budget > least)
+    (spare,) = spares
+    assert spare < 0
 
 
 def test_copies_of_texts_may_take_what_the_budget_leaves(bundled_model, monkeypatch):

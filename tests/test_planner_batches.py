@@ -58,6 +58,13 @@ def test_measured_batches_are_points_of_a_line():
     assert compute_s(profile, 16, 0.5) == pytest.approx(0.061)  # half of the weights are handed over
 
 
+def test_behind_two_texts_a_token_more_costs_what_it_costs_in_a_prompt():
+    """Two texts took 37 ms where one took 15 and 16 took 40: a line through the first two chose one text."""
+    profile = msgspec.structs.replace(measured(), batches=measured().batches[:1])
+    assert compute_s(profile, 2, 0.0) == pytest.approx(0.016)
+    assert compute_s(profile, 16, 0.0) == pytest.approx(0.016 + 14 * 0.001)
+
+
 def test_weights_that_were_never_all_in_memory_count_as_streamed():
     batches = tuple(msgspec.structs.replace(batch, resident_s=None) for batch in measured().batches)
     profile = msgspec.structs.replace(measured(), batches=batches)
