@@ -103,9 +103,15 @@ def test_one_that_ends_soon_makes_room_in_time():
 
 def test_short_blocks_come_beside_answers_and_long_ones_alone():
     answering, rest, long, short = Job(10, 10, 5), Job(150, 128, 5), Job(100, 0, 5), Job(40, 0, 5)
-    assert next_pass([answering, rest, long, short], limits()) == [1, 22, 0, 33]
+    assert next_pass([answering, rest, long, short], limits()) == [1, 22, 0, 34]
     assert next_pass([answering, long, short, rest], limits()) == [0, 100, 0, 0]
     assert next_pass([answering, Job(64, 0, 5), Job(64, 0, 5), short], limits()) == [0, 64, 64, 0]
+
+
+def test_a_short_block_of_one_text_alone_is_not_cut():
+    """Its last token would be computed as one alone, whose attention is cut over the threads in many cells."""
+    for n in (1, 62, 63):
+        assert next_pass([Job(512 + n, 512, 5)], Limits(1024, 1, 512, 512)) == [n]
 
 
 def test_apart_everything_goes_together():

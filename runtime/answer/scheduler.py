@@ -46,8 +46,8 @@ class Limits:
 
     @property
     def n_short(self) -> int:
-        """Prompt tokens of a short pass: what a token of each sequence leaves."""
-        return LONG - 1 - self.n_sequences
+        """Prompt tokens of a short pass: what a token of each other sequence leaves. One alone has its block whole."""
+        return LONG - self.n_sequences
 
 
 @dataclass(frozen=True)
