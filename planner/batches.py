@@ -27,7 +27,7 @@ MEASURED_POSITIONS = 64  # of each text, while batches were measured
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 F16 = KvUse()
 POSITIONS_EACH = 256  # where nothing is said
-_FEW = 4  # texts
+_FEW = 4  # texts: with fewer of them a text more says nothing of many
 LEAST_EACH = 64  # positions: with fewer of them not much of an answer fits
 WORTH = 1.02  # a larger batch has to be so much faster than a smaller one
 
